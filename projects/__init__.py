@@ -1,0 +1,26 @@
+"""QueryMask: instance segmentation with object queries, as an extension of Detectron2.
+
+Importing the package registers the meta-architectures, backbones and data sets with Detectron2.
+"""
+
+from querymask.common import compat
+
+__version__ = "0.1.0"
+
+if compat.detectron2_available():
+    compat.apply_shims()
+
+    from querymask import solq
+    from querymask.common import backbones, data
+    from querymask.config import add_querymask_config, get_cfg
+
+    __all__ = ["add_querymask_config", "backbones", "data", "get_cfg", "solq"]
+else:
+
+    def __getattr__(name: str) -> None:
+        if name in ("add_querymask_config", "get_cfg", "solq"):
+            raise ImportError(
+                f"querymask.{name} needs Detectron2, which is not installed: see docs/installation.md. "
+                "Without it only querymask.common.ops can be used."
+            )
+        raise AttributeError(f"module 'querymask' has no attribute {name!r}")

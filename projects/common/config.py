@@ -1,0 +1,48 @@
+"""Config keys that all methods share."""
+
+from detectron2.config import CfgNode
+
+
+def add_common_config(cfg: CfgNode) -> None:
+    """Add the keys that are not of one method: input, solver and Swin, in place."""
+    # Every method works on RGB images in [0, 1], normalised with ImageNet's statistics; Detectron2 works on 0..255.
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
+    cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
+
+    # DETR's second augmentation branch: resize, crop, resize again (Carion et al. 2020, section 4).
+    cfg.INPUT.DETR_CROP = CfgNode()
+    cfg.INPUT.DETR_CROP.ENABLED = False
+    # Probability of the branch with the crop
+    cfg.INPUT.DETR_CROP.PROBABILITY = 0.5
+    # Shorter side before the crop, chosen uniformly; no limit on the longer side
+    cfg.INPUT.DETR_CROP.MIN_SIZES = [400, 500, 600]
+    # Width and height of the crop are uniform integers of this range, limited by the image
+    cfg.INPUT.DETR_CROP.CROP_RANGE = [384, 600]
+    # SOLQ's release resizes once more before the choice of the branch
+    cfg.INPUT.DETR_CROP.RESIZE_FIRST = False
+
+    # SGD or ADAMW
+    cfg.SOLVER.OPTIMIZER = "ADAMW"
+    # Learning-rate factor of parameters of the backbone
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
+    # Learning-rate factor of parameters whose name contains one of SLOW_PARAMETERS
+    cfg.SOLVER.SLOW_MULTIPLIER = 0.1
+    cfg.SOLVER.SLOW_PARAMETERS = ["reference_points", "sampling_offsets"]
+    # CLIP_TYPE "full_model" clips the norm over all parameters together, as DETR does
+
+    # Write pictures of predictions beside ground truth after the final evaluation, for this many images (0: none)
+    cfg.VIS_NUM_IMAGES = 8
+    # Only detections with at least this score are drawn
+    cfg.VIS_SCORE_THRESHOLD = 0.3
+
+    # Swin transformer (Liu et al. 2021); the defaults are Swin-T
+    cfg.MODEL.SWIN = CfgNode()
+    cfg.MODEL.SWIN.EMBED_DIM = 96
+    cfg.MODEL.SWIN.DEPTHS = [2, 2, 6, 2]
+    cfg.MODEL.SWIN.NUM_HEADS = [3, 6, 12, 24]
+    cfg.MODEL.SWIN.WINDOW_SIZE = 7
+    cfg.MODEL.SWIN.MLP_RATIO = 4.0
+    cfg.MODEL.SWIN.DROP_PATH_RATE = 0.2
+    # Stages 0 (stride 4) to 3 (stride 32) whose normalised outputs are used, named "stage0".."stage3"
+    cfg.MODEL.SWIN.OUT_FEATURES = ["stage1", "stage2", "stage3"]

@@ -1,0 +1,1 @@
+"""Data sets, augmentation and the mapper from data set entries to model inputs."""
