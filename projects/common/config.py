@@ -22,6 +22,9 @@ def add_common_config(cfg: CfgNode) -> None:
     # SOLQ's release resizes once more before the choice of the branch
     cfg.INPUT.DETR_CROP.RESIZE_FIRST = False
 
+    # At most this many instances of a training image are used, a random choice of them (0: all); bounds the memory
+    cfg.INPUT.MAX_INSTANCES = 0
+
     # SGD or ADAMW
     cfg.SOLVER.OPTIMIZER = "ADAMW"
     # Learning-rate factor of parameters of the backbone

@@ -1,0 +1,138 @@
+"""DETR's augmentation: flip, resize to a random size, and a second branch with a random crop.
+
+Sources: Carion et al., End-to-End Object Detection with Transformers (ECCV 2020), section 4; SOLQ's release for the
+sizes' rounding, the range of the crop and the additional first resize. Randomness comes from NumPy's global generator,
+which Detectron2 seeds for each worker.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import transforms as T
+from fvcore.transforms.transform import CropTransform, NoOpTransform, Transform
+
+
+def resized_size(
+    width: int, height: int, shorter: int, longest: int | None
+) -> tuple[int, int]:
+    """Size (width, height) of an image after a resize that keeps its shape.
+
+    Args:
+        width, height: of the image.
+        shorter: wanted length of the shorter side.
+        longest: limit of the longer side, which lowers ``shorter`` where needed; None: no limit.
+    """
+    low, high = min(width, height), max(width, height)
+    if longest is not None and high / low * shorter > longest:
+        shorter = round(longest * low / high)
+    # An image of extreme shape keeps at least one pixel
+    shorter = max(shorter, 1)
+    # The integer part, not the nearest integer: Detectron2's own resize differs here
+    longer = int(shorter * high / low)
+    return (shorter, longer) if width <= height else (longer, shorter)
+
+
+class ResizeShortestSide(T.Augmentation):
+    """Resize (antialiased bilinear, masks nearest) such that the shorter side has a randomly chosen length."""
+
+    def __init__(
+        self, sizes: Sequence[int], longest: int | None = None, sampling: str = "choice"
+    ) -> None:
+        """
+        Args:
+            sizes: lengths to choose from, or the first and last of a range; 0 leaves images as they are.
+            longest: limit of the longer side; None: no limit.
+            sampling: "choice" or "range".
+        """
+        super().__init__()
+        if sampling not in ("choice", "range"):
+            raise ValueError(
+                f"Sampling of image sizes must be 'choice' or 'range', not {sampling!r}."
+            )
+        if len(sizes) == 0 or (sampling == "range" and len(sizes) != 2):
+            raise ValueError(
+                f"Sampling of image sizes by {sampling!r} does not go with the sizes {tuple(sizes)}."
+            )
+        self.sizes = tuple(sizes)
+        self.longest = longest
+        self.sampling = sampling
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """The resize of one image [H, W, ...]."""
+        height, width = image.shape[:2]
+        if self.sampling == "range":
+            size = np.random.randint(self.sizes[0], self.sizes[1] + 1)
+        else:
+            size = self.sizes[np.random.randint(len(self.sizes))]
+        if size == 0:
+            return NoOpTransform()
+        new_width, new_height = resized_size(width, height, int(size), self.longest)
+        if (new_width, new_height) == (width, height):
+            return NoOpTransform()
+        return T.ResizeTransform(height, width, new_height, new_width)
+
+
+class RandomCropOfRange(T.Augmentation):
+    """Crop whose width and height are uniform integers from ``least`` to ``greatest``, limited by the image."""
+
+    def __init__(self, least: int, greatest: int) -> None:
+        super().__init__()
+        if not 0 < least <= greatest:
+            raise ValueError(
+                f"The crop's range must be 0 < least <= greatest, not {least}, {greatest}."
+            )
+        self.least = least
+        self.greatest = greatest
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """The crop of one image [H, W, ...]."""
+        height, width = image.shape[:2]
+        crop_width, crop_height = (
+            np.random.randint(min(self.least, side), min(self.greatest, side) + 1)
+            for side in (width, height)
+        )
+        x0 = np.random.randint(width - crop_width + 1)
+        y0 = np.random.randint(height - crop_height + 1)
+        return CropTransform(x0, y0, crop_width, crop_height)
+
+
+def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
+    """The augmentations that ``cfg.INPUT`` asks for.
+
+    Training: flip; where DETR_CROP.RESIZE_FIRST, a resize; with DETR_CROP.PROBABILITY a resize to DETR_CROP.MIN_SIZES
+    and a crop; a resize. Test: a resize.
+    """
+    keys = cfg.INPUT
+    if not is_train:
+        return [ResizeShortestSide([keys.MIN_SIZE_TEST], keys.MAX_SIZE_TEST)]
+    if keys.CROP.ENABLED:
+        raise ValueError(
+            "INPUT.CROP is not used by QueryMask: use INPUT.DETR_CROP, or set INPUT.CROP.ENABLED False."
+        )
+    augmentations: list[T.Augmentation] = []
+    if keys.RANDOM_FLIP not in ("horizontal", "vertical", "none"):
+        raise ValueError(
+            f"INPUT.RANDOM_FLIP must be 'horizontal', 'vertical' or 'none', not {keys.RANDOM_FLIP!r}."
+        )
+    if keys.RANDOM_FLIP != "none":
+        vertical = keys.RANDOM_FLIP == "vertical"
+        augmentations.append(T.RandomFlip(horizontal=not vertical, vertical=vertical))
+    sizes = (
+        keys.MIN_SIZE_TRAIN
+        if isinstance(keys.MIN_SIZE_TRAIN, Sequence)
+        else (keys.MIN_SIZE_TRAIN,)
+    )
+    resize = ResizeShortestSide(
+        sizes, keys.MAX_SIZE_TRAIN, keys.MIN_SIZE_TRAIN_SAMPLING
+    )
+    crop = keys.DETR_CROP
+    if crop.ENABLED:
+        if crop.RESIZE_FIRST:
+            augmentations.append(resize)
+        branch = T.AugmentationList(
+            [ResizeShortestSide(crop.MIN_SIZES), RandomCropOfRange(*crop.CROP_RANGE)]
+        )
+        augmentations.append(T.RandomApply(branch, crop.PROBABILITY))
+    augmentations.append(resize)
+    return augmentations

@@ -1,0 +1,239 @@
+"""From an entry of a data set to the input of a model."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as mask_util
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data import detection_utils as utils
+from detectron2.data import transforms as T
+from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
+from PIL import UnidentifiedImageError
+
+from querymask.common.data.augmentation import build_augmentations
+
+# Boxes with a side of at most this many pixels are degenerate (Detectron2's own threshold)
+_MIN_BOX_SIDE = 1e-5
+
+logger = logging.getLogger(__name__)
+
+
+class InstanceMapper:
+    """Callable that maps an entry of a data set in Detectron2's format to a model input.
+
+    Training: crowd annotations are dropped; boxes are augmented and clipped, and empty ones dropped; they are **not**
+    shrunk to what a crop leaves of the mask (DETR). Masks are rasterised at the image's own resolution, then augmented
+    with nearest-neighbour sampling. Images without instances stay: keep DATALOADER.FILTER_EMPTY_ANNOTATIONS False
+    for them to arrive here.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        is_train: bool = True,
+        *,
+        augmentations: Sequence[T.Augmentation],
+        image_format: str = "RGB",
+        use_masks: bool = True,
+        max_instances: int = 0,
+        num_classes: int | None = None,
+    ) -> None:
+        """
+        Args:
+            is_train: whether to produce ``instances``.
+            augmentations: applied one after the other.
+            image_format: "RGB" or "BGR", or another that ``detectron2.data.detection_utils.read_image`` knows.
+            use_masks: whether ``instances`` have ``gt_masks``.
+            max_instances: use a random choice of at most this many instances of an image; 0: all.
+            num_classes: of the model, for a check of the annotations; None: no check.
+        """
+        self.is_train = is_train
+        self.augmentations = T.AugmentationList(augmentations)
+        self.image_format = image_format
+        self.use_masks = use_masks
+        self.max_instances = max_instances
+        self.num_classes = num_classes
+        self.num_degenerate = 0
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        """Arguments from INPUT and from the method's own section, MODEL.<META_ARCHITECTURE>."""
+        method = cfg.MODEL.get(cfg.MODEL.META_ARCHITECTURE.upper(), CfgNode())
+        return {
+            "is_train": is_train,
+            "augmentations": build_augmentations(cfg, is_train),
+            "image_format": cfg.INPUT.FORMAT,
+            "use_masks": method.get("MASK_ON", cfg.MODEL.MASK_ON),
+            "max_instances": cfg.INPUT.MAX_INSTANCES,
+            "num_classes": method.get("NUM_CLASSES"),
+        }
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """
+        Args:
+            dataset_dict: an entry in Detectron2's standard format, left unchanged. Segmentations may be polygons,
+                compressed or uncompressed RLE, or bitmasks (ndarray [H, W]).
+
+        Returns:
+            The entry without its annotations and with ``image``, uint8 [3, H, W]; when training also ``instances``
+            with ``gt_boxes`` (XYXY, pixels of ``image``), ``gt_classes`` int64 and ``gt_masks`` (BitMasks).
+
+        Raises:
+            RuntimeError: the image is missing or cannot be decoded.
+            ValueError: an annotation does not fit the image, the model or the task.
+        """
+        output = {
+            key: value for key, value in dataset_dict.items() if key != "annotations"
+        }
+        image = self._read_image(dataset_dict)
+        utils.check_image_size(output, image)
+        aug_input = T.AugInput(image)
+        transforms = self.augmentations(aug_input)
+        output["image"] = torch.from_numpy(
+            np.ascontiguousarray(aug_input.image.transpose(2, 0, 1))
+        )
+        if self.is_train:
+            output["instances"] = self._instances(
+                dataset_dict, image.shape[:2], transforms, aug_input.image.shape[:2]
+            )
+        return output
+
+    def _read_image(self, dataset_dict: dict[str, Any]) -> np.ndarray:
+        try:
+            return utils.read_image(dataset_dict["file_name"], format=self.image_format)
+        except FileNotFoundError as error:
+            raise RuntimeError(
+                f"{_name(dataset_dict)}: there is no such file. Check the image folder that the data set was "
+                "registered with, or the environment variable DETECTRON2_DATASETS (docs/data.md)."
+            ) from error
+        except (
+            UnidentifiedImageError,
+            OSError,
+            SyntaxError,
+        ) as error:  # PIL raises SyntaxError for broken PNG files
+            raise RuntimeError(
+                f"{_name(dataset_dict)}: the file cannot be decoded ({error}). Replace it, or take the image out of "
+                "the data set."
+            ) from error
+
+    def _instances(
+        self,
+        dataset_dict: dict[str, Any],
+        size: tuple[int, int],
+        transforms: T.TransformList,
+        new_size: tuple[int, int],
+    ) -> Instances:
+        """Targets for an image that was (height, width) ``size`` and is ``new_size`` after the transforms."""
+        if "annotations" not in dataset_dict:
+            raise ValueError(
+                f"{_name(dataset_dict)}: the entry has no 'annotations'. Training needs them; give an empty list where "
+                "an image has no instances."
+            )
+        annotations = [
+            a for a in dataset_dict["annotations"] if not a.get("iscrowd", 0)
+        ]
+        classes = [self._category(a, dataset_dict) for a in annotations]
+
+        boxes = np.array(
+            [
+                BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS)
+                for a in annotations
+            ]
+        )
+        boxes = boxes.reshape(-1, 4)
+        self._count_degenerate(boxes, size, dataset_dict)
+        gt_boxes = Boxes(
+            torch.from_numpy(
+                transforms.apply_box(boxes).reshape(-1, 4).astype(np.float32)
+            )
+        )
+        gt_boxes.clip(new_size)
+        kept = np.flatnonzero(gt_boxes.nonempty(threshold=_MIN_BOX_SIDE).numpy())
+        if 0 < self.max_instances < len(kept):
+            kept = np.sort(np.random.choice(kept, self.max_instances, replace=False))
+
+        instances = Instances(new_size)
+        instances.gt_boxes = gt_boxes[torch.from_numpy(kept)]
+        instances.gt_classes = torch.tensor(
+            [classes[i] for i in kept], dtype=torch.int64
+        )
+        if self.use_masks:
+            masks = np.zeros((len(kept), *new_size), dtype=bool)
+            for mask, i in zip(masks, kept):
+                mask[:] = transforms.apply_segmentation(
+                    _bitmask(annotations[i], size, dataset_dict)
+                )
+            instances.gt_masks = BitMasks(torch.from_numpy(masks))
+        return instances
+
+    def _category(
+        self, annotation: dict[str, Any], dataset_dict: dict[str, Any]
+    ) -> int:
+        category = int(annotation["category_id"])
+        if category < 0 or (
+            self.num_classes is not None and category >= self.num_classes
+        ):
+            raise ValueError(
+                f"{_name(dataset_dict)}: an annotation has category {category}, but the model has "
+                f"{self.num_classes} classes (0 to {(self.num_classes or 0) - 1}). Set the method's NUM_CLASSES to the "
+                "number of classes of the data set, and make sure that its categories are contiguous and count from 0."
+            )
+        return category
+
+    def _count_degenerate(
+        self, boxes: np.ndarray, size: tuple[int, int], dataset_dict: dict[str, Any]
+    ) -> None:
+        """Count boxes [T, 4] that are empty within the image even before augmentation; say so the first time."""
+        clipped = np.clip(boxes, 0, (size[1], size[0], size[1], size[0]))
+        number = int(
+            ((clipped[:, 2:] - clipped[:, :2]) <= _MIN_BOX_SIDE).any(axis=1).sum()
+        )
+        if number and not self.num_degenerate:
+            logger.warning(
+                "%s: %d annotation(s) with an empty box or one outside the image dropped. Others like it will be "
+                "dropped without a word.",
+                _name(dataset_dict),
+                number,
+            )
+        self.num_degenerate += number
+
+
+def _name(dataset_dict: dict[str, Any]) -> str:
+    return f"{dataset_dict['file_name']} (image id {dataset_dict.get('image_id', 'not given')})"
+
+
+def _bitmask(
+    annotation: dict[str, Any], size: tuple[int, int], dataset_dict: dict[str, Any]
+) -> np.ndarray:
+    """The segmentation of an annotation as uint8 [H, W] of the image's own ``size`` (height, width)."""
+    segmentation = annotation.get("segmentation")
+    if segmentation is None or (
+        isinstance(segmentation, (list, dict)) and len(segmentation) == 0
+    ):
+        raise ValueError(
+            f"{_name(dataset_dict)}: an annotation has no segmentation, but masks are wanted. Add segmentations to the "
+            "data set, or train without masks (MODEL.SOLQ.MASK_ON False for SOLQ)."
+        )
+    if isinstance(segmentation, list):
+        mask = mask_util.decode(
+            mask_util.merge(mask_util.frPyObjects(segmentation, *size))
+        )
+    elif isinstance(segmentation, dict):
+        if isinstance(segmentation["counts"], list):
+            segmentation = mask_util.frPyObjects(segmentation, *segmentation["size"])
+        mask = mask_util.decode(segmentation)
+    elif isinstance(segmentation, np.ndarray):
+        mask = np.ascontiguousarray(segmentation, dtype=np.uint8)
+    else:
+        raise ValueError(
+            f"{_name(dataset_dict)}: a segmentation is of type {type(segmentation).__name__}. Use a list of polygons, "
+            "a COCO RLE dictionary, or a NumPy array of the image's height and width."
+        )
+    if mask.shape != tuple(size):
+        raise ValueError(
+            f"{_name(dataset_dict)}: a mask is {mask.shape}, the image {tuple(size)} (height, width). Make them equal."
+        )
+    return mask
