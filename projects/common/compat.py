@@ -69,3 +69,26 @@ def apply_shims() -> None:
         placeholder = _placeholder_extension()
         sys.modules["detectron2._C"] = placeholder
         detectron2._C = placeholder
+
+
+def create_local_process_group(processes_per_machine: int) -> None:
+    """Tell Detectron2 which processes share this machine (0.5 knows no public function for it)."""
+    from detectron2.utils import comm
+
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(processes_per_machine)
+        return
+    import torch.distributed as dist
+
+    machine = dist.get_rank() // processes_per_machine
+    for i in range(dist.get_world_size() // processes_per_machine):  # every process has to take part in every group
+        group = dist.new_group(list(range(i * processes_per_machine, (i + 1) * processes_per_machine)))
+        if i == machine:
+            comm._LOCAL_PROCESS_GROUP = group
+
+
+def has_event_storage() -> bool:
+    """Whether a training loop is running (main has this function, 0.5 has not)."""
+    from detectron2.utils import events
+
+    return len(events._CURRENT_STORAGE_STACK) > 0

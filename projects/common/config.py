@@ -32,6 +32,9 @@ def add_common_config(cfg: CfgNode) -> None:
     # Learning-rate factor of parameters whose name contains one of SLOW_PARAMETERS
     cfg.SOLVER.SLOW_MULTIPLIER = 0.1
     cfg.SOLVER.SLOW_PARAMETERS = ["reference_points", "sampling_offsets"]
+    # Weight decay of normalisation layers and of biases; None: WEIGHT_DECAY, as the papers have it
+    cfg.SOLVER.WEIGHT_DECAY_NORM = None
+    cfg.SOLVER.WEIGHT_DECAY_BIAS = None
     # CLIP_TYPE "full_model" clips the norm over all parameters together, as DETR does
 
     # Write pictures of predictions beside ground truth after the final evaluation, for this many images (0: none)

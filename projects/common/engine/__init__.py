@@ -1,0 +1,23 @@
+"""Training and evaluation of any meta-architecture: ``Trainer``, start-up and launcher."""
+
+from detectron2.engine import default_argument_parser
+
+from querymask.common.engine.checks import (
+    StrictCheckpointer,
+    check_num_classes,
+    num_classes_key,
+)
+from querymask.common.engine.launch import launch
+from querymask.common.engine.setup import choose_device, default_setup
+from querymask.common.engine.trainer import Trainer
+
+__all__ = [
+    "StrictCheckpointer",
+    "Trainer",
+    "check_num_classes",
+    "choose_device",
+    "default_argument_parser",
+    "default_setup",
+    "launch",
+    "num_classes_key",
+]

@@ -1,0 +1,61 @@
+"""What a run does before it builds anything: device, log, seed."""
+
+import argparse
+import logging
+import os
+import platform
+
+import detectron2
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
+
+import querymask
+from querymask.common.engine.sampling import mix_seed, seed_everything
+
+logger = logging.getLogger(__name__)
+
+
+def choose_device(cfg: CfgNode) -> None:
+    """Set ``MODEL.DEVICE`` to "cpu", with a line that says so, where it asks for CUDA and there is no GPU."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        print(f"No GPU found: MODEL.DEVICE {cfg.MODEL.DEVICE} becomes cpu", flush=True)
+        cfg.MODEL.DEVICE = "cpu"
+
+
+def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Start the log in ``OUTPUT_DIR``, note versions and config there, choose a seed if none is given, and seed.
+
+    Like ``detectron2.engine.default_setup``, which fails on a Detectron2 without its compiled part.
+    """
+    rank = comm.get_rank()
+    if comm.is_main_process():
+        PathManager.mkdirs(cfg.OUTPUT_DIR)
+    for name in ("fvcore", "querymask", "detectron2"):
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
+    if cfg.SEED < 0:
+        frozen = cfg.is_frozen()
+        cfg.defrost()
+        cfg.SEED = (
+            comm.shared_random_seed()
+            if comm.get_world_size() > 1
+            else int.from_bytes(os.urandom(4), "big") >> 1
+        )
+        if frozen:
+            cfg.freeze()
+        logger.info(f"SEED was not given; this run has SEED {cfg.SEED}")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    logger.info(
+        f"querymask {querymask.__version__}, Detectron2 {detectron2.__version__}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}, {gpu}, {comm.get_world_size()} process(es) on {cfg.MODEL.DEVICE}"
+    )
+    logger.info(f"arguments: {args}")
+    if comm.is_main_process():
+        path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+        with PathManager.open(path, "w") as file:
+            file.write(cfg.dump())
+        logger.info(f"the full config is in {path}")
+    seed_everything(mix_seed(cfg.SEED, rank))
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK

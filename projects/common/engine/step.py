@@ -1,0 +1,130 @@
+"""One training step: forward, backward, optimiser, and what is kept for the log."""
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import nn
+
+from querymask.common.engine.sampling import mix_seed, seed_everything
+
+
+class TrainingStep:
+    """Runs steps and keeps their losses on the device until :meth:`write_metrics`.
+
+    Detectron2's trainers copy every loss to the host and gather it from all processes in every iteration. Here both
+    happen once in a while, for all iterations since the last time at once.
+
+    All random numbers of an iteration (dropout, for example) are a function of (seed, iteration, rank), which is what
+    makes a resumed run equal an uninterrupted one.
+
+    Args:
+        model: gives a dict of losses (scalars) when it is called with a batch in training mode.
+        data_loader: gives batches; ``iter`` must be cheap until the first ``next``.
+        amp: mixed precision; fp16 with loss scaling on CUDA, bf16 on CPU.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Iterable,
+        optimizer: torch.optim.Optimizer,
+        seed: int,
+        amp: bool = False,
+    ) -> None:
+        model.train()
+        self.model = model
+        self.data_loader = data_loader
+        self.optimizer = optimizer
+        self.seed = seed
+        self.iter = 0
+        self.device_type = next(model.parameters()).device.type
+        self.amp = amp
+        self.grad_scaler = torch.amp.GradScaler(
+            self.device_type, enabled=amp and self.device_type == "cuda"
+        )
+        self._batches = None
+        self._pending: list[tuple[int, tuple[str, ...], torch.Tensor]] = []
+
+    def run_step(self) -> None:
+        """One iteration; ``iter`` must be set to its number."""
+        if not self.model.training:
+            raise RuntimeError(
+                "the model was left in evaluation mode: call model.train() after evaluating"
+            )
+        if self._batches is None:
+            self._batches = iter(self.data_loader)
+        start = time.perf_counter()
+        batch = next(self._batches)
+        data_time = time.perf_counter() - start
+
+        seed_everything(mix_seed(self.seed, self.iter, comm.get_rank()))
+        dtype = torch.float16 if self.device_type == "cuda" else torch.bfloat16
+        with torch.autocast(self.device_type, dtype, enabled=self.amp):
+            losses = self.model(batch)
+            if isinstance(losses, torch.Tensor):
+                losses = {"total_loss": losses}
+            total = sum(losses.values())
+        self.optimizer.zero_grad(set_to_none=True)
+        self.grad_scaler.scale(total).backward()
+        self.grad_scaler.unscale_(
+            self.optimizer
+        )  # clipping inside step() must see the true gradients
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+        self._keep(losses)
+        if comm.is_main_process():
+            get_event_storage().put_scalar("data_time", data_time)
+
+    def _keep(self, losses: Mapping[str, torch.Tensor]) -> None:
+        values = torch.stack([loss.detach().float() for loss in losses.values()])
+        self._pending.append((self.iter, tuple(losses), values))
+
+    def write_metrics(self) -> None:
+        """Put the losses of all steps since the last call into the event storage, averaged over the processes.
+
+        Must be called by all processes after the same iteration.
+
+        Raises:
+            FloatingPointError: a loss was infinite or NaN.
+        """
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, []
+        values = torch.cat([values for _, _, values in pending])
+        if comm.get_world_size() > 1:
+            dist.all_reduce(values)
+            values /= comm.get_world_size()
+        rows = torch.split(values.cpu(), [len(names) for _, names, _ in pending])
+        storage = get_event_storage()
+        now = storage.iter
+        for (iteration, names, _), row in zip(pending, rows, strict=True):
+            losses = dict(zip(names, row.tolist(), strict=True))
+            if not torch.isfinite(row).all():
+                raise FloatingPointError(
+                    f"loss became infinite or NaN at iteration {iteration}: {losses}. Lower SOLVER.BASE_LR, clip "
+                    "gradients (SOLVER.CLIP_GRADIENTS), or look for broken boxes and masks in the data set"
+                )
+            storage.iter = iteration
+            storage.put_scalar("total_loss", sum(losses.values()))
+            if names != ("total_loss",):
+                storage.put_scalars(**losses)
+        storage.iter = now
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimiser and loss scale, under the names of Detectron2's trainers."""
+        state = {"iteration": self.iter, "optimizer": self.optimizer.state_dict()}
+        if self.grad_scaler.is_enabled():
+            state["grad_scaler"] = self.grad_scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.iter = state["iteration"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.grad_scaler.is_enabled() and "grad_scaler" in state:
+            self.grad_scaler.load_state_dict(state["grad_scaler"])
