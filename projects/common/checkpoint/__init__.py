@@ -1,0 +1,44 @@
+"""Checkpoints in the formats of others: safe reading, renaming by rules, a report key by key, recognition."""
+
+from querymask.common.checkpoint.files import read_checkpoint, write_checkpoint
+from querymask.common.checkpoint.formats import (
+    FORMATS,
+    Format,
+    Options,
+    recognise,
+    register_format,
+)
+from querymask.common.checkpoint.rules import (
+    Change,
+    CheckpointError,
+    Copy,
+    Drop,
+    Line,
+    Rename,
+    Report,
+    Rule,
+    State,
+    apply_rules,
+    fit_to_model,
+)
+
+__all__ = [
+    "FORMATS",
+    "Change",
+    "CheckpointError",
+    "Copy",
+    "Drop",
+    "Format",
+    "Line",
+    "Options",
+    "Rename",
+    "Report",
+    "Rule",
+    "State",
+    "apply_rules",
+    "fit_to_model",
+    "read_checkpoint",
+    "recognise",
+    "register_format",
+    "write_checkpoint",
+]

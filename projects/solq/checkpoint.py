@@ -1,0 +1,245 @@
+"""SOLQ's published checkpoints, and those of Deformable DETR, its detector.
+
+The release stores shared modules once for every use: the box heads also below ``transformer.decoder``, the one mask head
+for each decoder layer, and without box refinement one class and one box head for each layer. The model has each once, so
+the copies are checked and left out. Everything but the backbone keeps its name.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from querymask.common.checkpoint import (
+    Change,
+    CheckpointError,
+    Copy,
+    Drop,
+    Format,
+    Options,
+    Rename,
+    Report,
+    Rule,
+    State,
+    apply_rules,
+    register_format,
+)
+from querymask.common.checkpoint.formats import (
+    resnet_rules,
+    resnet_settings,
+    swin_rules,
+    swin_settings,
+)
+
+_BODY = "backbone.0.body."
+
+
+def convert(
+    state: Mapping[str, Tensor | np.ndarray],
+    class_ids: Sequence[int] | None,
+    *,
+    drop_classes: bool = False,
+    detector_only: bool = False,
+) -> tuple[State, Report]:
+    """Turn a state dict of SOLQ's or Deformable DETR's release into one for ``querymask.solq.SOLQ``.
+
+    Args:
+        state: the release's tensors by key.
+        class_ids: rows of the class head to keep, in the order of the model's classes. Published heads have 91 rows,
+            one for each raw COCO category id. None keeps all rows.
+        drop_classes: leave the class head out, for training on another data set.
+        detector_only: leave the mask branch out: what remains is a Deformable DETR (``MODEL.SOLQ.MASK_ON False``).
+
+    Returns:
+        the model's state dict, and the report of what was used, renamed and dropped.
+
+    Raises:
+        CheckpointError: a variant without support, copies that differ, or class ids beyond the head.
+    """
+    state = {key: torch.as_tensor(value) for key, value in state.items()}
+    if not detector_only and (_is_sqr(state) or _is_pca(state)):
+        raise CheckpointError(
+            f"This is {describe(state)}. Its mask branch is not supported yet; its detector can be converted alone "
+            "(option --detector-only) for a config with MODEL.SOLQ.MASK_ON False."
+        )
+    rules: list[Rule] = [
+        Drop(r"(^|\.)total_(params|ops)$", "left over by a profiler"),
+        Drop(
+            r"\.num_batches_tracked$",
+            "counter of a batch norm, not used by a frozen one",
+        ),
+        Rename(r"^detr\.", ""),
+        Copy(r"^transformer\.decoder\.((class|bbox)_embed\..*)", r"\1"),
+        Copy(r"^vector_embed\.[1-9]\d*\.(.*)", r"vector_embed.0.\1"),
+        Rename(r"^vector_embed\.0\.", "vector_embed."),
+    ]
+    if not _has_refinement(state):
+        rules.append(Copy(r"^(class|bbox)_embed\.[1-9]\d*\.(.*)", r"\1_embed.0.\2"))
+    if detector_only:
+        branch = (
+            r"^(vector_embed|processor_pca|bbox_attention|mask_head|seg_input_proj)\."
+        )
+        rules.append(Drop(branch, "mask branch, not asked for"))
+    if drop_classes:
+        rules.append(Drop(r"^class_embed\.", "class head, not asked for"))
+    elif class_ids is not None:
+        rules.append(_pick_classes(state, class_ids))
+    if _is_swin(state):
+        rules += [
+            Rename(r"^backbone\.0\.body\.", "backbone."),
+            *swin_rules("backbone."),
+        ]
+    else:
+        rules += resnet_rules(r"^backbone\.0\.body\.", "backbone.")
+    return apply_rules(state, rules)
+
+
+def _pick_classes(state: State, class_ids: Sequence[int]) -> Change:
+    """The rule that keeps the rows ``class_ids`` of every class head."""
+    rows = _detector(state)["class_embed.0.bias"].shape[0]
+    if not class_ids or min(class_ids) < 0 or max(class_ids) >= rows:
+        raise CheckpointError(
+            f"Rows up to {max(class_ids, default=None)} of the class head are asked for, the file's has {rows}: it was "
+            "not trained with raw COCO category ids. Use --keep-classes if its rows are the model's classes already, "
+            "or --drop-classes to train them anew."
+        )
+    index = torch.as_tensor(list(class_ids))
+    note = f"{len(class_ids)} of {rows} rows"
+    return Change(
+        r"^class_embed\.\d+\.(weight|bias)$", lambda value: value[index], note
+    )
+
+
+# ---- What a file holds --------------------------------------------------------------------------------------------
+
+
+def _detector(state: State) -> State:
+    """The state without the prefix ``detr.`` that the SQR baseline puts before its detector."""
+    return {key.removeprefix("detr."): value for key, value in state.items()}
+
+
+def _is_sqr(state: State) -> bool:
+    return "detr.transformer.level_embed" in state
+
+
+def _is_pca(state: State) -> bool:
+    return any(key.startswith("processor_pca.") for key in state)
+
+
+def _is_swin(state: State) -> bool:
+    return _BODY + "patch_embed.proj.weight" in _detector(state)
+
+
+def _has_refinement(state: State) -> bool:
+    """Box refinement gives the decoder the box heads."""
+    return "transformer.decoder.bbox_embed.0.layers.0.weight" in _detector(state)
+
+
+def settings(state: State) -> dict[str, Any]:
+    """The config keys that a file of the release demands, with their values, read off its shapes."""
+    mask_on = (
+        not _is_sqr(state)
+        and not _is_pca(state)
+        and "vector_embed.0.layers.0.weight" in state
+    )
+    state = _detector(state)
+    levels, width = state["transformer.level_embed"].shape
+
+    def layers(part: str) -> int:
+        pattern = rf"transformer\.{part}\.layers\.(\d+)\."
+        return len({match[1] for key in state if (match := re.match(pattern, key))})
+
+    result: dict[str, Any] = {
+        "MODEL.META_ARCHITECTURE": "SOLQ",
+        **(
+            swin_settings(state, _BODY)
+            if _is_swin(state)
+            else resnet_settings(state, _BODY)
+        ),
+        "MODEL.SOLQ.HIDDEN_DIM": width,
+        "MODEL.SOLQ.NUM_FEATURE_LEVELS": levels,
+        "MODEL.SOLQ.ENC_LAYERS": layers("encoder"),
+        "MODEL.SOLQ.DEC_LAYERS": layers("decoder"),
+        "MODEL.SOLQ.DIM_FEEDFORWARD": state[
+            "transformer.encoder.layers.0.linear1.bias"
+        ].shape[0],
+        "MODEL.SOLQ.BOX_REFINE": _has_refinement(state),
+        "MODEL.SOLQ.TWO_STAGE": "transformer.enc_output.weight" in state,
+        "MODEL.SOLQ.MASK_ON": mask_on,
+    }
+    if "query_embed.weight" in state:
+        result["MODEL.SOLQ.NUM_QUERIES"] = state["query_embed.weight"].shape[0]
+    if mask_on:
+        result["MODEL.SOLQ.VECTOR_HIDDEN_DIM"] = state[
+            "vector_embed.0.layers.0.bias"
+        ].shape[0]
+        result["MODEL.SOLQ.VECTOR_LENGTH"] = state[
+            "vector_embed.0.layers.2.bias"
+        ].shape[0]
+    return result
+
+
+def describe(state: State) -> str:
+    """What a file of the release holds, in a line."""
+    detector, found = _detector(state), settings(state)
+    if _is_sqr(state):
+        name = "the SQR baseline of SOLQ"
+    elif _is_pca(state):
+        name = "SOLQ with PCA mask coding"
+    else:
+        name = "SOLQ" if found["MODEL.SOLQ.MASK_ON"] else "Deformable DETR"
+    parts = [
+        f"Swin of width {found['MODEL.SWIN.EMBED_DIM']}"
+        if _is_swin(state)
+        else f"R{found['MODEL.RESNETS.DEPTH']}",
+        f"width {found['MODEL.SOLQ.HIDDEN_DIM']}",
+        f"{found['MODEL.SOLQ.NUM_FEATURE_LEVELS']} level(s)",
+        f"{'with' if found['MODEL.SOLQ.BOX_REFINE'] else 'without'} box refinement",
+        "two-stage" if found["MODEL.SOLQ.TWO_STAGE"] else "one-stage",
+        f"{detector['class_embed.0.bias'].shape[0]} class rows",
+    ]
+    if found["MODEL.SOLQ.MASK_ON"]:
+        parts.append(f"mask vectors of {found['MODEL.SOLQ.VECTOR_LENGTH']}")
+    return f"{name} ({', '.join(parts)})"
+
+
+def _convert_file(state: State, options: Options) -> tuple[State, Report]:
+    return convert(
+        state,
+        options.class_ids,
+        drop_classes=options.drop_classes,
+        detector_only=options.detector_only,
+    )
+
+
+def _file_settings(state: State, options: Options) -> dict[str, Any]:
+    found = settings(state)
+    if options.detector_only:
+        found["MODEL.SOLQ.MASK_ON"] = False
+    return found
+
+
+register_format(
+    Format(
+        "SOLQ or Deformable DETR",
+        (
+            r"^(detr\.)?transformer\.level_embed$",
+            r"^(detr\.)?class_embed\.0\.bias$",
+            r"^(detr\.)?backbone\.0\.body\.",
+        ),
+        excluded=(r"label_enc\.weight$",),
+        describe=describe,
+        settings=_file_settings,
+        convert=_convert_file,
+    )
+)
+register_format(
+    Format(
+        "SOLQ in QueryMask's own format",
+        (r"^transformer\.level_embed$", r"^backbone\.(stem|patch_embed)\."),
+        advice="It needs no conversion: MODEL.WEIGHTS loads it as it is.",
+    )
+)
