@@ -13,9 +13,7 @@ from detectron2.data import transforms as T
 from fvcore.transforms.transform import CropTransform, NoOpTransform, Transform
 
 
-def resized_size(
-    width: int, height: int, shorter: int, longest: int | None
-) -> tuple[int, int]:
+def resized_size(width: int, height: int, shorter: int, longest: int | None) -> tuple[int, int]:
     """Size (width, height) of an image after a resize that keeps its shape.
 
     Args:
@@ -36,9 +34,7 @@ def resized_size(
 class ResizeShortestSide(T.Augmentation):
     """Resize (antialiased bilinear, masks nearest) such that the shorter side has a randomly chosen length."""
 
-    def __init__(
-        self, sizes: Sequence[int], longest: int | None = None, sampling: str = "choice"
-    ) -> None:
+    def __init__(self, sizes: Sequence[int], longest: int | None = None, sampling: str = "choice") -> None:
         """
         Args:
             sizes: lengths to choose from, or the first and last of a range; 0 leaves images as they are.
@@ -47,13 +43,9 @@ class ResizeShortestSide(T.Augmentation):
         """
         super().__init__()
         if sampling not in ("choice", "range"):
-            raise ValueError(
-                f"Sampling of image sizes must be 'choice' or 'range', not {sampling!r}."
-            )
+            raise ValueError(f"Sampling of image sizes must be 'choice' or 'range', not {sampling!r}.")
         if len(sizes) == 0 or (sampling == "range" and len(sizes) != 2):
-            raise ValueError(
-                f"Sampling of image sizes by {sampling!r} does not go with the sizes {tuple(sizes)}."
-            )
+            raise ValueError(f"Sampling of image sizes by {sampling!r} does not go with the sizes {tuple(sizes)}.")
         self.sizes = tuple(sizes)
         self.longest = longest
         self.sampling = sampling
@@ -79,9 +71,7 @@ class RandomCropOfRange(T.Augmentation):
     def __init__(self, least: int, greatest: int) -> None:
         super().__init__()
         if not 0 < least <= greatest:
-            raise ValueError(
-                f"The crop's range must be 0 < least <= greatest, not {least}, {greatest}."
-            )
+            raise ValueError(f"The crop's range must be 0 < least <= greatest, not {least}, {greatest}.")
         self.least = least
         self.greatest = greatest
 
@@ -89,8 +79,7 @@ class RandomCropOfRange(T.Augmentation):
         """The crop of one image [H, W, ...]."""
         height, width = image.shape[:2]
         crop_width, crop_height = (
-            np.random.randint(min(self.least, side), min(self.greatest, side) + 1)
-            for side in (width, height)
+            np.random.randint(min(self.least, side), min(self.greatest, side) + 1) for side in (width, height)
         )
         x0 = np.random.randint(width - crop_width + 1)
         y0 = np.random.randint(height - crop_height + 1)
@@ -107,32 +96,20 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     if not is_train:
         return [ResizeShortestSide([keys.MIN_SIZE_TEST], keys.MAX_SIZE_TEST)]
     if keys.CROP.ENABLED:
-        raise ValueError(
-            "INPUT.CROP is not used by QueryMask: use INPUT.DETR_CROP, or set INPUT.CROP.ENABLED False."
-        )
+        raise ValueError("INPUT.CROP is not used by QueryMask: use INPUT.DETR_CROP, or set INPUT.CROP.ENABLED False.")
     augmentations: list[T.Augmentation] = []
     if keys.RANDOM_FLIP not in ("horizontal", "vertical", "none"):
-        raise ValueError(
-            f"INPUT.RANDOM_FLIP must be 'horizontal', 'vertical' or 'none', not {keys.RANDOM_FLIP!r}."
-        )
+        raise ValueError(f"INPUT.RANDOM_FLIP must be 'horizontal', 'vertical' or 'none', not {keys.RANDOM_FLIP!r}.")
     if keys.RANDOM_FLIP != "none":
         vertical = keys.RANDOM_FLIP == "vertical"
         augmentations.append(T.RandomFlip(horizontal=not vertical, vertical=vertical))
-    sizes = (
-        keys.MIN_SIZE_TRAIN
-        if isinstance(keys.MIN_SIZE_TRAIN, Sequence)
-        else (keys.MIN_SIZE_TRAIN,)
-    )
-    resize = ResizeShortestSide(
-        sizes, keys.MAX_SIZE_TRAIN, keys.MIN_SIZE_TRAIN_SAMPLING
-    )
+    sizes = keys.MIN_SIZE_TRAIN if isinstance(keys.MIN_SIZE_TRAIN, Sequence) else (keys.MIN_SIZE_TRAIN,)
+    resize = ResizeShortestSide(sizes, keys.MAX_SIZE_TRAIN, keys.MIN_SIZE_TRAIN_SAMPLING)
     crop = keys.DETR_CROP
     if crop.ENABLED:
         if crop.RESIZE_FIRST:
             augmentations.append(resize)
-        branch = T.AugmentationList(
-            [ResizeShortestSide(crop.MIN_SIZES), RandomCropOfRange(*crop.CROP_RANGE)]
-        )
+        branch = T.AugmentationList([ResizeShortestSide(crop.MIN_SIZES), RandomCropOfRange(*crop.CROP_RANGE)])
         augmentations.append(T.RandomApply(branch, crop.PROBABILITY))
     augmentations.append(resize)
     return augmentations

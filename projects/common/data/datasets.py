@@ -20,9 +20,7 @@ def datasets_root() -> str:
     return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
 
 
-def register_shapes(
-    name: str, root: str | os.PathLike, split: str, num_images: int | None = None
-) -> None:
+def register_shapes(name: str, root: str | os.PathLike, split: str, num_images: int | None = None) -> None:
     """Register a split of the built-in data set, which is made when it is first used.
 
     Args:
@@ -44,9 +42,7 @@ def register_shapes(
         image_root=str(image_root),
         evaluator_type="coco",
         thing_classes=[category["name"] for category in CATEGORIES],
-        thing_dataset_id_to_contiguous_id={
-            category["id"]: i for i, category in enumerate(CATEGORIES)
-        },
+        thing_dataset_id_to_contiguous_id={category["id"]: i for i, category in enumerate(CATEGORIES)},
     )
 
 

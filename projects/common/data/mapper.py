@@ -85,20 +85,14 @@ class InstanceMapper:
             RuntimeError: the image is missing or cannot be decoded.
             ValueError: an annotation does not fit the image, the model or the task.
         """
-        output = {
-            key: value for key, value in dataset_dict.items() if key != "annotations"
-        }
+        output = {key: value for key, value in dataset_dict.items() if key != "annotations"}
         image = self._read_image(dataset_dict)
         utils.check_image_size(output, image)
         aug_input = T.AugInput(image)
         transforms = self.augmentations(aug_input)
-        output["image"] = torch.from_numpy(
-            np.ascontiguousarray(aug_input.image.transpose(2, 0, 1))
-        )
+        output["image"] = torch.from_numpy(np.ascontiguousarray(aug_input.image.transpose(2, 0, 1)))
         if self.is_train:
-            output["instances"] = self._instances(
-                dataset_dict, image.shape[:2], transforms, aug_input.image.shape[:2]
-            )
+            output["instances"] = self._instances(dataset_dict, image.shape[:2], transforms, aug_input.image.shape[:2])
         return output
 
     def _read_image(self, dataset_dict: dict[str, Any]) -> np.ndarray:
@@ -132,24 +126,13 @@ class InstanceMapper:
                 f"{_name(dataset_dict)}: the entry has no 'annotations'. Training needs them; give an empty list where "
                 "an image has no instances."
             )
-        annotations = [
-            a for a in dataset_dict["annotations"] if not a.get("iscrowd", 0)
-        ]
+        annotations = [a for a in dataset_dict["annotations"] if not a.get("iscrowd", 0)]
         classes = [self._category(a, dataset_dict) for a in annotations]
 
-        boxes = np.array(
-            [
-                BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS)
-                for a in annotations
-            ]
-        )
+        boxes = np.array([BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations])
         boxes = boxes.reshape(-1, 4)
         self._count_degenerate(boxes, size, dataset_dict)
-        gt_boxes = Boxes(
-            torch.from_numpy(
-                transforms.apply_box(boxes).reshape(-1, 4).astype(np.float32)
-            )
-        )
+        gt_boxes = Boxes(torch.from_numpy(transforms.apply_box(boxes).reshape(-1, 4).astype(np.float32)))
         gt_boxes.clip(new_size)
         kept = np.flatnonzero(gt_boxes.nonempty(threshold=_MIN_BOX_SIDE).numpy())
         if 0 < self.max_instances < len(kept):
@@ -157,25 +140,17 @@ class InstanceMapper:
 
         instances = Instances(new_size)
         instances.gt_boxes = gt_boxes[torch.from_numpy(kept)]
-        instances.gt_classes = torch.tensor(
-            [classes[i] for i in kept], dtype=torch.int64
-        )
+        instances.gt_classes = torch.tensor([classes[i] for i in kept], dtype=torch.int64)
         if self.use_masks:
             masks = np.zeros((len(kept), *new_size), dtype=bool)
             for mask, i in zip(masks, kept):
-                mask[:] = transforms.apply_segmentation(
-                    _bitmask(annotations[i], size, dataset_dict)
-                )
+                mask[:] = transforms.apply_segmentation(_bitmask(annotations[i], size, dataset_dict))
             instances.gt_masks = BitMasks(torch.from_numpy(masks))
         return instances
 
-    def _category(
-        self, annotation: dict[str, Any], dataset_dict: dict[str, Any]
-    ) -> int:
+    def _category(self, annotation: dict[str, Any], dataset_dict: dict[str, Any]) -> int:
         category = int(annotation["category_id"])
-        if category < 0 or (
-            self.num_classes is not None and category >= self.num_classes
-        ):
+        if category < 0 or (self.num_classes is not None and category >= self.num_classes):
             raise ValueError(
                 f"{_name(dataset_dict)}: an annotation has category {category}, but the model has "
                 f"{self.num_classes} classes (0 to {(self.num_classes or 0) - 1}). Set the method's NUM_CLASSES to the "
@@ -183,14 +158,10 @@ class InstanceMapper:
             )
         return category
 
-    def _count_degenerate(
-        self, boxes: np.ndarray, size: tuple[int, int], dataset_dict: dict[str, Any]
-    ) -> None:
+    def _count_degenerate(self, boxes: np.ndarray, size: tuple[int, int], dataset_dict: dict[str, Any]) -> None:
         """Count boxes [T, 4] that are empty within the image even before augmentation; say so the first time."""
         clipped = np.clip(boxes, 0, (size[1], size[0], size[1], size[0]))
-        number = int(
-            ((clipped[:, 2:] - clipped[:, :2]) <= _MIN_BOX_SIDE).any(axis=1).sum()
-        )
+        number = int(((clipped[:, 2:] - clipped[:, :2]) <= _MIN_BOX_SIDE).any(axis=1).sum())
         if number and not self.num_degenerate:
             logger.warning(
                 "%s: %d annotation(s) with an empty box or one outside the image dropped. Others like it will be "
@@ -205,22 +176,16 @@ def _name(dataset_dict: dict[str, Any]) -> str:
     return f"{dataset_dict['file_name']} (image id {dataset_dict.get('image_id', 'not given')})"
 
 
-def _bitmask(
-    annotation: dict[str, Any], size: tuple[int, int], dataset_dict: dict[str, Any]
-) -> np.ndarray:
+def _bitmask(annotation: dict[str, Any], size: tuple[int, int], dataset_dict: dict[str, Any]) -> np.ndarray:
     """The segmentation of an annotation as uint8 [H, W] of the image's own ``size`` (height, width)."""
     segmentation = annotation.get("segmentation")
-    if segmentation is None or (
-        isinstance(segmentation, (list, dict)) and len(segmentation) == 0
-    ):
+    if segmentation is None or (isinstance(segmentation, (list, dict)) and len(segmentation) == 0):
         raise ValueError(
             f"{_name(dataset_dict)}: an annotation has no segmentation, but masks are wanted. Add segmentations to the "
             "data set, or train without masks (MODEL.SOLQ.MASK_ON False for SOLQ)."
         )
     if isinstance(segmentation, list):
-        mask = mask_util.decode(
-            mask_util.merge(mask_util.frPyObjects(segmentation, *size))
-        )
+        mask = mask_util.decode(mask_util.merge(mask_util.frPyObjects(segmentation, *size)))
     elif isinstance(segmentation, dict):
         if isinstance(segmentation["counts"], list):
             segmentation = mask_util.frPyObjects(segmentation, *segmentation["size"])

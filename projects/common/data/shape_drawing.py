@@ -21,9 +21,11 @@ DIAMETERS = ((0.2, 0.11, 0.2), (0.6, 0.2, 0.5), (0.2, 0.5, 0.95))
 COUNT_PROBABILITIES = (0.10, 0.16, 0.20, 0.18, 0.14, 0.10, 0.07, 0.05)
 EMPTY_PROBABILITY = 0.03
 CROWD_PROBABILITY = 0.05
-# An object shows at least this share of its area within the image border, and of that at least this share stays
-# visible when others are painted over it
+# At least this share of an object's area lies inside the image's border
 MIN_INSIDE = 0.45
+# Least distance of an object's centre from the border, as a fraction of its diameter
+CENTRE_MARGIN = 0.3
+# At least this share of the area inside the border stays visible when others are painted over it
 MIN_VISIBLE = 0.4
 # Distance in RGB (0..1) between the colours of an object and those of the background
 MIN_CONTRAST = 0.4
@@ -61,9 +63,7 @@ def _cross(arm: float = 0.31) -> np.ndarray:
     quarter = np.array([[arm, arm], [arm, 0.95], [-arm, 0.95]])
     quarters = [quarter]
     for _ in range(3):
-        quarters.append(
-            quarters[-1] @ np.array([[0.0, 1.0], [-1.0, 0.0]])
-        )  # a quarter turn, (x, y) -> (-y, x)
+        quarters.append(quarters[-1] @ np.array([[0.0, 1.0], [-1.0, 0.0]]))  # a quarter turn, (x, y) -> (-y, x)
     return np.concatenate(quarters)
 
 
@@ -85,16 +85,12 @@ def _random_colour(
 ) -> np.ndarray:
     """RGB in 0..1, float32 [3], uniform in hue and in the given ranges."""
     return np.array(
-        colorsys.hsv_to_rgb(
-            rng.random(), rng.uniform(*saturation), rng.uniform(*value)
-        ),
+        colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), rng.uniform(*value)),
         dtype=np.float32,
     )
 
 
-def _contrasting_colour(
-    rng: np.random.Generator, others: list[np.ndarray]
-) -> np.ndarray:
+def _contrasting_colour(rng: np.random.Generator, others: list[np.ndarray]) -> np.ndarray:
     """A colour at least MIN_CONTRAST away from all others, or the best of ten."""
     best, best_distance = None, -1.0
     for _ in range(10):
@@ -114,12 +110,8 @@ def _pattern(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
         return np.full((height, width), rng.uniform(0, 0.3), dtype=np.float32)
     if kind == "clouds":
         cell = rng.uniform(4, 16)
-        grid = rng.random(
-            (int(height / cell) + 2, int(width / cell) + 2), dtype=np.float32
-        )
-        return np.clip(
-            cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC), 0, 1
-        )
+        grid = rng.random((int(height / cell) + 2, int(width / cell) + 2), dtype=np.float32)
+        return np.clip(cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC), 0, 1)
     angle = rng.uniform(0, 2 * np.pi)
     x = np.arange(width, dtype=np.float32)[None, :]
     y = np.arange(height, dtype=np.float32)[:, None]
@@ -134,11 +126,7 @@ def _pattern(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     if kind == "stripes":
         return np.clip(0.5 + 2 * wave, 0, 1)
     wave *= np.sin(across * frequency + phases[1])
-    return (
-        np.clip(0.5 + 4 * wave, 0, 1)
-        if kind == "checks"
-        else np.clip(4 * wave - 1, 0, 1)
-    )
+    return np.clip(0.5 + 4 * wave, 0, 1) if kind == "checks" else np.clip(4 * wave - 1, 0, 1)
 
 
 def _mix(pattern: np.ndarray, colours: list[np.ndarray]) -> np.ndarray:
@@ -146,25 +134,16 @@ def _mix(pattern: np.ndarray, colours: list[np.ndarray]) -> np.ndarray:
     return colours[0] + pattern[..., None] * (colours[1] - colours[0])
 
 
-def _coverage(
-    contours: list[np.ndarray], left: int, top: int, width: int, height: int
-) -> np.ndarray:
+def _coverage(contours: list[np.ndarray], left: int, top: int, width: int, height: int) -> np.ndarray:
     """Share of each pixel of a window that lies inside the contours, float32 [height, width] in 0..1."""
     canvas = np.zeros((height * _SUPERSAMPLING, width * _SUPERSAMPLING), dtype=np.uint8)
     bits = 4  # OpenCV takes fixed-point coordinates, with integers at pixel centres
     points = [
-        np.rint((((c - (left, top)) * _SUPERSAMPLING) - 0.5) * (1 << bits))
-        .astype(np.int32)
-        .reshape(-1, 1, 2)
+        np.rint((((c - (left, top)) * _SUPERSAMPLING) - 0.5) * (1 << bits)).astype(np.int32).reshape(-1, 1, 2)
         for c in contours
     ]
     cv2.fillPoly(canvas, points, 255, shift=bits)
-    return (
-        cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA).astype(
-            np.float32
-        )
-        / 255
-    )
+    return cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 
 
 def _polygon_area(corners: np.ndarray) -> float:
@@ -177,15 +156,11 @@ class _Canvas:
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
-        self.height, self.width = (
-            int(side) for side in rng.integers(SIDE_RANGE[0], SIDE_RANGE[1] + 1, 2)
-        )
+        self.height, self.width = (int(side) for side in rng.integers(SIDE_RANGE[0], SIDE_RANGE[1] + 1, 2))
         first = _random_colour(rng, (0.05, 0.5), (0.2, 0.95))
         second = np.clip(first + rng.uniform(-0.22, 0.22, 3).astype(np.float32), 0, 1)
         self.background = [first, second]
-        self.image = np.ascontiguousarray(
-            _mix(_pattern(rng, self.height, self.width), self.background)
-        )
+        self.image = np.ascontiguousarray(_mix(_pattern(rng, self.height, self.width), self.background))
         self.labels = np.zeros((self.height, self.width), dtype=np.int64)
         # Per label: pixels when it was painted, pixels still visible, and the outline if it says the same as the mask
         self.painted = [0]
@@ -200,21 +175,21 @@ class _Canvas:
         box: tuple[float, float, float, float],
         label: int,
     ) -> bool:
-        """Paint a shape with random pose and its centre in ``box`` (x0, y0, x1, y1), unless it would be too much outside
-        the image or hide too much of another object; returns whether it was painted."""
+        """Paint a shape with a random pose and its centre in ``box`` (x0, y0, x1, y1) as (part of) the object ``label``.
+
+        Returns:
+            Whether it was painted: not so if it would be too much outside the image or hide too much of another object.
+        """
         rng = self.rng
         centre = np.array([rng.uniform(box[0], box[2]), rng.uniform(box[1], box[3])])
         angle, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.85, 1.18)
-        axes = np.array(
-            [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
-        )
+        axes = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
         axes *= diameter / 2 * np.array([[stretch], [1 / stretch]])
         contours = [corners @ axes + centre for corners in _CONTOURS[name]]
         least, greatest = contours[0].min(axis=0), contours[0].max(axis=0)
         left, top = (max(int(np.floor(v)) - _SHADOW_REACH, 0) for v in least)
         right, bottom = (
-            min(int(np.ceil(v)) + _SHADOW_REACH, side)
-            for v, side in zip(greatest, (self.width, self.height))
+            min(int(np.ceil(v)) + _SHADOW_REACH, side) for v, side in zip(greatest, (self.width, self.height))
         )
         if right <= left or bottom <= top:
             return False
@@ -222,43 +197,29 @@ class _Canvas:
         coverage = _coverage(contours, left, top, right - left, bottom - top)
         mask = coverage >= 0.5
         area = int(np.count_nonzero(mask))
-        whole_area = _polygon_area(contours[0]) - sum(
-            _polygon_area(hole) for hole in contours[1:]
-        )
+        whole_area = _polygon_area(contours[0]) - sum(_polygon_area(hole) for hole in contours[1:])
         if area < MIN_INSIDE * whole_area:
             return False
         labels = self.labels[top:bottom, left:right]
-        hidden = np.bincount(labels[mask], minlength=len(self.visible))
-        hidden[label if label < len(hidden) else 0] = (
-            0  # parts of one crowd may cover each other
-        )
-        for other in range(1, len(self.visible)):
-            if (
-                other != label
-                and self.visible[other] - hidden[other]
-                < MIN_VISIBLE * self.painted[other]
-            ):
-                return False
+        covered = np.bincount(labels[mask], minlength=len(self.visible) + 1)
+        own = int(covered[label])  # parts of one crowd may cover each other
+        covered[[0, label]] = 0
+        if any(v - c < MIN_VISIBLE * p for v, c, p in zip(self.visible, covered, self.painted)):
+            return False
 
         self._paint(coverage, _mix(_pattern(rng, *mask.shape), colours), left, top)
-        for other in range(1, len(self.visible)):
-            self.visible[other] -= int(hidden[other])
+        self.visible = [v - int(c) for v, c in zip(self.visible, covered)]
         if label == len(self.visible):
             self.painted.append(0)
             self.visible.append(0)
-            inside = (least >= 0).all() and (
-                greatest <= (self.width, self.height)
-            ).all()
+            inside = (least >= 0).all() and (greatest <= (self.width, self.height)).all()
             self.outlines.append(contours[0] if inside and len(contours) == 1 else None)
-        new = int(np.count_nonzero(labels[mask] != label))
-        self.painted[label] += new
-        self.visible[label] += new
+        self.painted[label] += area - own
+        self.visible[label] += area - own
         labels[mask] = label
         return True
 
-    def _paint(
-        self, coverage: np.ndarray, texture: np.ndarray, left: int, top: int
-    ) -> None:
+    def _paint(self, coverage: np.ndarray, texture: np.ndarray, left: int, top: int) -> None:
         """Blend texture [h, w, 3] into the picture by coverage [h, w], over a soft shadow to the lower right."""
         height, width = coverage.shape
         window = self.image[top : top + height, left : left + width]
@@ -275,9 +236,7 @@ class _Canvas:
         y = np.linspace(-1, 1, self.height, dtype=np.float32)[:, None]
         slope = rng.uniform(-0.12, 0.12, 2).astype(np.float32)
         light = 255 * (1 + slope[0] * x + slope[1] * y)
-        grain = rng.standard_normal(self.image.shape, dtype=np.float32) * np.float32(
-            rng.uniform(1, 7)
-        )
+        grain = rng.standard_normal(self.image.shape, dtype=np.float32) * np.float32(rng.uniform(1, 7))
         return np.clip(self.image * light[..., None] + grain, 0, 255).astype(np.uint8)
 
 
@@ -299,22 +258,15 @@ def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, list[SceneObject]]
             crowds.append(True)
         scale = np.sqrt(canvas.width * canvas.height)
         count = 1 + rng.choice(len(COUNT_PROBABILITIES), p=COUNT_PROBABILITIES)
-        bands = rng.choice(
-            len(DIAMETERS), size=count, p=[band[0] for band in DIAMETERS]
-        )
+        bands = rng.choice(len(DIAMETERS), size=count, p=[band[0] for band in DIAMETERS])
         diameters = [scale * rng.uniform(*DIAMETERS[band][1:]) for band in bands]
         for diameter in sorted(diameters, reverse=True):  # small ones in front
             class_index = int(rng.integers(len(CLASS_NAMES)))
             colours = [_contrasting_colour(rng, canvas.background) for _ in range(2)]
+            margin = CENTRE_MARGIN * diameter
+            centres = (margin, margin, canvas.width - margin, canvas.height - margin)
             for _ in range(8):
-                everywhere = (0, 0, canvas.width, canvas.height)
-                if canvas.place(
-                    CLASS_NAMES[class_index],
-                    diameter,
-                    colours,
-                    everywhere,
-                    label=len(canvas.visible),
-                ):
+                if canvas.place(CLASS_NAMES[class_index], diameter, colours, centres, label=len(canvas.visible)):
                     classes.append(class_index)
                     crowds.append(False)
                     break
@@ -322,9 +274,7 @@ def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, list[SceneObject]]
     for label, (class_index, is_crowd) in enumerate(zip(classes, crowds), start=1):
         unhidden = canvas.visible[label] == canvas.painted[label] and not is_crowd
         outline = canvas.outlines[label] if unhidden else None
-        objects.append(
-            SceneObject(class_index, canvas.labels == label, outline, is_crowd)
-        )
+        objects.append(SceneObject(class_index, canvas.labels == label, outline, is_crowd))
     return canvas.finish(), objects
 
 
@@ -341,8 +291,6 @@ def _place_crowd(canvas: _Canvas) -> int:
     label = len(canvas.visible)
     for _ in range(int(rng.integers(10, 19))):
         colours = [_contrasting_colour(rng, canvas.background) for _ in range(2)]
-        while not canvas.place(
-            CLASS_NAMES[class_index], rng.uniform(9, 15), colours, box, label
-        ):
+        while not canvas.place(CLASS_NAMES[class_index], rng.uniform(9, 15), colours, box, label):
             pass
     return class_index

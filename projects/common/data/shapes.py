@@ -30,10 +30,7 @@ VERSION = 1
 SPLIT_SIZES = {"train": 6000, "val": 400}
 # Not contiguous, as COCO's are not
 CATEGORY_IDS = (1, 2, 4, 5, 7, 9)
-CATEGORIES = [
-    {"id": i, "name": name, "supercategory": "shape"}
-    for i, name in zip(CATEGORY_IDS, CLASS_NAMES)
-]
+CATEGORIES = [{"id": i, "name": name, "supercategory": "shape"} for i, name in zip(CATEGORY_IDS, CLASS_NAMES)]
 
 _PART_SIZE = 200
 _JPEG_QUALITY = 90
@@ -46,9 +43,7 @@ def shapes_folder(root: str | os.PathLike) -> Path:
     return Path(root) / "shapes" / f"v{VERSION}"
 
 
-def make_shapes(
-    root: str | os.PathLike, split: str, num_images: int | None = None
-) -> Path:
+def make_shapes(root: str | os.PathLike, split: str, num_images: int | None = None) -> Path:
     """Make a split of the data set unless it is there already.
 
     Args:
@@ -66,9 +61,7 @@ def make_shapes(
         return json_file
     folder.mkdir(parents=True, exist_ok=True)
     with file_lock(str(json_file)):
-        if not _is_complete(
-            json_file, num_images
-        ):  # another process may have made it meanwhile
+        if not _is_complete(json_file, num_images):  # another process may have made it meanwhile
             _generate(json_file, split, num_images)
     return json_file
 
@@ -76,13 +69,7 @@ def make_shapes(
 def _is_complete(json_file: Path, num_images: int) -> bool:
     if not json_file.exists():
         return False
-    return (
-        sum(
-            entry.name.endswith(".jpg")
-            for entry in os.scandir(json_file.with_suffix(""))
-        )
-        == num_images
-    )
+    return sum(entry.name.endswith(".jpg") for entry in os.scandir(json_file.with_suffix(""))) == num_images
 
 
 def _generate(json_file: Path, split: str, num_images: int) -> None:
@@ -91,10 +78,7 @@ def _generate(json_file: Path, split: str, num_images: int) -> None:
     image_folder.mkdir(exist_ok=True)
     parts_folder.mkdir(exist_ok=True)
     starts = range(0, num_images, _PART_SIZE)
-    part_files = [
-        parts_folder / f"{start:06d}-{min(start + _PART_SIZE, num_images):06d}.json"
-        for start in starts
-    ]
+    part_files = [parts_folder / f"{start:06d}-{min(start + _PART_SIZE, num_images):06d}.json" for start in starts]
     with tqdm(
         total=num_images,
         desc=f"Making shapes_{split} in {json_file.parent}",
@@ -135,23 +119,17 @@ def _generate(json_file: Path, split: str, num_images: int) -> None:
     shutil.rmtree(parts_folder)
 
 
-def _make_image(
-    split: str, index: int, folder: Path
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _make_image(split: str, index: int, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Draw and write one image; returns its entry in the JSON and those of its annotations (without ids)."""
     rng = np.random.default_rng([VERSION, list(SPLIT_SIZES).index(split), index])
     image, objects = draw_scene(rng)
     file_name = f"{index:06d}.jpg"
-    _, data = cv2.imencode(
-        ".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY]
-    )
+    _, data = cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
     _write(folder / file_name, data.tobytes())
     height, width = image.shape[:2]
     image_id = index + 1
     entry = {"id": image_id, "file_name": file_name, "height": height, "width": width}
-    return entry, [
-        {"image_id": image_id, **_annotation(o, height, width)} for o in objects
-    ]
+    return entry, [{"image_id": image_id, **_annotation(o, height, width)} for o in objects]
 
 
 def _annotation(scene_object: SceneObject, height: int, width: int) -> dict[str, Any]:
