@@ -1,0 +1,40 @@
+"""Box formats and their overlaps. XYXY boxes are (x0, y0, x1, y1); CXCYWH boxes are (cx, cy, w, h)."""
+
+import torch
+
+
+def cxcywh_to_xyxy(boxes: torch.Tensor) -> torch.Tensor:
+    """(..., 4) -> (..., 4)."""
+    center, size = boxes[..., :2], boxes[..., 2:]
+    return torch.cat((center - 0.5 * size, center + 0.5 * size), dim=-1)
+
+
+def xyxy_to_cxcywh(boxes: torch.Tensor) -> torch.Tensor:
+    """(..., 4) -> (..., 4)."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat((0.5 * (low + high), high - low), dim=-1)
+
+
+def generalized_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Generalised IoU of XYXY boxes (Rezatofighi et al. 2019), element by element with broadcasting.
+
+    ``generalized_iou(a[..., :, None, :], b[..., None, :, :])`` is the pairwise form. Two empty boxes at one place
+    give nan, as 0 / 0 has no value.
+
+    Args:
+        a, b: (..., 4).
+
+    Returns:
+        (...), in [-1, 1].
+    """
+    a_low, a_high, b_low, b_high = a[..., :2], a[..., 2:], b[..., :2], b[..., 2:]
+    intersection = (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0).prod(-1)
+    hull = (torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low)).clamp(min=0).prod(-1)
+    union = (a_high - a_low).prod(-1) + (b_high - b_low).prod(-1) - intersection
+    return intersection / union - (hull - union) / hull
+
+
+def inverse_sigmoid(x: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
+    """Logit of x, with x and 1 - x kept at or above ``eps``: within +-11.5 for the default."""
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))

@@ -1,0 +1,63 @@
+"""Small modules that several methods use."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them, as DETR's heads have."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int) -> None:
+        super().__init__()
+        dims = [in_dim] + [hidden_dim] * (num_layers - 1) + [out_dim]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in_dim) -> (..., out_dim)."""
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class LevelProjections(nn.ModuleList):
+    """Backbone maps to transformer levels of one width (Zhu et al. 2021, appendix A.4).
+
+    One 1x1 convolution with GroupNorm per backbone map; every further level is a 3x3 convolution of stride 2 with
+    GroupNorm, the first from the last backbone map itself, later ones from the level before. Entry ``l`` of the list is
+    ``Sequential(convolution, norm)``.
+
+    Args:
+        in_channels: channels of the backbone maps, fine to coarse.
+        width: channels of every level; a multiple of ``groups``.
+        num_levels: number of levels, at least ``len(in_channels)``.
+        bias: whether the convolutions have one.
+        groups: groups of GroupNorm.
+    """
+
+    def __init__(
+        self, in_channels: list[int], width: int, num_levels: int, bias: bool = True, groups: int = 32
+    ) -> None:
+        if num_levels < len(in_channels):
+            raise ValueError(
+                f"{num_levels} feature levels for {len(in_channels)} backbone maps: name fewer maps in IN_FEATURES or "
+                "raise NUM_FEATURE_LEVELS"
+            )
+        if width % groups:
+            raise ValueError(f"the width of the transformer, {width}, must be a multiple of {groups} (GroupNorm)")
+        layers = [nn.Conv2d(channels, width, 1, bias=bias) for channels in in_channels]
+        for extra in range(num_levels - len(in_channels)):
+            source = in_channels[-1] if extra == 0 else width
+            layers.append(nn.Conv2d(source, width, 3, stride=2, padding=1, bias=bias))
+        for conv in layers:
+            nn.init.xavier_uniform_(conv.weight)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
+        super().__init__(nn.Sequential(conv, nn.GroupNorm(groups, width)) for conv in layers)
+
+    def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Backbone maps (B, C_i, H_i, W_i), fine to coarse -> levels (B, width, H_l, W_l)."""
+        levels = [projection(feature) for projection, feature in zip(self, features, strict=False)]
+        for index in range(len(features), len(self)):
+            levels.append(self[index](features[-1] if index == len(features) else levels[-1]))
+        return levels

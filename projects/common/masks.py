@@ -1,0 +1,58 @@
+"""Masks of instances: reading them, cutting them out at boxes, pasting them into images."""
+
+import torch
+from detectron2.layers.mask_ops import paste_masks_in_image
+from detectron2.structures import BitMasks, Instances
+from torchvision.ops import roi_align
+
+
+def instance_masks(instances: Instances) -> torch.Tensor:
+    """Ground-truth masks of an image as (n, H, W) bool, from bitmasks or polygons."""
+    if not instances.has("gt_masks"):
+        raise ValueError(
+            "instances have no gt_masks: the mask branch needs them; set MODEL.MASK_ON: True for the mapper"
+        )
+    masks = instances.gt_masks
+    if not isinstance(masks, BitMasks):
+        masks = BitMasks.from_polygon_masks(masks, *instances.image_size)
+    return masks.tensor.to(instances.gt_classes.device)
+
+
+def crop_masks(masks: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:
+    """Cut every mask out at its box and resize it to a square.
+
+    RoIAlign with half-pixel shift and ceil(side / size) samples per bin and axis, then a threshold of 0.5, in float32:
+    the same as Detectron2's ``BitMasks.crop_and_resize``.
+
+    Args:
+        masks: (n, H, W) bool.
+        boxes: (n, 4) XYXY in pixels of the masks.
+        size: side of the result.
+
+    Returns:
+        (n, size, size) bool.
+    """
+    if not len(masks):
+        return masks.new_zeros((0, size, size), dtype=torch.bool)
+    index = torch.arange(len(boxes), dtype=torch.float32, device=boxes.device)
+    rois = torch.cat((index[:, None], boxes.to(torch.float32)), dim=1)
+    crops = roi_align(masks[:, None].to(torch.float32), rois, size, spatial_scale=1.0, sampling_ratio=0, aligned=True)
+    return crops[:, 0] >= 0.5
+
+
+def paste_masks(maps: torch.Tensor, boxes: torch.Tensor, height: int, width: int, threshold: float) -> torch.Tensor:
+    """Put square maps into their boxes of an image: bilinear sampling at pixel centres, zero outside of the map.
+
+    Args:
+        maps: (n, size, size) bool or float.
+        boxes: (n, 4) XYXY in pixels; may reach beyond the image.
+        threshold: foreground is what reaches it.
+
+    Returns:
+        (n, height, width) bool.
+    """
+    if not len(maps):
+        return maps.new_zeros((0, height, width), dtype=torch.bool)
+    if not maps.is_floating_point():
+        maps = maps.to(boxes.dtype)
+    return paste_masks_in_image(maps, boxes, (height, width), threshold=threshold)

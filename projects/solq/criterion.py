@@ -1,0 +1,129 @@
+"""SOLQ's matching costs and losses (sections 3.4 and 4.1 of the paper)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from querymask.common.boxes import cxcywh_to_xyxy, generalized_iou
+from querymask.common.matching import Assignment, focal_class_cost, full_precision, pad_targets
+from querymask.common.set_criterion import (
+    Normalizers,
+    SetCriterion,
+    Targets,
+    by_layer,
+    cardinality_error,
+    class_error,
+    focal_class_loss,
+)
+
+VECTOR_LOSS_REDUCTIONS = ("mean", "local_mean", "sum")
+
+
+@dataclass
+class SOLQOutput:
+    """Predictions of all decoder layers.
+
+    Attributes:
+        logits: (N, B, Q, K).
+        boxes: (N, B, Q, 4) cx, cy, w, h relative to the unpadded image.
+        hidden: (N, B, Q, C) what the vector head reads.
+        vector_head: hidden states (..., C) -> mask vectors (..., K), None without mask branch. It runs on matched or
+            selected queries only.
+    """
+
+    logits: torch.Tensor
+    boxes: torch.Tensor
+    hidden: torch.Tensor
+    vector_head: nn.Module | None = None
+
+
+class SOLQCriterion(SetCriterion):
+    """Hungarian matching on class, L1 and GIoU; focal, L1, GIoU and mask-vector losses in every layer.
+
+    ``Targets.fields`` holds ``boxes`` (cx, cy, w, h, normalised) and, with a mask branch, ``vectors`` (n, K).
+
+    Args:
+        costs: weights of the matching costs ``class``, ``bbox``, ``giou``.
+        weights: weights of ``loss_ce``, ``loss_bbox``, ``loss_giou``.
+        focal_alpha: alpha of the focal loss.
+        vector_weight: coefficient inside ``loss_vector``.
+        vector_start_layer: first layer with a vector loss; the last layer always has one.
+        vector_reduction: "mean" over matched pairs and entries, "local_mean" the same within each process, as the
+            release has it, "sum": sum over entries divided by the number of targets.
+    """
+
+    def __init__(
+        self,
+        costs: Mapping[str, float],
+        weights: Mapping[str, float],
+        focal_alpha: float = 0.25,
+        vector_weight: float = 3.0,
+        vector_start_layer: int = 0,
+        vector_reduction: str = "mean",
+    ) -> None:
+        if vector_reduction not in VECTOR_LOSS_REDUCTIONS:
+            raise ValueError(
+                f"MODEL.SOLQ.VECTOR_LOSS_REDUCTION is {vector_reduction!r}: choose one of {VECTOR_LOSS_REDUCTIONS}"
+            )
+        super().__init__({**weights, "loss_vector": 1.0})
+        self.costs = dict(costs)
+        self.focal_alpha = focal_alpha
+        self.vector_weight = vector_weight
+        self.vector_start_layer = vector_start_layer
+        self.vector_reduction = vector_reduction
+
+    def cost_terms(self, outputs: SOLQOutput, targets: Targets) -> dict[str, torch.Tensor]:
+        """Class, L1 and GIoU costs (N, B, Q, T); masks do not take part."""
+        labels = pad_targets(targets.labels, targets.counts)
+        target_boxes = pad_targets(targets.fields["boxes"], targets.counts)[None, :, None]  # (1, B, 1, T, 4)
+        boxes = full_precision(outputs.boxes)[:, :, :, None]  # (N, B, Q, 1, 4)
+        giou = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
+        return {
+            "class cost": self.costs["class"] * focal_class_cost(outputs.logits, labels, self.focal_alpha),
+            "L1 box cost": self.costs["bbox"] * (boxes - target_boxes).abs().sum(-1),
+            "GIoU box cost": -self.costs["giou"] * giou,
+        }
+
+    def layer_losses(
+        self, outputs: SOLQOutput, targets: Targets, assignment: Assignment, normalizers: Normalizers
+    ) -> dict[str, dict[int, torch.Tensor]]:
+        """``loss_ce``, ``loss_bbox``, ``loss_giou`` and ``loss_vector`` of every layer that has them."""
+        count = normalizers.targets
+        boxes = assignment.select(full_precision(outputs.boxes))
+        target_boxes = targets.fields["boxes"][assignment.target]
+        giou = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
+        losses = {
+            "loss_ce": by_layer(focal_class_loss(outputs.logits, targets.labels, assignment, count, self.focal_alpha)),
+            "loss_bbox": by_layer(assignment.sum_layers((boxes - target_boxes).abs().sum(-1)) / count),
+            "loss_giou": by_layer(assignment.sum_layers(1 - giou) / count),
+        }
+        if outputs.vector_head is not None:
+            losses["loss_vector"] = self.vector_losses(outputs, targets, assignment, normalizers)
+        return losses
+
+    def vector_losses(
+        self, outputs: SOLQOutput, targets: Targets, assignment: Assignment, normalizers: Normalizers
+    ) -> dict[int, torch.Tensor]:
+        """L1 distance of predicted and true mask vectors, by layer."""
+        first = min(self.vector_start_layer, assignment.num_layers - 1)
+        start = first * assignment.pairs_per_layer()
+        predicted = full_precision(outputs.vector_head(assignment.select(outputs.hidden)[start:]))
+        truth = targets.fields["vectors"][assignment.target[start:]]
+        sums = (predicted - truth).abs().sum(-1).view(assignment.num_layers - first, -1).sum(1)
+        if self.vector_reduction == "sum":
+            values = sums / normalizers.targets
+        else:
+            pairs = max(assignment.pairs_per_layer(), 1) if self.vector_reduction == "local_mean" else normalizers.pairs
+            values = sums / (pairs * truth.shape[-1])
+        return {first + i: self.vector_weight * value for i, value in enumerate(values.unbind())}
+
+    @torch.no_grad()
+    def statistics(self, outputs: SOLQOutput, targets: Targets) -> dict[str, torch.Tensor]:
+        """``class_error`` and ``cardinality_error`` of the last layer."""
+        last = SOLQOutput(outputs.logits[-1:], outputs.boxes[-1:], outputs.hidden[-1:])
+        return {
+            "class_error": class_error(last.logits, targets.labels, self.match(last, targets)),
+            "cardinality_error": cardinality_error(last.logits, targets.counts)[-1],
+        }

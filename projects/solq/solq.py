@@ -1,0 +1,288 @@
+"""SOLQ (Dong et al., NeurIPS 2021): Deformable DETR whose queries also regress a coded mask.
+
+Data flow (B images, L levels, Q queries, C width, N decoder layers, K entries of a mask vector)::
+
+    images (B, 3, H, W) -> backbone C3..C5 -> projections, L levels (B, C, H_l, W_l)
+      -> deformable transformer -> hidden states (N, B, Q, C)
+      -> class head (N, B, Q, classes), box head (N, B, Q, 4), vector head (., K)
+      -> training: matching and losses per layer; inference: best pairs of query and class, vectors decoded and pasted
+
+Without the mask branch this is Deformable DETR.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import get_event_storage
+from torch import nn
+
+from querymask.common.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from querymask.common.compat import has_event_storage
+from querymask.common.deformable_transformer import DeformableTransformer, TransformerOutput, refine_box
+from querymask.common.layers import MLP, LevelProjections
+from querymask.common.mask_coding import DCTMaskCoding, MaskCoding, binarize_at_half_range
+from querymask.common.masks import crop_masks, instance_masks, paste_masks
+from querymask.common.matching import full_precision
+from querymask.common.padding import padding_mask, resize_mask
+from querymask.common.postprocessing import select_top_scores
+from querymask.common.set_criterion import Targets
+from querymask.solq.criterion import SOLQCriterion, SOLQOutput
+
+PRIOR_PROBABILITY = 0.01
+LOG_PERIOD = 20  # iterations between the statistics that are only logged
+
+
+@META_ARCH_REGISTRY.register()
+class SOLQ(nn.Module):
+    """The meta-architecture.
+
+    Args:
+        backbone: gives the maps ``in_features``.
+        in_features: names of the maps, fine to coarse.
+        transformer: its ``num_proposals`` decides between one-stage and two-stage form.
+        num_levels: feature levels.
+        num_queries, num_classes: Q and the width of the class head.
+        box_refine: every decoder layer has its own heads and moves the reference.
+        coding: mask coding; None: no mask branch.
+        vector_hidden_dim: hidden width of the vector head.
+        criterion: matching and losses.
+        detections_per_image: pairs of query and class that are kept.
+        binarize_before_paste: threshold decoded maps at half of their range before pasting (SOLQ), or paste them soft
+            and threshold once (fast SOLQ).
+        pixel_mean, pixel_std: per channel, for pixels in 0..255.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        in_features: Sequence[str],
+        transformer: DeformableTransformer,
+        num_levels: int,
+        num_queries: int,
+        num_classes: int,
+        box_refine: bool,
+        coding: MaskCoding | None,
+        vector_hidden_dim: int,
+        criterion: SOLQCriterion,
+        detections_per_image: int,
+        binarize_before_paste: bool,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.in_features = list(in_features)
+        self.transformer = transformer
+        self.box_refine = box_refine
+        self.coding = coding
+        self.criterion = criterion
+        self.detections_per_image = detections_per_image
+        self.binarize_before_paste = binarize_before_paste
+
+        width = transformer.embed_dim
+        two_stage = transformer.num_proposals > 0
+        shapes = backbone.output_shape()
+        missing = [name for name in self.in_features if name not in shapes]
+        if missing:
+            raise ValueError(f"IN_FEATURES names {missing}, but the backbone gives {sorted(shapes)}")
+        self.input_proj = LevelProjections([shapes[name].channels for name in self.in_features], width, num_levels)
+        self.query_embed = None if two_stage else nn.Embedding(num_queries, 2 * width)
+
+        # With refinement one copy per layer, and one for the proposals; else one for all.
+        copies = len(transformer.decoder.layers) + int(two_stage) if box_refine else 1
+        self.class_embed = nn.ModuleList(nn.Linear(width, num_classes) for _ in range(copies))
+        self.bbox_embed = nn.ModuleList(MLP(width, width, 4, 3) for _ in range(copies))
+        self.vector_embed = None if coding is None else MLP(width, vector_hidden_dim, coding.length, 3)
+        self._reset_heads(two_stage)
+
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+
+    def _reset_heads(self, two_stage: bool) -> None:
+        for head in self.class_embed:
+            nn.init.constant_(head.bias, -torch.tensor((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY).log().item())
+            head.load_state_dict(self.class_embed[0].state_dict())  # copies start equal
+        vector_heads = [] if self.vector_embed is None else [self.vector_embed]
+        for head in [*self.bbox_embed, *vector_heads]:
+            nn.init.zeros_(head.layers[-1].weight)
+            nn.init.zeros_(head.layers[-1].bias)
+        for head in self.bbox_embed:
+            head.load_state_dict(self.bbox_embed[0].state_dict())
+        # Small boxes at first. The release does the same to the vector head, where it means nothing.
+        for head in vector_heads if two_stage else [self.bbox_embed[0], *vector_heads]:
+            nn.init.constant_(head.layers[-1].bias[2:], -2.0)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Arguments of the constructor."""
+        solq = cfg.MODEL.SOLQ
+        coding = build_mask_coding(solq) if solq.MASK_ON else None
+        if solq.PASTE not in ("binary", "soft"):
+            raise ValueError(f"MODEL.SOLQ.PASTE is {solq.PASTE!r}: choose 'binary' or 'soft'")
+        return {
+            "backbone": build_backbone(cfg),
+            "in_features": solq.IN_FEATURES,
+            "transformer": DeformableTransformer(
+                embed_dim=solq.HIDDEN_DIM,
+                num_heads=solq.NUM_HEADS,
+                enc_layers=solq.ENC_LAYERS,
+                dec_layers=solq.DEC_LAYERS,
+                dim_feedforward=solq.DIM_FEEDFORWARD,
+                dropout=solq.DROPOUT,
+                num_levels=solq.NUM_FEATURE_LEVELS,
+                enc_points=solq.ENC_POINTS,
+                dec_points=solq.DEC_POINTS,
+                num_proposals=solq.NUM_QUERIES if solq.TWO_STAGE else 0,
+                use_checkpoint=solq.USE_CHECKPOINT,
+            ),
+            "num_levels": solq.NUM_FEATURE_LEVELS,
+            "num_queries": solq.NUM_QUERIES,
+            "num_classes": solq.NUM_CLASSES,
+            "box_refine": solq.BOX_REFINE,
+            "coding": coding,
+            "vector_hidden_dim": solq.VECTOR_HIDDEN_DIM,
+            "criterion": SOLQCriterion(
+                costs={"class": solq.COST_CLASS, "bbox": solq.COST_BBOX, "giou": solq.COST_GIOU},
+                weights={
+                    "loss_ce": solq.CLASS_WEIGHT,
+                    "loss_bbox": solq.BBOX_WEIGHT,
+                    "loss_giou": solq.GIOU_WEIGHT,
+                },
+                focal_alpha=solq.FOCAL_ALPHA,
+                vector_weight=solq.VECTOR_WEIGHT,
+                vector_start_layer=solq.VECTOR_START_LAYER,
+                vector_reduction=solq.VECTOR_LOSS_REDUCTION,
+            ),
+            "detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "binarize_before_paste": solq.PASTE == "binary",
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor] | list[dict[str, Instances]]:
+        """Detectron2's contract: weighted losses in training, ``{"instances": Instances}`` per image otherwise."""
+        images = self.preprocess(batched_inputs)
+        decoded, outputs = self.predict(images)
+        if self.training:
+            targets = self.encode_targets(batched_inputs, outputs.boxes.dtype)
+            self._log_statistics(outputs, targets)
+            return self.criterion.weigh(self.losses(decoded, outputs, targets))
+        sizes = [
+            (item.get("height", size[0]), item.get("width", size[1]))
+            for item, size in zip(batched_inputs, images.image_sizes, strict=True)
+        ]
+        return [{"instances": instances} for instances in self.detect(outputs, sizes)]
+
+    def preprocess(self, batched_inputs: Sequence[Mapping[str, Any]]) -> ImageList:
+        """Normalise, then pad with zeros at the right and the bottom to the largest height and width."""
+        images = [(item["image"].to(self.device) - self.pixel_mean) / self.pixel_std for item in batched_inputs]
+        return ImageList.from_tensors(images, self.backbone.size_divisibility)
+
+    def predict(self, images: ImageList) -> tuple[TransformerOutput, SOLQOutput]:
+        """Run the network on a batch of normalised images."""
+        features = self.backbone(images.tensor)
+        levels = self.input_proj([features[name] for name in self.in_features])
+        padding = padding_mask(images)
+        masks = [resize_mask(padding, level.shape[-2:]) for level in levels]
+        decoded = self.transformer(
+            levels,
+            masks,
+            None if self.query_embed is None else self.query_embed.weight,
+            refine=self._refine if self.box_refine else None,
+            proposal_heads=(self.class_embed[-1], self.bbox_embed[-1]),
+            padded=any(size != tuple(images.tensor.shape[-2:]) for size in images.image_sizes),
+        )
+        if self.box_refine:
+            logits = torch.stack([head(x) for head, x in zip(self.class_embed, decoded.hidden, strict=False)])
+            boxes = decoded.boxes
+        else:
+            logits = self.class_embed[0](decoded.hidden)
+            boxes = self._refine(0, decoded.hidden, decoded.references[0])
+        return decoded, SOLQOutput(logits, boxes, decoded.hidden, self.vector_embed)
+
+    def _refine(self, layer: int, hidden: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        return refine_box(full_precision(self.bbox_embed[layer](hidden)), reference)
+
+    def encode_targets(self, batched_inputs: Sequence[Mapping[str, Any]], dtype: torch.dtype) -> Targets:
+        """Ground truth of a batch: normalised boxes and coded masks, once for all decoder layers."""
+        counts, labels, boxes, vectors = [], [], [], []
+        for item in batched_inputs:
+            instances = item["instances"].to(self.device)
+            height, width = instances.image_size
+            corners = instances.gt_boxes.tensor
+            counts.append(len(instances))
+            labels.append(instances.gt_classes)
+            boxes.append(xyxy_to_cxcywh(corners.to(dtype)) / corners.new_tensor([width, height, width, height]))
+            if self.coding is not None:
+                crops = crop_masks(instance_masks(instances), corners, self.coding.mask_size)
+                vectors.append(self.coding.encode(crops).to(dtype))
+        fields = {"boxes": torch.cat(boxes)}
+        if self.coding is not None:
+            fields["vectors"] = torch.cat(vectors)
+        names = [str(item.get("file_name", f"image {i} of the batch")) for i, item in enumerate(batched_inputs)]
+        return Targets(counts, torch.cat(labels), fields, names)
+
+    def losses(self, decoded: TransformerOutput, outputs: SOLQOutput, targets: Targets) -> dict[str, torch.Tensor]:
+        """Losses of all decoder layers and, in the two-stage form, of the proposals (suffix ``_enc``), unweighted."""
+        losses = self.criterion(outputs, targets)
+        if decoded.proposals is not None:
+            proposals = SOLQOutput(decoded.proposals.logits[None], decoded.proposals.boxes[None], decoded.memory[None])
+            anything = Targets(targets.counts, torch.zeros_like(targets.labels), targets.fields, targets.images)
+            losses.update({f"{name}_enc": value for name, value in self.criterion(proposals, anything).items()})
+        return losses
+
+    def _log_statistics(self, outputs: SOLQOutput, targets: Targets) -> None:
+        if not has_event_storage():
+            return
+        storage = get_event_storage()
+        if storage.iter % LOG_PERIOD == 0:
+            storage.put_scalars(**self.criterion.statistics(outputs, targets), smoothing_hint=False)
+
+    def detect(self, outputs: SOLQOutput, sizes: Sequence[tuple[int, int]]) -> list[Instances]:
+        """Detections of the last layer.
+
+        Args:
+            outputs: of ``predict``.
+            sizes: (height, width) of every image to which boxes and masks are scaled.
+
+        Returns:
+            per image ``pred_boxes`` (not clipped), ``scores``, ``pred_classes``, ``pred_queries`` and, with a mask
+            branch, ``pred_masks``.
+        """
+        results = []
+        all_scores = full_precision(outputs.logits[-1]).sigmoid()
+        for image, (height, width) in enumerate(sizes):
+            scores, queries, classes = select_top_scores(all_scores[image], self.detections_per_image)
+            boxes = cxcywh_to_xyxy(outputs.boxes[-1, image, queries])
+            boxes = boxes * boxes.new_tensor([width, height, width, height])
+            instances = Instances((height, width))
+            instances.pred_boxes = Boxes(boxes)
+            instances.scores = scores
+            instances.pred_classes = classes
+            instances.pred_queries = queries
+            if self.coding is not None and outputs.vector_head is not None:
+                vectors = full_precision(outputs.vector_head(outputs.hidden[-1, image, queries]))
+                maps = self.coding.decode(vectors)
+                if self.binarize_before_paste:
+                    maps = binarize_at_half_range(maps)
+                instances.pred_masks = paste_masks(maps, boxes, height, width, threshold=0.5)
+            results.append(instances)
+        return results
+
+
+def build_mask_coding(solq: CfgNode) -> MaskCoding:
+    """The coding that ``MODEL.SOLQ.MASK_CODING`` names."""
+    if solq.MASK_CODING == "dct":
+        return DCTMaskCoding(solq.MASK_SIZE, solq.VECTOR_LENGTH)
+    raise ValueError(f"MODEL.SOLQ.MASK_CODING is {solq.MASK_CODING!r}: choose 'dct'")
