@@ -1,1 +1,5 @@
-"""Backbones that Detectron2 lacks, and the projections from backbone features to transformer levels."""
+"""Backbones that Detectron2 lacks."""
+
+from querymask.common.backbones.swin import SwinTransformer, build_swin_backbone
+
+__all__ = ["SwinTransformer", "build_swin_backbone"]
