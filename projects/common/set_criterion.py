@@ -79,11 +79,6 @@ class SetCriterion(nn.Module):
                 losses[name if layer == assignment.num_layers - 1 else f"{name}_{layer}"] = value
         return losses
 
-    @torch.no_grad()
-    def statistics(self, outputs: Any, targets: Targets) -> dict[str, torch.Tensor]:
-        """What is logged beside the losses, by name; nothing by default."""
-        return {}
-
     def weigh(self, losses: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Multiply every loss by the weight of its name."""
         return {name: value * self.weights[_without_suffix(name)] for name, value in losses.items()}

@@ -13,8 +13,6 @@ from querymask.common.set_criterion import (
     SetCriterion,
     Targets,
     by_layer,
-    cardinality_error,
-    class_error,
     focal_class_loss,
 )
 
@@ -118,12 +116,3 @@ class SOLQCriterion(SetCriterion):
             pairs = max(assignment.pairs_per_layer(), 1) if self.vector_reduction == "local_mean" else normalizers.pairs
             values = sums / (pairs * truth.shape[-1])
         return {first + i: self.vector_weight * value for i, value in enumerate(values.unbind())}
-
-    @torch.no_grad()
-    def statistics(self, outputs: SOLQOutput, targets: Targets) -> dict[str, torch.Tensor]:
-        """``class_error`` and ``cardinality_error`` of the last layer."""
-        last = SOLQOutput(outputs.logits[-1:], outputs.boxes[-1:], outputs.hidden[-1:])
-        return {
-            "class_error": class_error(last.logits, targets.labels, self.match(last, targets)),
-            "cardinality_error": cardinality_error(last.logits, targets.counts)[-1],
-        }

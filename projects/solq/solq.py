@@ -29,7 +29,7 @@ from querymask.common.masks import crop_masks, instance_masks, paste_masks
 from querymask.common.matching import full_precision
 from querymask.common.padding import padding_mask, resize_mask
 from querymask.common.postprocessing import select_top_scores
-from querymask.common.set_criterion import Targets
+from querymask.common.set_criterion import Targets, cardinality_error, class_error
 from querymask.solq.criterion import SOLQCriterion, SOLQOutput
 
 PRIOR_PROBABILITY = 0.01
@@ -176,7 +176,7 @@ class SOLQ(nn.Module):
         decoded, outputs = self.predict(images)
         if self.training:
             targets = self.encode_targets(batched_inputs, outputs.boxes.dtype)
-            self._log_statistics(outputs, targets)
+            self._log_statistics(decoded, outputs, targets)
             return self.criterion.weigh(self.losses(decoded, outputs, targets))
         sizes = [
             (item.get("height", size[0]), item.get("width", size[1]))
@@ -242,12 +242,26 @@ class SOLQ(nn.Module):
             losses.update({f"{name}_enc": value for name, value in self.criterion(proposals, anything).items()})
         return losses
 
-    def _log_statistics(self, outputs: SOLQOutput, targets: Targets) -> None:
-        if not has_event_storage():
-            return
-        storage = get_event_storage()
-        if storage.iter % LOG_PERIOD == 0:
-            storage.put_scalars(**self.criterion.statistics(outputs, targets), smoothing_hint=False)
+    @torch.no_grad()
+    def statistics(
+        self, decoded: TransformerOutput, outputs: SOLQOutput, targets: Targets
+    ) -> dict[str, torch.Tensor]:
+        """What the release logs beside the losses: errors of class and cardinality, named like losses."""
+        last = SOLQOutput(outputs.logits[-1:], outputs.boxes[-1:], outputs.hidden[-1:])
+        named = {"class_error": class_error(last.logits, targets.labels, self.criterion.match(last, targets))}
+        *auxiliary, final = cardinality_error(outputs.logits, targets.counts).unbind()
+        named["cardinality_error"] = final
+        named.update({f"cardinality_error_{layer}": value for layer, value in enumerate(auxiliary)})
+        if decoded.proposals is not None:
+            named["cardinality_error_enc"] = cardinality_error(decoded.proposals.logits[None], targets.counts)[0]
+        return named
+
+    def _log_statistics(self, decoded: TransformerOutput, outputs: SOLQOutput, targets: Targets) -> None:
+        if has_event_storage() and get_event_storage().iter % LOG_PERIOD == 0:
+            named = self.statistics(decoded, outputs, targets)
+            get_event_storage().put_scalars(
+                smoothing_hint=False, **{name: named[name] for name in ("class_error", "cardinality_error")}
+            )
 
     def detect(self, outputs: SOLQOutput, sizes: Sequence[tuple[int, int]]) -> list[Instances]:
         """Detections of the last layer.
