@@ -1,0 +1,44 @@
+// What this library was built from. Python reads the text out of the file before it loads it, so that a library built
+// for another torch is refused with a message instead of an undefined symbol.
+
+#pragma once
+
+#if __has_include(<torch/headeronly/version.h>)
+#include <torch/headeronly/version.h>
+#else
+#include <torch/version.h> // torch <= 2.8
+#endif
+
+#define QUERYMASK_TEXT_OF(...) #__VA_ARGS__
+#define QUERYMASK_TEXT(...) QUERYMASK_TEXT_OF(__VA_ARGS__)
+
+#ifndef QUERYMASK_CUDA_VERSION // set by setup.py: toolkit version and the architectures, "none" without CUDA
+#define QUERYMASK_CUDA_VERSION none
+#endif
+#ifndef QUERYMASK_CUDA_ARCHITECTURES
+#define QUERYMASK_CUDA_ARCHITECTURES none
+#endif
+
+#ifdef _OPENMP
+#define QUERYMASK_THREADS "OpenMP"
+#else
+#define QUERYMASK_THREADS "none"
+#endif
+
+#ifdef __clang__
+#define QUERYMASK_COMPILER __VERSION__ // begins with "Clang"
+#else
+#define QUERYMASK_COMPILER "g++ " __VERSION__
+#endif
+
+namespace querymask {
+
+inline constexpr char kBuildInfo[] =
+    "querymask-build{"
+    "\"torch\": \"" TORCH_VERSION "\", "
+    "\"cuda\": \"" QUERYMASK_TEXT(QUERYMASK_CUDA_VERSION) "\", "
+    "\"cuda_architectures\": \"" QUERYMASK_TEXT(QUERYMASK_CUDA_ARCHITECTURES) "\", "
+    "\"compiler\": \"" QUERYMASK_COMPILER "\", "
+    "\"threads\": \"" QUERYMASK_THREADS "\"}";
+
+} // namespace querymask

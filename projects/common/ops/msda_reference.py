@@ -1,0 +1,104 @@
+"""Multi-scale deformable attention in pure PyTorch: the fall-back, the documentation and the oracle of the kernels.
+
+Shape letters: B batch, S tokens, M heads, D channels of a head, Q queries, L levels, P points.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grid_sample
+
+VALUE_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_inputs(
+    value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor
+) -> None:
+    """Raises ValueError or TypeError unless the arguments fit together. csrc/msda/check.cpp has the same texts."""
+    if value.dim() != 4:
+        raise ValueError(f"value must be [B, S, M, D], got shape {list(value.shape)}")
+    if sampling_locations.dim() != 6 or sampling_locations.shape[5] != 2:
+        raise ValueError(f"sampling_locations must be [B, Q, M, L, P, 2], got shape {list(sampling_locations.shape)}")
+    if len(spatial_shapes) % 2 != 0:
+        raise ValueError(f"spatial_shapes must hold a height and a width for every level, got {list(spatial_shapes)}")
+    sizes = list(zip(spatial_shapes[::2], spatial_shapes[1::2], strict=True))
+    for level, (height, width) in enumerate(sizes):
+        if height <= 0 or width <= 0:
+            raise ValueError(f"level {level} of spatial_shapes is {height} x {width}: both must be positive")
+    batch, tokens, heads, _ = value.shape
+    if (total := sum(height * width for height, width in sizes)) != tokens:
+        raise ValueError(
+            f"value has {tokens} tokens but spatial_shapes {list(spatial_shapes)} add up to {total}: "
+            "give the shapes of the levels that were concatenated into value"
+        )
+    locations_shape = list(sampling_locations.shape)
+    if [locations_shape[i] for i in (0, 2, 3)] != [batch, heads, len(sizes)]:
+        raise ValueError(
+            f"sampling_locations [B, Q, M, L, P, 2] has shape {locations_shape} but value has B = {batch} and "
+            f"M = {heads}, and spatial_shapes have L = {len(sizes)}"
+        )
+    if list(attention_weights.shape) != locations_shape[:5]:
+        raise ValueError(
+            "attention_weights must have the shape of sampling_locations without its last dimension, "
+            f"{locations_shape[:5]}, got {list(attention_weights.shape)}"
+        )
+    if not value.device == sampling_locations.device == attention_weights.device:
+        raise ValueError(
+            f"all tensors must be on one device, got value on {value.device}, sampling_locations on "
+            f"{sampling_locations.device}, attention_weights on {attention_weights.device}"
+        )
+    if value.dtype not in VALUE_TYPES:
+        raise TypeError(f"value must be float16, bfloat16, float32 or float64, got {value.dtype}")
+    if sampling_locations.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"sampling_locations must be float32 or float64, got {sampling_locations.dtype}: fewer digits displace "
+            "the samples by a good part of a pixel; compute the locations in float32"
+        )
+    if attention_weights.dtype != value.dtype:
+        raise TypeError(
+            f"attention_weights must have value's type {value.dtype}, got {attention_weights.dtype}: "
+            "convert one of them with .to()"
+        )
+
+
+def multi_scale_deformable_attention_reference(
+    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """The same as :func:`querymask.common.ops.multi_scale_deformable_attention`, composed of ``grid_sample``.
+
+    float16 and bfloat16 are computed in float32, the result has value's type.
+    """
+    device = value.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if value.dtype != torch.float64:
+            value = value.to(torch.get_autocast_dtype(device))
+        if sampling_locations.dtype != torch.float64:
+            sampling_locations = sampling_locations.float()
+        if attention_weights.dtype != torch.float64:
+            attention_weights = attention_weights.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            return _compose(value, spatial_shapes, sampling_locations, attention_weights)
+    return _compose(value, spatial_shapes, sampling_locations, attention_weights)
+
+
+def _compose(
+    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    check_inputs(value, [size for shape in spatial_shapes for size in shape], sampling_locations, attention_weights)
+    batch, _, heads, channels = value.shape
+    queries, points = sampling_locations.shape[1], sampling_locations.shape[4]
+    compute = torch.float64 if value.dtype == torch.float64 else torch.float32
+    weights = attention_weights.to(compute).permute(3, 0, 2, 1, 4).flatten(1, 2)  # [L, B*M, Q, P]
+    # A sample that is far outside, infinite or NaN meets only zeros; grid_sample itself would not survive the last two.
+    near = ((sampling_locations > -1) & (sampling_locations < 2)).all(-1, keepdim=True)
+    locations = torch.where(near, sampling_locations, -1).to(compute)
+    grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # [L, B*M, Q, P, 2], (-1, -1) upper left
+
+    output = value.new_zeros(batch * heads, channels, queries, dtype=compute)
+    levels = value.to(compute).split([height * width for height, width in spatial_shapes], dim=1)
+    for tokens, (height, width), grid, weight in zip(levels, spatial_shapes, grids, weights, strict=True):
+        level = tokens.permute(0, 2, 3, 1).reshape(batch * heads, channels, height, width)
+        samples = grid_sample(level, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        output = output + (samples * weight.unsqueeze(1)).sum(-1)
+    return output.view(batch, heads * channels, queries).transpose(1, 2).to(value.dtype)
