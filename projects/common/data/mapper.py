@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pycocotools.mask as mask_util
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import detection_utils as utils
@@ -14,6 +13,7 @@ from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
 from PIL import UnidentifiedImageError
 
 from querymask.common.data.augmentation import build_augmentations
+from querymask.common.data.segmentation import decode_segmentation
 
 # Boxes with a side of at most this many pixels are degenerate (Detectron2's own threshold)
 _MIN_BOX_SIDE = 1e-5
@@ -56,6 +56,7 @@ class InstanceMapper:
         self.use_masks = use_masks
         self.max_instances = max_instances
         self.num_classes = num_classes
+        # Annotations dropped so far for a degenerate box
         self.num_degenerate = 0
 
     @classmethod
@@ -103,11 +104,7 @@ class InstanceMapper:
                 f"{_name(dataset_dict)}: there is no such file. Check the image folder that the data set was "
                 "registered with, or the environment variable DETECTRON2_DATASETS (docs/data.md)."
             ) from error
-        except (
-            UnidentifiedImageError,
-            OSError,
-            SyntaxError,
-        ) as error:  # PIL raises SyntaxError for broken PNG files
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:  # SyntaxError: broken PNG files
             raise RuntimeError(
                 f"{_name(dataset_dict)}: the file cannot be decoded ({error}). Replace it, or take the image out of "
                 "the data set."
@@ -127,11 +124,12 @@ class InstanceMapper:
                 "an image has no instances."
             )
         annotations = [a for a in dataset_dict["annotations"] if not a.get("iscrowd", 0)]
+        boxes = np.array([BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations])
+        boxes = boxes.reshape(-1, 4).astype(np.float64)
+        proper = self._proper_boxes(boxes, size, dataset_dict)
+        annotations, boxes = [annotations[i] for i in proper], boxes[proper]
         classes = [self._category(a, dataset_dict) for a in annotations]
 
-        boxes = np.array([BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations])
-        boxes = boxes.reshape(-1, 4)
-        self._count_degenerate(boxes, size, dataset_dict)
         gt_boxes = Boxes(torch.from_numpy(transforms.apply_box(boxes).reshape(-1, 4).astype(np.float32)))
         gt_boxes.clip(new_size)
         kept = np.flatnonzero(gt_boxes.nonempty(threshold=_MIN_BOX_SIDE).numpy())
@@ -151,25 +149,27 @@ class InstanceMapper:
     def _category(self, annotation: dict[str, Any], dataset_dict: dict[str, Any]) -> int:
         category = int(annotation["category_id"])
         if category < 0 or (self.num_classes is not None and category >= self.num_classes):
+            allowed = "from 0 on" if self.num_classes is None else f"0 to {self.num_classes - 1}"
             raise ValueError(
-                f"{_name(dataset_dict)}: an annotation has category {category}, but the model has "
-                f"{self.num_classes} classes (0 to {(self.num_classes or 0) - 1}). Set the method's NUM_CLASSES to the "
-                "number of classes of the data set, and make sure that its categories are contiguous and count from 0."
+                f"{_name(dataset_dict)}: an annotation has category {category}, the model's are {allowed}. Set the "
+                "method's NUM_CLASSES to the data set's number of classes, and number its categories without gaps from 0."
             )
         return category
 
-    def _count_degenerate(self, boxes: np.ndarray, size: tuple[int, int], dataset_dict: dict[str, Any]) -> None:
-        """Count boxes [T, 4] that are empty within the image even before augmentation; say so the first time."""
+    def _proper_boxes(self, boxes: np.ndarray, size: tuple[int, int], dataset_dict: dict[str, Any]) -> np.ndarray:
+        """Indices of those boxes [T, 4] that are not empty within the image; the others are counted."""
         clipped = np.clip(boxes, 0, (size[1], size[0], size[1], size[0]))
-        number = int(((clipped[:, 2:] - clipped[:, :2]) <= _MIN_BOX_SIDE).any(axis=1).sum())
+        proper = ((clipped[:, 2:] - clipped[:, :2]) > _MIN_BOX_SIDE).all(axis=1)  # False for NaN
+        number = len(boxes) - int(proper.sum())
         if number and not self.num_degenerate:
             logger.warning(
-                "%s: %d annotation(s) with an empty box or one outside the image dropped. Others like it will be "
+                "%s: dropped %d annotation(s) with a box that is empty, not finite or outside the image. Others will be "
                 "dropped without a word.",
                 _name(dataset_dict),
                 number,
             )
         self.num_degenerate += number
+        return np.flatnonzero(proper)
 
 
 def _name(dataset_dict: dict[str, Any]) -> str:
@@ -179,26 +179,12 @@ def _name(dataset_dict: dict[str, Any]) -> str:
 def _bitmask(annotation: dict[str, Any], size: tuple[int, int], dataset_dict: dict[str, Any]) -> np.ndarray:
     """The segmentation of an annotation as uint8 [H, W] of the image's own ``size`` (height, width)."""
     segmentation = annotation.get("segmentation")
-    if segmentation is None or (isinstance(segmentation, (list, dict)) and len(segmentation) == 0):
+    if segmentation is None or len(segmentation) == 0:
         raise ValueError(
             f"{_name(dataset_dict)}: an annotation has no segmentation, but masks are wanted. Add segmentations to the "
-            "data set, or train without masks (MODEL.SOLQ.MASK_ON False for SOLQ)."
+            "data set, or train without masks (for SOLQ: MODEL.SOLQ.MASK_ON False)."
         )
-    if isinstance(segmentation, list):
-        mask = mask_util.decode(mask_util.merge(mask_util.frPyObjects(segmentation, *size)))
-    elif isinstance(segmentation, dict):
-        if isinstance(segmentation["counts"], list):
-            segmentation = mask_util.frPyObjects(segmentation, *segmentation["size"])
-        mask = mask_util.decode(segmentation)
-    elif isinstance(segmentation, np.ndarray):
-        mask = np.ascontiguousarray(segmentation, dtype=np.uint8)
-    else:
-        raise ValueError(
-            f"{_name(dataset_dict)}: a segmentation is of type {type(segmentation).__name__}. Use a list of polygons, "
-            "a COCO RLE dictionary, or a NumPy array of the image's height and width."
-        )
-    if mask.shape != tuple(size):
-        raise ValueError(
-            f"{_name(dataset_dict)}: a mask is {mask.shape}, the image {tuple(size)} (height, width). Make them equal."
-        )
-    return mask
+    try:
+        return decode_segmentation(segmentation, *size)
+    except ValueError as error:
+        raise ValueError(f"{_name(dataset_dict)}: {error}") from error
