@@ -10,6 +10,7 @@ Data flow (B images, L levels, Q queries, C width, N decoder layers, K entries o
 Without the mask branch this is Deformable DETR.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -106,7 +107,7 @@ class SOLQ(nn.Module):
 
     def _reset_heads(self, two_stage: bool) -> None:
         for head in self.class_embed:
-            nn.init.constant_(head.bias, -torch.tensor((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY).log().item())
+            nn.init.constant_(head.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
             head.load_state_dict(self.class_embed[0].state_dict())  # copies start equal
         vector_heads = [] if self.vector_embed is None else [self.vector_embed]
         for head in [*self.bbox_embed, *vector_heads]:
