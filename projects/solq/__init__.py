@@ -1,6 +1,7 @@
 """SOLQ: segmenting objects by learning queries (Dong et al., NeurIPS 2021)."""
 
+from querymask.solq import checkpoint
 from querymask.solq.config import add_solq_config
 from querymask.solq.solq import SOLQ
 
-__all__ = ["SOLQ", "add_solq_config"]
+__all__ = ["SOLQ", "add_solq_config", "checkpoint"]

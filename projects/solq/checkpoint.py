@@ -1,8 +1,8 @@
 """SOLQ's published checkpoints, and those of Deformable DETR, its detector.
 
-The release stores shared modules once for every use: the box heads also below ``transformer.decoder``, the one mask head
-for each decoder layer, and without box refinement one class and one box head for each layer. The model has each once, so
-the copies are checked and left out. Everything but the backbone keeps its name.
+The release stores shared modules once for every use: the box heads also below ``transformer.decoder``, the one mask
+head for every decoder layer, and without box refinement one class and one box head for every layer. The model has each
+once, so the copies are checked and left out. Everything but the backbone keeps its name.
 """
 
 import re
@@ -79,9 +79,7 @@ def convert(
     if not _has_refinement(state):
         rules.append(Copy(r"^(class|bbox)_embed\.[1-9]\d*\.(.*)", r"\1_embed.0.\2"))
     if detector_only:
-        branch = (
-            r"^(vector_embed|processor_pca|bbox_attention|mask_head|seg_input_proj)\."
-        )
+        branch = r"^(vector_embed|processor_pca|bbox_attention|mask_head|seg_input_proj)\."
         rules.append(Drop(branch, "mask branch, not asked for"))
     if drop_classes:
         rules.append(Drop(r"^class_embed\.", "class head, not asked for"))
@@ -108,9 +106,7 @@ def _pick_classes(state: State, class_ids: Sequence[int]) -> Change:
         )
     index = torch.as_tensor(list(class_ids))
     note = f"{len(class_ids)} of {rows} rows"
-    return Change(
-        r"^class_embed\.\d+\.(weight|bias)$", lambda value: value[index], note
-    )
+    return Change(r"^class_embed\.\d+\.(weight|bias)$", lambda value: value[index], note)
 
 
 # ---- What a file holds --------------------------------------------------------------------------------------------
@@ -140,11 +136,7 @@ def _has_refinement(state: State) -> bool:
 
 def settings(state: State) -> dict[str, Any]:
     """The config keys that a file of the release demands, with their values, read off its shapes."""
-    mask_on = (
-        not _is_sqr(state)
-        and not _is_pca(state)
-        and "vector_embed.0.layers.0.weight" in state
-    )
+    mask_on = not _is_sqr(state) and not _is_pca(state) and "vector_embed.0.layers.0.weight" in state
     state = _detector(state)
     levels, width = state["transformer.level_embed"].shape
 
@@ -154,18 +146,13 @@ def settings(state: State) -> dict[str, Any]:
 
     result: dict[str, Any] = {
         "MODEL.META_ARCHITECTURE": "SOLQ",
-        **(
-            swin_settings(state, _BODY)
-            if _is_swin(state)
-            else resnet_settings(state, _BODY)
-        ),
+        "MODEL.BACKBONE.NAME": "build_swin_backbone" if _is_swin(state) else "build_resnet_backbone",
+        **(swin_settings(state, _BODY) if _is_swin(state) else resnet_settings(state, _BODY)),
         "MODEL.SOLQ.HIDDEN_DIM": width,
         "MODEL.SOLQ.NUM_FEATURE_LEVELS": levels,
         "MODEL.SOLQ.ENC_LAYERS": layers("encoder"),
         "MODEL.SOLQ.DEC_LAYERS": layers("decoder"),
-        "MODEL.SOLQ.DIM_FEEDFORWARD": state[
-            "transformer.encoder.layers.0.linear1.bias"
-        ].shape[0],
+        "MODEL.SOLQ.DIM_FEEDFORWARD": state["transformer.encoder.layers.0.linear1.bias"].shape[0],
         "MODEL.SOLQ.BOX_REFINE": _has_refinement(state),
         "MODEL.SOLQ.TWO_STAGE": "transformer.enc_output.weight" in state,
         "MODEL.SOLQ.MASK_ON": mask_on,
@@ -173,18 +160,15 @@ def settings(state: State) -> dict[str, Any]:
     if "query_embed.weight" in state:
         result["MODEL.SOLQ.NUM_QUERIES"] = state["query_embed.weight"].shape[0]
     if mask_on:
-        result["MODEL.SOLQ.VECTOR_HIDDEN_DIM"] = state[
-            "vector_embed.0.layers.0.bias"
-        ].shape[0]
-        result["MODEL.SOLQ.VECTOR_LENGTH"] = state[
-            "vector_embed.0.layers.2.bias"
-        ].shape[0]
+        result["MODEL.SOLQ.VECTOR_HIDDEN_DIM"] = state["vector_embed.0.layers.0.bias"].shape[0]
+        result["MODEL.SOLQ.VECTOR_LENGTH"] = state["vector_embed.0.layers.2.bias"].shape[0]
     return result
 
 
 def describe(state: State) -> str:
     """What a file of the release holds, in a line."""
     detector, found = _detector(state), settings(state)
+    levels = found["MODEL.SOLQ.NUM_FEATURE_LEVELS"]
     if _is_sqr(state):
         name = "the SQR baseline of SOLQ"
     elif _is_pca(state):
@@ -192,11 +176,9 @@ def describe(state: State) -> str:
     else:
         name = "SOLQ" if found["MODEL.SOLQ.MASK_ON"] else "Deformable DETR"
     parts = [
-        f"Swin of width {found['MODEL.SWIN.EMBED_DIM']}"
-        if _is_swin(state)
-        else f"R{found['MODEL.RESNETS.DEPTH']}",
+        f"Swin of width {found['MODEL.SWIN.EMBED_DIM']}" if _is_swin(state) else f"R{found['MODEL.RESNETS.DEPTH']}",
         f"width {found['MODEL.SOLQ.HIDDEN_DIM']}",
-        f"{found['MODEL.SOLQ.NUM_FEATURE_LEVELS']} level(s)",
+        f"{levels} level{'s' if levels > 1 else ''}",
         f"{'with' if found['MODEL.SOLQ.BOX_REFINE'] else 'without'} box refinement",
         "two-stage" if found["MODEL.SOLQ.TWO_STAGE"] else "one-stage",
         f"{detector['class_embed.0.bias'].shape[0]} class rows",
@@ -206,7 +188,10 @@ def describe(state: State) -> str:
     return f"{name} ({', '.join(parts)})"
 
 
-def _convert_file(state: State, options: Options) -> tuple[State, Report]:
+# ---- Formats ------------------------------------------------------------------------------------------------------
+
+
+def _convert_release(state: State, options: Options) -> tuple[State, Report]:
     return convert(
         state,
         options.class_ids,
@@ -215,11 +200,27 @@ def _convert_file(state: State, options: Options) -> tuple[State, Report]:
     )
 
 
-def _file_settings(state: State, options: Options) -> dict[str, Any]:
+def _convert_own(state: State, options: Options) -> tuple[State, Report]:
+    rules: list[Rule] = []
+    if options.drop_classes:
+        rules.append(Drop(r"^class_embed\.", "class head, not asked for"))
+    if options.detector_only:
+        rules.append(Drop(r"^vector_embed\.", "mask branch, not asked for"))
+    return apply_rules(state, rules)
+
+
+def _release_settings(state: State, options: Options) -> dict[str, Any]:
     found = settings(state)
     if options.detector_only:
         found["MODEL.SOLQ.MASK_ON"] = False
+    if not options.drop_classes:
+        rows = _detector(state)["class_embed.0.bias"].shape[0]
+        found["MODEL.SOLQ.NUM_CLASSES"] = rows if options.class_ids is None else len(options.class_ids)
     return found
+
+
+def _new_keys(options: Options) -> str | None:
+    return r"^class_embed\." if options.drop_classes else None
 
 
 register_format(
@@ -232,14 +233,16 @@ register_format(
         ),
         excluded=(r"label_enc\.weight$",),
         describe=describe,
-        settings=_file_settings,
-        convert=_convert_file,
+        settings=_release_settings,
+        convert=_convert_release,
+        new_keys=_new_keys,
     )
 )
 register_format(
     Format(
-        "SOLQ in QueryMask's own format",
+        "SOLQ or Deformable DETR in QueryMask's own names",
         (r"^transformer\.level_embed$", r"^backbone\.(stem|patch_embed)\."),
-        advice="It needs no conversion: MODEL.WEIGHTS loads it as it is.",
+        convert=_convert_own,
+        new_keys=_new_keys,
     )
 )

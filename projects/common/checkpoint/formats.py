@@ -46,6 +46,7 @@ class Format:
         describe: the name with what the shapes tell.
         settings: the config keys that a file demands, with their values.
         convert: the conversion; None where the format is only recognised.
+        new_keys: pattern of the model's keys that a file need not have.
         advice: what to do with a file that is only recognised.
     """
 
@@ -55,6 +56,7 @@ class Format:
     describe: Callable[[State], str] | None = None
     settings: Callable[[State, Options], dict[str, Any]] | None = None
     convert: Callable[[State, Options], tuple[State, Report]] | None = None
+    new_keys: Callable[[Options], str | None] = lambda options: None
     advice: str = "QueryMask does not convert this format."
 
     def matches(self, keys: Collection[str]) -> bool:
@@ -63,9 +65,7 @@ class Format:
         def found(pattern: str) -> bool:
             return any(re.search(pattern, key) for key in keys)
 
-        return all(found(pattern) for pattern in self.signature) and not any(
-            found(p) for p in self.excluded
-        )
+        return all(found(pattern) for pattern in self.signature) and not any(found(p) for p in self.excluded)
 
     def description(self, state: State) -> str:
         """What the file holds, in a few words."""
@@ -94,10 +94,10 @@ _BASIC_DEPTHS = {2: 18, 6: 34}
 
 
 def resnet_rules(source: str, target: str) -> list[Rule]:
-    """Rules from torchvision's ResNet names to Detectron2's.
+    r"""Rules from torchvision's ResNet names to Detectron2's.
 
     Args:
-        source: pattern of the prefix in the file, for example ``r"^backbone\\.0\\.body\\."``.
+        source: pattern of the prefix in the file, for example ``r"^backbone\.0\.body\."``.
         target: the prefix in the model, for example ``"backbone."``.
     """
     prefix = "^" + re.escape(target)
@@ -105,9 +105,7 @@ def resnet_rules(source: str, target: str) -> list[Rule]:
         Rename(source + r"(?=(conv1|bn1|layer\d+)\.)", target),
         Rename(prefix + r"conv1\.", f"{target}stem.conv1."),
         Rename(prefix + r"bn1\.", f"{target}stem.conv1.norm."),
-        Rename(
-            prefix + r"layer(\d)\.", lambda match: f"{target}res{int(match[1]) + 1}."
-        ),
+        Rename(prefix + r"layer(\d)\.", lambda match: f"{target}res{int(match[1]) + 1}."),
         Rename(f"({prefix}" + r"res\d\.\d+)\.bn(\d)\.", r"\1.conv\2.norm."),
         Rename(f"({prefix}" + r"res\d\.\d+)\.downsample\.0\.", r"\1.shortcut."),
         Rename(f"({prefix}" + r"res\d\.\d+)\.downsample\.1\.", r"\1.shortcut.norm."),
@@ -120,17 +118,10 @@ def resnet_rules(source: str, target: str) -> list[Rule]:
 
 def resnet_settings(state: State, prefix: str) -> dict[str, Any]:
     """Config keys of a Detectron2 ResNet for a file with torchvision's names behind ``prefix``."""
-    blocks = {
-        int(m[1])
-        for key in state
-        if (m := re.match(re.escape(prefix) + r"layer3\.(\d+)\.", key))
-    }
+    blocks = {int(m[1]) for key in state if (m := re.match(re.escape(prefix) + r"layer3\.(\d+)\.", key))}
     bottleneck = f"{prefix}layer3.0.conv3.weight" in state
     return {
-        "MODEL.BACKBONE.NAME": "build_resnet_backbone",
-        "MODEL.RESNETS.DEPTH": (
-            _BOTTLENECK_DEPTHS if bottleneck else _BASIC_DEPTHS
-        ).get(len(blocks)),
+        "MODEL.RESNETS.DEPTH": (_BOTTLENECK_DEPTHS if bottleneck else _BASIC_DEPTHS).get(len(blocks)),
         "MODEL.RESNETS.STRIDE_IN_1X1": False,
     }
 
@@ -153,14 +144,10 @@ def swin_settings(state: State, prefix: str) -> dict[str, Any]:
 
     table = f"{prefix}layers.{{}}.blocks.0.attn.relative_position_bias_table"
     return {
-        "MODEL.BACKBONE.NAME": "build_swin_backbone",
         "MODEL.SWIN.EMBED_DIM": state[f"{prefix}patch_embed.proj.weight"].shape[0],
         "MODEL.SWIN.DEPTHS": [blocks(stage) for stage in range(4)],
-        "MODEL.SWIN.NUM_HEADS": [
-            state[table.format(stage)].shape[1] for stage in range(4)
-        ],
-        "MODEL.SWIN.WINDOW_SIZE": (int(state[table.format(0)].shape[0] ** 0.5) + 1)
-        // 2,
+        "MODEL.SWIN.NUM_HEADS": [state[table.format(stage)].shape[1] for stage in range(4)],
+        "MODEL.SWIN.WINDOW_SIZE": (int(state[table.format(0)].shape[0] ** 0.5) + 1) // 2,
     }
 
 
@@ -168,17 +155,13 @@ def _backbone_prefix(keys: Collection[str], marker: str, what: str) -> str:
     """The prefix of the backbone in the model, found by the name of its first convolution."""
     prefixes = [key[: -len(marker)] for key in keys if key.endswith(marker)]
     if len(prefixes) != 1:
-        raise CheckpointError(
-            f"The file holds a {what}, but the config's model has no such backbone."
-        )
+        raise CheckpointError(f"The file holds a {what}, but the config's model has no such backbone.")
     return prefixes[0]
 
 
 def _convert_torchvision_resnet(state: State, options: Options) -> tuple[State, Report]:
     prefix = _backbone_prefix(options.model_keys, "stem.conv1.weight", "ResNet")
-    return apply_rules(
-        state, [Drop(r"^fc\.", "ImageNet classifier"), *resnet_rules("^", prefix)]
-    )
+    return apply_rules(state, [Drop(r"^fc\.", "ImageNet classifier"), *resnet_rules("^", prefix)])
 
 
 def _convert_detectron2_resnet(state: State, options: Options) -> tuple[State, Report]:
@@ -188,9 +171,7 @@ def _convert_detectron2_resnet(state: State, options: Options) -> tuple[State, R
 
 
 def _convert_swin(state: State, options: Options) -> tuple[State, Report]:
-    prefix = _backbone_prefix(
-        options.model_keys, "patch_embed.proj.weight", "Swin transformer"
-    )
+    prefix = _backbone_prefix(options.model_keys, "patch_embed.proj.weight", "Swin transformer")
     rules: list[Rule] = [
         Drop(r"^head\.", "ImageNet classifier"),
         Drop(
@@ -198,9 +179,7 @@ def _convert_swin(state: State, options: Options) -> tuple[State, Report]:
             "norm before the ImageNet classifier; a detector has one a stage",
         ),
     ]
-    if (
-        "layers.0.downsample.norm.weight" not in state
-    ):  # timm counts the merging of patches to the stage after it
+    if "layers.0.downsample.norm.weight" not in state:  # timm counts the merging of patches to the stage after it
         rules.append(
             Rename(
                 r"^layers\.(\d)\.downsample\.",
@@ -210,6 +189,17 @@ def _convert_swin(state: State, options: Options) -> tuple[State, Report]:
     return apply_rules(state, [*rules, Rename("^", prefix), *swin_rules(prefix)])
 
 
+def _all_but_resnet(options: Options) -> str:
+    prefix = _backbone_prefix(options.model_keys, "stem.conv1.weight", "ResNet")
+    return f"^(?!{re.escape(prefix)})"
+
+
+def _all_but_swin(options: Options) -> str:
+    """The norms of the outputs do not exist in a classifier either."""
+    prefix = re.escape(_backbone_prefix(options.model_keys, "patch_embed.proj.weight", "Swin transformer"))
+    return rf"^(?!{prefix})|^{prefix}norm\d\."
+
+
 register_format(
     Format(
         "torchvision ResNet",
@@ -217,6 +207,7 @@ register_format(
         describe=lambda state: f"torchvision ResNet-{resnet_settings(state, '')['MODEL.RESNETS.DEPTH']}",
         settings=lambda state, options: resnet_settings(state, ""),
         convert=_convert_torchvision_resnet,
+        new_keys=_all_but_resnet,
     )
 )
 register_format(
@@ -224,6 +215,7 @@ register_format(
         "Detectron2 ResNet backbone",
         (r"^stem\.conv1\.weight$", r"^res2\.0\.conv1\.weight$"),
         convert=_convert_detectron2_resnet,
+        new_keys=_all_but_resnet,
     )
 )
 register_format(
@@ -237,6 +229,7 @@ register_format(
         describe=lambda state: f"Swin transformer of width {swin_settings(state, '')['MODEL.SWIN.EMBED_DIM']}",
         settings=lambda state, options: swin_settings(state, ""),
         convert=_convert_swin,
+        new_keys=_all_but_swin,
     )
 )
 
@@ -250,9 +243,7 @@ for _format in (
     ),
     Format("Detectron2 R-CNN", (r"^roi_heads\.", r"^backbone\.bottom_up\.")),
     Format("torchvision detector", (r"^backbone\.body\.layer1\.", r"^(rpn|head)\.")),
-    Format(
-        "Mask2Former or MaskFormer", (r"^sem_seg_head\.(pixel_decoder|predictor)\.",)
-    ),
+    Format("Mask2Former or MaskFormer", (r"^sem_seg_head\.(pixel_decoder|predictor)\.",)),
     Format(
         "DETR",
         (

@@ -1,8 +1,8 @@
 """Reading pickles of NumPy arrays without trusting them.
 
-Detectron2's ``.pkl`` files are pickled dictionaries of arrays. Unpickling calls what the file names, and even NumPy's own
-functions can be abused that way, so no class of the file is used here: the few names that a pickled array needs are
-mapped to the small stand-ins below, everything else is refused.
+Detectron2's ``.pkl`` files are pickled dictionaries of arrays. Unpickling calls what the file names, and even NumPy's
+own functions can be abused that way. So nothing that the file names is called: the few names that a pickled array needs
+are mapped to the small stand-ins below, everything else is refused.
 """
 
 import pickle
@@ -55,9 +55,7 @@ class _Array:
         """The array itself; its data is a copy, so it can be written to."""
         if not isinstance(self.dtype, _Dtype):
             raise _Refused("an array without a type")
-        data = (
-            self.data.encode("latin1") if isinstance(self.data, str) else self.data
-        )  # str: a pickle of Python 2
+        data = self.data.encode("latin1") if isinstance(self.data, str) else self.data  # str: a pickle of Python 2
         values = np.frombuffer(data, np.dtype(self.dtype.code))
         values = values.reshape(self.shape, order="F" if self.fortran else "C")
         return np.array(values, values.dtype.newbyteorder("="), order="C")
@@ -67,9 +65,7 @@ def _reconstruct(kind: type, shape: Any, code: Any) -> _Array:
     return _Array()  # its contents follow by __setstate__
 
 
-def _from_buffer(
-    data: Any, dtype: _Dtype, shape: tuple[int, ...], order: str
-) -> _Array:
+def _from_buffer(data: Any, dtype: _Dtype, shape: tuple[int, ...], order: str) -> _Array:
     return _Array(shape, dtype, bytes(data), order == "F")
 
 
@@ -83,9 +79,14 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+def _no_bytes() -> bytes:
+    return b""
+
+
 _STAND_INS = {
     "collections.OrderedDict": OrderedDict,
-    "_codecs.encode": _encode,  # how bytes are pickled for Python 2
+    "_codecs.encode": _encode,  # protocol 2 has no bytes: it writes text and its encoding,
+    "__builtin__.bytes": _no_bytes,  # or this, for none
     "numpy.ndarray": _Array,
     "numpy.dtype": _Dtype,
     **{
@@ -122,12 +123,8 @@ def load_arrays(path: Path) -> Any:
             f"{path}: the pickle holds {error}, which is not an array of numbers; nothing in it was run. "
             "Only Detectron2's .pkl files are read this way."
         ) from error
-    except (
-        Exception
-    ) as error:  # a damaged pickle can fail anywhere in the interpreter of its opcodes
-        raise CheckpointError(
-            f"{path}: damaged or incomplete ({error}). Download it again."
-        ) from error
+    except Exception as error:  # a damaged pickle can fail anywhere in the interpreter of its opcodes
+        raise CheckpointError(f"{path}: damaged or incomplete ({error}). Download it again.") from error
 
 
 def _resolve(content: Any) -> Any:

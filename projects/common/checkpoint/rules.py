@@ -33,11 +33,9 @@ class Rename:
     """Replaces the part of a key that ``pattern`` matches, as ``re.sub`` does."""
 
     pattern: str
-    replacement: str
+    replacement: str | Callable[[re.Match[str]], str]
 
-    def apply(
-        self, entry: Entry, match: re.Match[str], entries: Mapping[str, Entry]
-    ) -> None:
+    def apply(self, entry: Entry, match: re.Match[str], entries: Mapping[str, Entry]) -> None:
         entry.target = re.sub(self.pattern, self.replacement, entry.target)
 
 
@@ -48,9 +46,7 @@ class Drop:
     pattern: str
     reason: str
 
-    def apply(
-        self, entry: Entry, match: re.Match[str], entries: Mapping[str, Entry]
-    ) -> None:
+    def apply(self, entry: Entry, match: re.Match[str], entries: Mapping[str, Entry]) -> None:
         entry.dropped = True
         entry.notes.append(self.reason)
 
@@ -66,9 +62,7 @@ class Copy:
     pattern: str
     original: str
 
-    def apply(
-        self, entry: Entry, match: re.Match[str], entries: Mapping[str, Entry]
-    ) -> None:
+    def apply(self, entry: Entry, match: re.Match[str], entries: Mapping[str, Entry]) -> None:
         name = match.expand(self.original)
         if name not in entries:
             raise CheckpointError(
@@ -92,9 +86,7 @@ class Change:
     function: Callable[[Tensor], Tensor]
     note: str
 
-    def apply(
-        self, entry: Entry, match: re.Match[str], entries: Mapping[str, Entry]
-    ) -> None:
+    def apply(self, entry: Entry, match: re.Match[str], entries: Mapping[str, Entry]) -> None:
         entry.value = self.function(entry.value)
         entry.notes.append(self.note)
 
@@ -104,7 +96,7 @@ Rule = Rename | Drop | Copy | Change
 
 @dataclass(frozen=True)
 class Line:
-    """What became of one key. ``source`` is empty for a missing one, ``target`` for a dropped one."""
+    """What became of one key. ``source`` is empty for a missing or new one, ``target`` for a dropped one."""
 
     status: str
     source: str
@@ -123,6 +115,7 @@ class Report:
         "used": "kept under its name",
         "renamed": "kept under the model's name",
         "dropped": "left out, for the reason given",
+        "new": "in the model only, as asked: keeps its initial value",
         "missing": "in the model, not in the file",
         "unexpected": "in the file, not in the model",
         "mismatch": "of another shape in the model",
@@ -141,28 +134,19 @@ class Report:
     def summary(self) -> str:
         """A table with one row a status: how many keys, and what it means."""
         counts = Counter(line.status for line in self.lines)
-        rows = [
-            (status, counts[status], meaning)
-            for status, meaning in self.STATUSES.items()
-        ]
+        rows = [(status, counts[status], meaning) for status, meaning in self.STATUSES.items()]
         return tabulate(rows, headers=["status", "keys", "meaning"], tablefmt="pipe")
 
-    def details(self, *statuses: str) -> str:
-        """A table with one row a key, all of them or those of the given statuses."""
-        rows = [
-            (line.status, line.source, line.target, line.note)
-            for line in self.of(*(statuses or self.STATUSES))
-        ]
-        return tabulate(
-            rows,
-            headers=["status", "key in the file", "key in the model", "note"],
-            tablefmt="pipe",
-        )
+    def details(self, *statuses: str, limit: int | None = None) -> str:
+        """A table with one row a key: all of them or those of the given statuses, at most ``limit``."""
+        lines = self.of(*(statuses or self.STATUSES))
+        rows = [(line.status, line.source, line.target, line.note) for line in lines[:limit]]
+        headers = ["status", "key in the file", "key in the model", "note"]
+        more = f"\n... and {len(lines) - len(rows)} more" if len(rows) < len(lines) else ""
+        return tabulate(rows, headers=headers, tablefmt="pipe") + more
 
 
-def apply_rules(
-    state: Mapping[str, Tensor], rules: Iterable[Rule]
-) -> tuple[State, Report]:
+def apply_rules(state: Mapping[str, Tensor], rules: Iterable[Rule]) -> tuple[State, Report]:
     """Send every key through all rules, in their order; a rule sees the names that the rules before it made.
 
     Args:
@@ -195,9 +179,7 @@ def apply_rules(
             note,
         )
 
-    return {key: entry.value for key, entry in entries.items()}, Report(
-        tuple(line(entry) for entry in everything)
-    )
+    return {key: entry.value for key, entry in entries.items()}, Report(tuple(line(entry) for entry in everything))
 
 
 def _by_target(entries: Iterable[Entry]) -> dict[str, Entry]:
@@ -214,33 +196,38 @@ def _by_target(entries: Iterable[Entry]) -> dict[str, Entry]:
 
 
 def fit_to_model(
-    state: Mapping[str, Tensor], report: Report, shapes: Mapping[str, Sequence[int]]
+    state: Mapping[str, Tensor],
+    report: Report,
+    shapes: Mapping[str, Sequence[int]],
+    new: str | None = None,
 ) -> tuple[State, Report]:
     """Compare converted tensors with what a model expects.
 
     Args:
         state, report: what ``apply_rules`` returned.
         shapes: the model's state dict as key -> shape.
+        new: pattern of the model's keys that the file need not have.
 
     Returns:
-        the tensors that the model can take, and the report completed by the statuses missing, unexpected, mismatch.
+        the tensors that the model can take, and the report completed by new, missing, unexpected and mismatch.
     """
     lines = []
     for line in report.lines:
         if line.target and line.target not in shapes:
             line = replace(line, status="unexpected")
-        elif line.target and tuple(state[line.target].shape) != tuple(
-            shapes[line.target]
-        ):
+        elif line.target and tuple(state[line.target].shape) != tuple(shapes[line.target]):
             note = f"{tuple(state[line.target].shape)} in the file, {tuple(shapes[line.target])} in the model"
             line = replace(line, status="mismatch", note=note)
         lines.append(line)
-    lines += [
-        Line("missing", "", key, f"{tuple(shapes[key])}")
-        for key in shapes
-        if key not in state
-    ]
+    for key, shape in shapes.items():
+        if key not in state:
+            lines.append(
+                Line(
+                    "new" if new and re.search(new, key) else "missing",
+                    "",
+                    key,
+                    str(tuple(shape)),
+                )
+            )
     report = Report(tuple(lines))
-    return {
-        line.target: state[line.target] for line in report.of("used", "renamed")
-    }, report
+    return {line.target: state[line.target] for line in report.of("used", "renamed")}, report

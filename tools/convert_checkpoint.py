@@ -1,0 +1,176 @@
+"""Turn a published checkpoint into a file that MODEL.WEIGHTS loads.
+
+    python tools/convert_checkpoint.py --config-file CONFIG INPUT OUTPUT.pth [KEY VALUE ...]
+
+The format of INPUT is recognised. Nothing in it is executed. Formats and options: docs/checkpoints.md.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import querymask  # before Detectron2, which it makes importable on current libraries
+
+# isort: split
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
+
+from querymask import get_cfg
+from querymask.common.checkpoint import (
+    FORMATS,
+    CheckpointError,
+    Options,
+    Report,
+    fit_to_model,
+    read_checkpoint,
+    recognise,
+    write_checkpoint,
+)
+
+SHOWN_KEYS = 12
+SHOWN_CONFIGS = 5
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--config-file",
+        required=True,
+        metavar="FILE",
+        help="config of the model to convert for",
+    )
+    parser.add_argument("--report", metavar="FILE", help="write what became of every key to this file")
+    classes = parser.add_mutually_exclusive_group()
+    classes.add_argument(
+        "--keep-classes",
+        action="store_true",
+        help="keep every row of the class head, instead of picking COCO's 80 from rows indexed by raw category ids",
+    )
+    classes.add_argument(
+        "--drop-classes",
+        action="store_true",
+        help="leave the class head out, to train on another data set",
+    )
+    parser.add_argument("--detector-only", action="store_true", help="leave the mask branch out")
+    parser.add_argument(
+        "--partial",
+        action="store_true",
+        help="write what fits even if something does not, to train from it",
+    )
+    parser.add_argument("input", metavar="INPUT", help="a .pth, .pkl or .safetensors file")
+    parser.add_argument("output", metavar="OUTPUT", help="the file to write, ending in .pth")
+    parser.add_argument(
+        "opts",
+        nargs=argparse.REMAINDER,
+        metavar="KEY VALUE",
+        help="overrides of the config",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the conversion; returns the exit status."""
+    args = parse_arguments(arguments)
+    cfg = get_cfg()
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    cfg.MODEL.DEVICE = "cpu"
+    try:
+        convert(args, cfg)
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def convert(args: argparse.Namespace, cfg: CfgNode) -> None:
+    """Read, convert, report and write.
+
+    Raises:
+        CheckpointError: the file cannot be read, is of another model, or does not fit the config.
+    """
+    state = read_checkpoint(args.input)
+    format = recognise(state)
+    if format is None:
+        known = ", ".join(format.name for format in FORMATS if format.convert)
+        raise CheckpointError(
+            f"{args.input}: the model is not recognised. Its keys begin with {', '.join(list(state)[:4])}. "
+            f"What can be converted: {known}."
+        )
+    print(f"{args.input}: {format.description(state)}")
+    if format.convert is None:
+        raise CheckpointError(f"{args.input} looks like {format.name}. {format.advice}")
+
+    shapes = {key: tuple(value.shape) for key, value in build_model(cfg).state_dict().items()}
+    options = Options(
+        class_ids=None if args.keep_classes or args.drop_classes else coco_class_ids(),
+        drop_classes=args.drop_classes,
+        detector_only=args.detector_only,
+        model_keys=shapes.keys(),
+    )
+    fitted, report = fit_to_model(*format.convert(state, options), shapes, format.new_keys(options))
+    print(report.summary())
+    if args.report:
+        Path(args.report).write_text(report.details() + "\n")
+        print(f"All keys: {args.report}")
+    settings = format.settings(state, options) if format.settings else {}
+    same = all(lookup(cfg, key) == value for key, value in settings.items())
+    if not (report.fits and same) and not args.partial:
+        raise CheckpointError(refusal(args, cfg, format.description(state), settings, report))
+    if not fitted:
+        raise CheckpointError(f"{args.input}: nothing in it fits {args.config_file}.")
+    author = f"querymask {querymask.__version__}, converted from {Path(args.input).name}"
+    write_checkpoint(fitted, args.output, author)
+    print(f"Written: {args.output} ({len(fitted)} tensors)")
+
+
+def coco_class_ids() -> list[int]:
+    """COCO's 80 raw category ids in the order of Detectron2's contiguous classes."""
+    contiguous = MetadataCatalog.get("coco_2017_train").thing_dataset_id_to_contiguous_id
+    return sorted(contiguous, key=contiguous.__getitem__)
+
+
+def refusal(args: argparse.Namespace, cfg: CfgNode, description: str, settings: dict[str, Any], report: Report) -> str:
+    """Why a file was not converted: what it looks like, where the config differs, and which configs fit."""
+    lines = [f"{args.input} does not fit {args.config_file}. It looks like {description}."]
+    differing = {key: value for key, value in settings.items() if lookup(cfg, key) != value}
+    if differing:
+        lines.append("It needs other settings than the config has:")
+        lines += [f"  {key} {value} (config: {lookup(cfg, key)})" for key, value in differing.items()]
+        configs = fitting_configs(settings)
+        more = f", and {len(configs) - SHOWN_CONFIGS} more" if len(configs) > SHOWN_CONFIGS else ""
+        if configs:
+            lines.append(f"Configs that have them: {', '.join(configs[:SHOWN_CONFIGS])}{more}")
+        else:
+            lines.append("No config of QueryMask has them all; give them as KEY VALUE after OUTPUT.")
+    if not report.fits:
+        lines.append(report.details(*Report.MISFITS, limit=SHOWN_KEYS))
+    lines.append("--partial writes what fits; --drop-classes leaves out the class head. See docs/checkpoints.md.")
+    return "\n".join(lines)
+
+
+def lookup(cfg: CfgNode, key: str) -> Any:
+    """The value of a dotted config key, with tuples as lists."""
+    value: Any = cfg
+    for name in key.split("."):
+        value = value[name]
+    return list(value) if isinstance(value, tuple) else value
+
+
+def fitting_configs(settings: dict[str, Any]) -> list[str]:
+    """The project's configs that have these settings, those with the shortest names first."""
+    fitting = []
+    for path in Path(querymask.__file__).parent.glob("*/configs/*.yaml"):
+        cfg = get_cfg()
+        cfg.merge_from_file(str(path))
+        if not path.name.startswith("Base") and all(lookup(cfg, key) == value for key, value in settings.items()):
+            fitting.append(str(path))
+    return sorted(fitting, key=lambda path: (len(path), path))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
