@@ -6,6 +6,7 @@ Supported: 0.5 (also without its compiled part, as the registry has it), 0.6 and
 import importlib.util
 import sys
 import types
+import warnings
 from typing import Any
 
 
@@ -53,6 +54,8 @@ def apply_shims() -> None:
     """
     import PIL.Image
 
+    # Said once for every scripted function of Detectron2, torchvision and fvcore while they are imported
+    warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
     if not hasattr(PIL.Image, "LINEAR"):  # removed in Pillow 10; Detectron2 <= 0.6 names it in a default argument
         PIL.Image.LINEAR = PIL.Image.BILINEAR  # type: ignore[attr-defined]
     if detectron2_is_compiled():

@@ -44,9 +44,7 @@ def check_num_classes(cfg: CfgNode, dataset_names: Iterable[str]) -> None:
 def dataset_classes(name: str) -> list[str]:
     """Class names of a data set; one registered without them is read first (as COCO JSON files of users are)."""
     if name not in DatasetCatalog:
-        raise KeyError(
-            f"there is no data set {name!r}; registered are {', '.join(sorted(DatasetCatalog.keys()))}"
-        )
+        raise KeyError(f"there is no data set {name!r}; registered are {', '.join(sorted(DatasetCatalog.keys()))}")
     if MetadataCatalog.get(name).get("thing_classes") is None:
         DatasetCatalog.get(name)
     return MetadataCatalog.get(name).get("thing_classes") or []
@@ -59,9 +57,7 @@ class StrictCheckpointer(DetectionCheckpointer):
         cfg: names the class-count key in the message.
     """
 
-    def __init__(
-        self, model: Any, save_dir: str = "", *, cfg: CfgNode, **checkpointables: Any
-    ) -> None:
+    def __init__(self, model: Any, save_dir: str = "", *, cfg: CfgNode, **checkpointables: Any) -> None:
         super().__init__(model, save_dir, **checkpointables)
         self._cfg = cfg
         self._loading = ""
@@ -76,25 +72,16 @@ class StrictCheckpointer(DetectionCheckpointer):
             raise ValueError(self._mismatch(incompatible.incorrect_shapes))
         return incompatible
 
-    def _mismatch(
-        self, shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
-    ) -> str:
+    def _mismatch(self, shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> str:
         key = num_classes_key(self._cfg)
-        lines = "\n".join(
-            f"  {name}: {file} in the file, {model} in the model"
-            for name, file, model in shapes[:8]
-        )
+        lines = "\n".join(f"  {name}: {file} in the file, {model} in the model" for name, file, model in shapes[:8])
         if len(shapes) > 8:
             lines += f"\n  ... and {len(shapes) - 8} more"
         message = f"{self._loading} does not fit the model: {len(shapes)} tensors have other shapes.\n{lines}\n"
         if key is None:
             return message + "Use the config that the file was made with."
         classes = _get(self._cfg, key)
-        heads = [
-            name
-            for name, file, model in shapes
-            if model[:1] == (classes,) and file[1:] == model[1:]
-        ]
+        heads = [name for name, file, model in shapes if model[:1] == (classes,) and file[1:] == model[1:]]
         if len(heads) < len(shapes):
             return message + "Use the config that the file was made with."
         in_file = next(file[0] for _, file, _ in shapes)

@@ -1,8 +1,9 @@
-"""Start one process per GPU, or per ``--num-gpus`` on CPU, or join those that torchrun has started."""
+"""Start one process per GPU, or as many as wanted on CPU, or join those that torchrun has started."""
 
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +14,19 @@ import torch.multiprocessing as mp
 from querymask.common import compat
 
 TIMEOUT = timedelta(minutes=30)
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process of how many this is, in the job and on its machine, and where they meet."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    url: str
+    device: str
 
 
 def launch(
@@ -26,93 +40,59 @@ def launch(
 ) -> Any:
     """Call ``main(*args)`` in every process of the job.
 
-    Like ``detectron2.engine.launch``, and beyond it: works on CPU (gloo), and joins the process group that torchrun
-    describes in the environment (RANK, LOCAL_RANK, WORLD_SIZE) instead of starting processes of its own.
+    Does what ``detectron2.engine.launch`` does, works on CPU as well (gloo), and joins the processes that torchrun
+    describes in the environment instead of starting its own; the other arguments do not matter then.
 
     Args:
-        main: must be importable by name if more than one process is started.
-        num_processes: processes on this machine; one GPU each if ``device`` is "cuda".
+        main: importable by name if more than one process is started.
+        num_processes: on this machine; on CUDA one GPU each.
         dist_url: where the processes meet; "auto" picks a free port of this machine.
         device: "cuda" (nccl) or "cpu" (gloo).
 
     Returns:
         What ``main`` returned if it ran in this process, otherwise None.
     """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        return _run(
-            main,
-            args,
-            "env://",
-            int(os.environ["RANK"]),
-            int(os.environ["WORLD_SIZE"]),
-            local_rank,
-            local_size,
-            device,
-        )
+    if all(name in os.environ for name in TORCHRUN_VARIABLES):
+        rank, world_size, local_rank, local_size = (int(os.environ[name]) for name in TORCHRUN_VARIABLES[:4])
+        return _run(main, args, Place(rank, world_size, local_rank, local_size, "env://", device))
     world_size = num_machines * num_processes
-    if world_size == 1:
+    if world_size <= 1:
         return main(*args)
     if dist_url == "auto":
         if num_machines > 1:
+            raise ValueError("--dist-url auto is for one machine: give tcp://ADDRESS:PORT of the first machine")
+        dist_url = f"tcp://127.0.0.1:{_free_port()}"
+    first = Place(machine_rank * num_processes, world_size, 0, num_processes, dist_url, device)
+    mp.spawn(_spawned, (main, args, first), nprocs=num_processes)
+
+
+def _spawned(local_rank: int, main: Callable[..., Any], args: tuple[Any, ...], first: Place) -> None:
+    if first.device == "cpu":  # else every process takes all cores; torchrun limits them by OMP_NUM_THREADS
+        torch.set_num_threads(max(1, torch.get_num_threads() // first.local_size))
+    _run(main, args, Place(**{**vars(first), "rank": first.rank + local_rank, "local_rank": local_rank}))
+
+
+def _run(main: Callable[..., Any], args: tuple[Any, ...], place: Place) -> Any:
+    """Join the process group, call ``main``, leave the group."""
+    if place.device == "cuda":
+        if place.local_size > torch.cuda.device_count():
             raise ValueError(
-                "--dist-url auto works on one machine only: give tcp://ADDRESS:PORT of machine 0"
+                f"{place.local_size} processes on this machine need as many GPUs, but it has "
+                f"{torch.cuda.device_count()}: start fewer (--num-gpus), or set MODEL.DEVICE cpu"
             )
-        dist_url = f"tcp://127.0.0.1:{free_port()}"
-    spawn_args = (main, args, dist_url, machine_rank, world_size, num_processes, device)
-    mp.spawn(_spawned, spawn_args, nprocs=num_processes)
+        torch.cuda.set_device(place.local_rank)
+    backend = "nccl" if place.device == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, init_method=place.url, rank=place.rank, world_size=place.world_size, timeout=TIMEOUT
+    )
+    compat.create_local_process_group(place.local_size)
+    result = main(*args)
+    dist.destroy_process_group()
+    return result
 
 
-def free_port() -> int:
+def _free_port() -> int:
     """A TCP port that was free a moment ago."""
     with socket.socket() as connection:
         connection.bind(("127.0.0.1", 0))
         return connection.getsockname()[1]
-
-
-def _spawned(
-    local_rank: int,
-    main: Callable[..., Any],
-    args: tuple[Any, ...],
-    dist_url: str,
-    machine_rank: int,
-    world_size: int,
-    local_size: int,
-    device: str,
-) -> None:
-    if (
-        device == "cpu"
-    ):  # otherwise every process takes all cores; torchrun does the same by OMP_NUM_THREADS
-        torch.set_num_threads(max(1, torch.get_num_threads() // local_size))
-    rank = machine_rank * local_size + local_rank
-    _run(main, args, dist_url, rank, world_size, local_rank, local_size, device)
-
-
-def _run(
-    main: Callable[..., Any],
-    args: tuple[Any, ...],
-    dist_url: str,
-    rank: int,
-    world_size: int,
-    local_rank: int,
-    local_size: int,
-    device: str,
-) -> Any:
-    """Join the process group, call ``main``, leave the group."""
-    if device == "cuda":
-        if local_size > torch.cuda.device_count():
-            raise ValueError(
-                f"{local_size} processes on this machine need as many GPUs, it has {torch.cuda.device_count()}: "
-                "lower --num-gpus or set MODEL.DEVICE cpu"
-            )
-        torch.cuda.set_device(local_rank)
-    backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, init_method=dist_url, rank=rank, world_size=world_size, timeout=TIMEOUT
-    )
-    try:
-        compat.create_local_process_group(local_size)
-        return main(*args)
-    finally:
-        dist.destroy_process_group()

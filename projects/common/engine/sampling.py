@@ -11,9 +11,12 @@ import torch
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+EPOCH, SAMPLE, STEP, START = range(4)
+"""What a random number is for: the order of an epoch, the augmentation of a sample, a training step, initialisation."""
+
 
 def mix_seed(*numbers: int) -> int:
-    """A 32-bit seed from several numbers, such as (seed, iteration, rank); neighbours give unrelated seeds."""
+    """A 32-bit seed from several numbers, such as (seed, STEP, iteration); neighbours give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -42,9 +45,7 @@ def seeded(seed: int) -> Iterator[None]:
 class SeededDataset(Dataset):
     """A mapped data set whose element (index, position) has randomness of its own, whoever computes it and when."""
 
-    def __init__(
-        self, dataset: Sequence[dict], mapper: Callable[[dict], dict], seed: int
-    ) -> None:
+    def __init__(self, dataset: Sequence[dict], mapper: Callable[[dict], dict], seed: int) -> None:
         self.dataset = dataset
         self.mapper = mapper
         self.seed = seed
@@ -54,7 +55,7 @@ class SeededDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         index, position = key
-        with seeded(mix_seed(self.seed, position)):
+        with seeded(mix_seed(self.seed, SAMPLE, position)):
             return self.mapper(self.dataset[index])
 
 
@@ -109,21 +110,19 @@ def shuffled_epoch(size: int, seed: int) -> Callable[[int], list[int]]:
     """Epochs that have every index once, in random order."""
 
     def epoch(number: int) -> list[int]:
-        generator = torch.Generator().manual_seed(mix_seed(seed, number))
+        generator = torch.Generator().manual_seed(mix_seed(seed, EPOCH, number))
         return torch.randperm(size, generator=generator).tolist()
 
     return epoch
 
 
-def repeated_epoch(
-    repeat_factors: torch.Tensor, seed: int
-) -> Callable[[int], list[int]]:
+def repeated_epoch(repeat_factors: torch.Tensor, seed: int) -> Callable[[int], list[int]]:
     """Epochs that have index i ``repeat_factors[i]`` times on average (stochastic rounding), in random order."""
     whole = torch.trunc(repeat_factors)
     fraction = repeat_factors - whole
 
     def epoch(number: int) -> list[int]:
-        generator = torch.Generator().manual_seed(mix_seed(seed, number))
+        generator = torch.Generator().manual_seed(mix_seed(seed, EPOCH, number))
         repeats = whole + (torch.rand(len(fraction), generator=generator) < fraction)
         indices = torch.repeat_interleave(torch.arange(len(repeats)), repeats.long())
         return indices[torch.randperm(len(indices), generator=generator)].tolist()
@@ -132,9 +131,17 @@ def repeated_epoch(
 
 
 class TrainLoader:
-    """Endless training batches of this process. Nothing is read before the first ``next``.
+    """Endless training batches of this process.
 
-    So iteration and seed may still be set (``start_at``) after the loader was made, as resuming does.
+    Nothing is read before the first ``next``, so that iteration and seed may still be set by ``start_at`` when a run
+    is resumed.
+
+    Args:
+        dataset: entries in Detectron2's format.
+        mapper: from an entry to a model input.
+        batch_size: images of all processes together.
+        groups: see :class:`TrainingBatchSampler`.
+        repeat_factors: see :func:`repeated_epoch`; None: every image once in an epoch.
     """
 
     def __init__(
@@ -146,7 +153,6 @@ class TrainLoader:
         seed: int = 0,
         groups: Sequence[int] | None = None,
         repeat_factors: torch.Tensor | None = None,
-        pin_memory: bool = False,
     ) -> None:
         self.dataset = dataset
         self.mapper = mapper
@@ -167,9 +173,7 @@ class TrainLoader:
             epoch = shuffled_epoch(len(self.dataset), self.seed)
         else:
             epoch = repeated_epoch(self.repeat_factors, self.seed)
-        return TrainingBatchSampler(
-            epoch, self.batch_size, self.groups, self.start_iteration
-        )
+        return TrainingBatchSampler(epoch, self.batch_size, self.groups, self.start_iteration)
 
     def __iter__(self) -> Iterator[list[dict]]:
         yield from DataLoader(

@@ -13,7 +13,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 import querymask
-from querymask.common.engine.sampling import mix_seed, seed_everything
+from querymask.common.engine.sampling import START, mix_seed, seed_everything
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +38,7 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     if cfg.SEED < 0:
         frozen = cfg.is_frozen()
         cfg.defrost()
-        cfg.SEED = (
-            comm.shared_random_seed()
-            if comm.get_world_size() > 1
-            else int.from_bytes(os.urandom(4), "big") >> 1
-        )
+        cfg.SEED = comm.shared_random_seed()
         if frozen:
             cfg.freeze()
         logger.info(f"SEED was not given; this run has SEED {cfg.SEED}")
@@ -57,5 +53,5 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
         with PathManager.open(path, "w") as file:
             file.write(cfg.dump())
         logger.info(f"the full config is in {path}")
-    seed_everything(mix_seed(cfg.SEED, rank))
+    seed_everything(mix_seed(cfg.SEED, START, rank))
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK

@@ -10,7 +10,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from querymask.common.engine.sampling import mix_seed, seed_everything
+from querymask.common.engine.sampling import STEP, mix_seed, seed_everything
 
 
 class TrainingStep:
@@ -44,25 +44,21 @@ class TrainingStep:
         self.iter = 0
         self.device_type = next(model.parameters()).device.type
         self.amp = amp
-        self.grad_scaler = torch.amp.GradScaler(
-            self.device_type, enabled=amp and self.device_type == "cuda"
-        )
+        self.grad_scaler = torch.amp.GradScaler(self.device_type, enabled=amp and self.device_type == "cuda")
         self._batches = None
         self._pending: list[tuple[int, tuple[str, ...], torch.Tensor]] = []
 
     def run_step(self) -> None:
         """One iteration; ``iter`` must be set to its number."""
         if not self.model.training:
-            raise RuntimeError(
-                "the model was left in evaluation mode: call model.train() after evaluating"
-            )
+            raise RuntimeError("the model was left in evaluation mode: call model.train() after evaluating")
         if self._batches is None:
             self._batches = iter(self.data_loader)
         start = time.perf_counter()
         batch = next(self._batches)
         data_time = time.perf_counter() - start
 
-        seed_everything(mix_seed(self.seed, self.iter, comm.get_rank()))
+        seed_everything(mix_seed(self.seed, STEP, self.iter, comm.get_rank()))
         dtype = torch.float16 if self.device_type == "cuda" else torch.bfloat16
         with torch.autocast(self.device_type, dtype, enabled=self.amp):
             losses = self.model(batch)
@@ -71,9 +67,7 @@ class TrainingStep:
             total = sum(losses.values())
         self.optimizer.zero_grad(set_to_none=True)
         self.grad_scaler.scale(total).backward()
-        self.grad_scaler.unscale_(
-            self.optimizer
-        )  # clipping inside step() must see the true gradients
+        self.grad_scaler.unscale_(self.optimizer)  # clipping inside step() must see the true gradients
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 

@@ -1,5 +1,6 @@
 """The trainer of all methods: Detectron2's, with exact resuming, CPU processes and DETR's optimiser."""
 
+import inspect
 import logging
 import os
 import weakref
@@ -8,41 +9,39 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import (
-    DatasetFromList,
-    build_detection_test_loader,
-    get_detection_dataset_dicts,
-)
+from detectron2.data import DatasetFromList, build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 from detectron2.engine import hooks as detectron2_hooks
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, verify_results
+from detectron2.modeling import build_model
 from detectron2.utils import comm
-from detectron2.utils.events import (
-    CommonMetricPrinter,
-    EventWriter,
-    JSONWriter,
-    TensorboardXWriter,
-)
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 
 from querymask.common.data.mapper import InstanceMapper
+from querymask.common.engine import hooks
 from querymask.common.engine.checks import StrictCheckpointer, check_num_classes
-from querymask.common.engine.hooks import LRScheduler
 from querymask.common.engine.sampling import TrainLoader
 from querymask.common.engine.step import TrainingStep
-from querymask.common.evaluation import build_evaluator
+from querymask.common.evaluation import build_evaluator, results_table
 from querymask.common.solver import build_lr_scheduler, build_optimizer
 
 logger = logging.getLogger(__name__)
 
 WRITE_PERIOD = 20
-"""Iterations between two lines of the log."""
+"""Iterations between two lines of the log, as in Detectron2."""
 
 
 class Trainer(DefaultTrainer):
-    """Trains and evaluates any meta-architecture by a config. ``cfg.SEED`` must be chosen (``default_setup`` does it)."""
+    """Trains and evaluates any registered meta-architecture.
+
+    Args:
+        cfg: with a chosen ``SEED`` (``default_setup`` chooses one where it is negative).
+    """
 
     def __init__(self, cfg: CfgNode) -> None:
         TrainerBase.__init__(self)
@@ -51,137 +50,147 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
-        self._trainer = TrainingStep(
-            distribute(model), loader, optimizer, cfg.SEED, cfg.SOLVER.AMP.ENABLED
-        )
+        self._trainer = TrainingStep(distribute(model), loader, optimizer, cfg.SEED, cfg.SOLVER.AMP.ENABLED)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = StrictCheckpointer(
-            model, cfg.OUTPUT_DIR, cfg=cfg, trainer=weakref.proxy(self)
-        )
+        self.checkpointer = StrictCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Continue from the last checkpoint in ``OUTPUT_DIR`` if there is one, else load ``MODEL.WEIGHTS``."""
-        resume = resume and self.checkpointer.has_checkpoint()
+        """Continue from the last checkpoint in ``OUTPUT_DIR``; without one, or if not told to, load MODEL.WEIGHTS."""
+        if resume and not self.checkpointer.has_checkpoint():
+            logger.info(f"there is nothing to resume in {self.cfg.OUTPUT_DIR}: training starts at iteration 0")
+            resume = False
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if resume:
-            self.start_iter = (
-                self.iter + 1
-            )  # the checkpoint has the number of the iteration that had just finished
-            logger.info(
-                f"resumed at iteration {self.start_iter} from {self.checkpointer.get_checkpoint_file()}"
-            )
+            self.start_iter = self.iter + 1  # the checkpoint has the number of the iteration that had just finished
+            logger.info(f"resumed at iteration {self.start_iter} from {self.checkpointer.get_checkpoint_file()}")
+            if self._trainer.seed != self.cfg.SEED:
+                logger.info(f"the run goes on with its own SEED {self._trainer.seed}")
 
-    def train(self) -> Any:
-        """Train from ``start_iter`` to ``max_iter``."""
-        self._trainer.data_loader.start_at(self.start_iter, self._trainer.seed)
-        return super().train()
+    def train(self) -> dict[str, Any] | None:
+        """Train from ``start_iter`` to ``max_iter``, then evaluate.
+
+        Returns:
+            The results of the evaluation, None if there was none.
+        """
+        loader = self._trainer.data_loader
+        if isinstance(loader, TrainLoader):
+            loader.start_at(self.start_iter, self._trainer.seed)
+        elif self.start_iter > 0:
+            logger.warning(f"{type(loader).__name__} starts anew: the run does not read what it would have read")
+        super().train()
+        return getattr(self, "_last_eval_results", None)
 
     def after_step(self) -> None:
+        """Write metrics now and then, and before every checkpoint: none is saved after a loss that is not finite."""
         done = self.iter + 1
-        if (
-            done % WRITE_PERIOD == 0
-            or done % self.cfg.SOLVER.CHECKPOINT_PERIOD == 0
-            or done == self.max_iter
-        ):
+        if done % WRITE_PERIOD == 0 or done % self.cfg.SOLVER.CHECKPOINT_PERIOD == 0 or done == self.max_iter:
             self._trainer.write_metrics()
         super().after_step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Iteration, schedule, optimiser and seed; Detectron2 0.5 leaves the optimiser out."""
-        return {
-            **TrainerBase.state_dict(self),
-            "_trainer": self._trainer.state_dict(),
-            "seed": self._trainer.seed,
-        }
+        """Iteration, schedule, optimiser and seed (Detectron2 0.5 leaves the optimiser out)."""
+        return {**TrainerBase.state_dict(self), "_trainer": self._trainer.state_dict(), "seed": self._trainer.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The reverse of ``state_dict``."""
         TrainerBase.load_state_dict(self, state)
         self._trainer.load_state_dict(state["_trainer"])
         self._trainer.seed = state["seed"]
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks."""
-        replaced = [
-            LRScheduler() if isinstance(hook, detectron2_hooks.LRScheduler) else hook
+        """Detectron2's hooks, with the base learning rate in the log, and curves at the end."""
+        built = [
+            hooks.LRScheduler() if isinstance(hook, detectron2_hooks.LRScheduler) else hook
             for hook in super().build_hooks()
         ]
-        return replaced
+        if comm.is_main_process():
+            built.append(hooks.CurvePlotter(self.cfg.OUTPUT_DIR))
+        return built
 
     def build_writers(self) -> list[EventWriter]:
         """Terminal, metrics.json and, where it is installed, tensorboard."""
-        writers = [
-            CommonMetricPrinter(self.max_iter),
-            JSONWriter(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")),
-        ]
+        folder = self.cfg.OUTPUT_DIR
+        writers = [CommonMetricPrinter(self.max_iter), JSONWriter(os.path.join(folder, "metrics.json"))]
         try:
             import torch.utils.tensorboard  # noqa: F401
         except ImportError:
             return writers
-        return [*writers, TensorboardXWriter(self.cfg.OUTPUT_DIR)]
+        return [*writers, TensorboardXWriter(folder)]
+
+    @classmethod
+    def evaluate(cls, cfg: CfgNode, resume: bool = False) -> OrderedDict:
+        """Build a model, load ``MODEL.WEIGHTS`` (the last checkpoint in ``OUTPUT_DIR`` if ``resume``), and test it."""
+        check_num_classes(cfg, cfg.DATASETS.TEST)
+        model = cls.build_model(cfg)
+        checkpointer = StrictCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg)
+        if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
+            logger.warning("MODEL.WEIGHTS is empty: a model with random weights is evaluated")
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+        results = cls.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """The model on its device; the log has its size rather than Detectron2's hundreds of lines."""
+        model = build_model(cfg)
+        total = sum(p.numel() for p in model.parameters())
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        logger.info(f"{cfg.MODEL.META_ARCHITECTURE}: {total:,} parameters, {trainable:,} of them trainable")
+        return model
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """See ``querymask.common.solver``."""
         return build_optimizer(cfg, model)
 
     @classmethod
-    def build_lr_scheduler(
-        cls, cfg: CfgNode, optimizer: torch.optim.Optimizer
-    ) -> torch.optim.lr_scheduler.LRScheduler:
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
+        """See ``querymask.common.solver``."""
         return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
-        """Endless batches of ``SOLVER.IMS_PER_BATCH`` images, all processes together."""
-        dicts = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-        )
-        name = cfg.DATALOADER.SAMPLER_TRAIN
-        if name == "TrainingSampler":
-            repeat_factors = None
-        elif name == "RepeatFactorTrainingSampler":
-            repeat_factors = (
-                RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-                    dicts, cfg.DATALOADER.REPEAT_THRESHOLD
-                )
-            )
-        else:
-            known = "TrainingSampler and RepeatFactorTrainingSampler"
-            raise ValueError(f"DATALOADER.SAMPLER_TRAIN is {name!r}; known are {known}")
-        groups = (
-            [int(d["width"] > d["height"]) for d in dicts]
-            if cfg.DATALOADER.ASPECT_RATIO_GROUPING
-            else None
-        )
+        """Endless batches of ``SOLVER.IMS_PER_BATCH`` images (of all processes together)."""
+        dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
         return TrainLoader(
             DatasetFromList(dicts),
             InstanceMapper(cfg, is_train=True),
             cfg.SOLVER.IMS_PER_BATCH,
-            cfg.DATALOADER.NUM_WORKERS,
-            cfg.SEED,
-            groups,
-            repeat_factors,
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+            seed=cfg.SEED,
+            groups=[int(d["width"] > d["height"]) for d in dicts] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
+            repeat_factors=_repeat_factors(cfg, dicts),
         )
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        return build_detection_test_loader(
-            cfg, dataset_name, mapper=InstanceMapper(cfg, is_train=False)
-        )
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
+        """Every image of a data set once, one at a time, in the process that evaluates it."""
+        return build_detection_test_loader(cfg, dataset_name, mapper=InstanceMapper(cfg, is_train=False))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """See ``querymask.common.evaluation``."""
         return build_evaluator(cfg, dataset_name)
 
     @classmethod
-    def test(
-        cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None
-    ) -> OrderedDict:
-        """Evaluate on every set of ``DATASETS.TEST``."""
-        return super().test(cfg, model, evaluators)
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> OrderedDict:
+        """Evaluate on every set of ``DATASETS.TEST`` and log a table of each.
+
+        Returns:
+            {task: {metric: value}}, by data set if there are several; empty in other processes than the main one.
+        """
+        results = super().test(cfg, model, evaluators)
+        names = cfg.DATASETS.TEST
+        for name, scores in (results if len(names) > 1 else dict.fromkeys(names, results)).items():
+            if table := results_table(scores):
+                logger.info(f"results on {name}:\n{table}")
+        return results
 
 
 def distribute(model: nn.Module) -> nn.Module:
@@ -189,8 +198,19 @@ def distribute(model: nn.Module) -> nn.Module:
     if comm.get_world_size() == 1:
         return model
     device = next(model.parameters()).device
-    return DistributedDataParallel(
-        model,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,
-    )
+    # Buffers are those of frozen norms and never change. torch 2.15 renamed the argument.
+    names = inspect.signature(DistributedDataParallel).parameters
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, **{sync_buffers: False})
+
+
+def _repeat_factors(cfg: CfgNode, dicts: list[dict]) -> torch.Tensor | None:
+    """How often each image comes in an epoch, None for once."""
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    if name == "TrainingSampler":
+        return None
+    if name == "RepeatFactorTrainingSampler":
+        threshold = cfg.DATALOADER.REPEAT_THRESHOLD
+        return RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(dicts, threshold)
+    raise ValueError(f"DATALOADER.SAMPLER_TRAIN is {name!r}; known are TrainingSampler and RepeatFactorTrainingSampler")

@@ -1,0 +1,46 @@
+"""Which evaluators a data set gets."""
+
+import importlib.util
+import os
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import CityscapesInstanceEvaluator, DatasetEvaluator, DatasetEvaluators, LVISEvaluator
+
+from querymask.common.evaluation.coco import InstanceEvaluator
+from querymask.common.evaluation.pictures import PictureWriter
+
+
+def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+    """The evaluator for the ``evaluator_type`` in the data set's metadata (COCO's if it has none), and the pictures.
+
+    Results go to ``OUTPUT_DIR/inference``, pictures to ``OUTPUT_DIR/predictions``, each in a folder of the data set's
+    name if ``DATASETS.TEST`` has more than one.
+    """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+    subfolder = dataset_name if len(cfg.DATASETS.TEST) > 1 else ""
+    output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", subfolder)
+    if kind == "coco":
+        evaluator: DatasetEvaluator = InstanceEvaluator(dataset_name, output_dir)
+    elif kind == "lvis":
+        _require("lvis", "lvis", dataset_name)
+        evaluator = LVISEvaluator(dataset_name, output_dir=output_dir)
+    elif kind == "cityscapes_instance":
+        _require("cityscapesscripts", "cityscapesScripts", dataset_name)
+        evaluator = CityscapesInstanceEvaluator(dataset_name)
+    else:
+        raise ValueError(
+            f"data set {dataset_name} has evaluator_type {kind!r}; known are coco, lvis and cityscapes_instance. Set "
+            "it with MetadataCatalog.get(name).set(evaluator_type=...), or override Trainer.build_evaluator"
+        )
+    if cfg.VIS_NUM_IMAGES < 1:
+        return evaluator
+    folder = os.path.join(cfg.OUTPUT_DIR, "predictions", subfolder)
+    return DatasetEvaluators(
+        [evaluator, PictureWriter(dataset_name, folder, cfg.VIS_NUM_IMAGES, cfg.VIS_SCORE_THRESHOLD)]
+    )
+
+
+def _require(module: str, package: str, dataset_name: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise ImportError(f"evaluation on {dataset_name} needs the package {package}: pip install {package}")

@@ -1,0 +1,43 @@
+"""The table at the end of a run."""
+
+from collections.abc import Mapping
+
+TASK_NAMES = {"bbox": "box", "segm": "mask"}
+
+
+def results_table(results: Mapping[str, Mapping[str, float]]) -> str:
+    """Box and mask AP side by side, overall and by class, as text.
+
+    Args:
+        results: {"bbox": {"AP": 12.3, ..., "AP-circle": 4.5, ...}, "segm": ...} as Detectron2's evaluators give it.
+
+    Returns:
+        Two tables; the second one (by class) is left out where there are no class results. Empty for no results.
+    """
+    results = {task: scores for task, scores in results.items() if isinstance(scores, Mapping)}
+    if not results:
+        return ""
+    metrics = list(dict.fromkeys(name for scores in results.values() for name in scores if "-" not in name))
+    rows = [["", *metrics]]
+    rows += [[TASK_NAMES.get(task, task), *(_show(scores, m) for m in metrics)] for task, scores in results.items()]
+    text = _align(rows)
+    classes = list(dict.fromkeys(n for scores in results.values() for n in scores if n.startswith("AP-")))
+    if classes:
+        rows = [["class", *(f"{TASK_NAMES.get(task, task)} AP" for task in results)]]
+        rows += [[name.removeprefix("AP-"), *(_show(s, name) for s in results.values())] for name in classes]
+        text += "\n\n" + _align(rows)
+    return text
+
+
+def _show(scores: Mapping[str, float], metric: str) -> str:
+    return f"{scores[metric]:.2f}" if metric in scores else "-"
+
+
+def _align(rows: list[list[str]]) -> str:
+    """Columns of equal width: the first one flush left, numbers flush right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for first, *rest in rows:
+        cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
