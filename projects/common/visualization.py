@@ -1,7 +1,7 @@
 """Pictures of instances, predictions beside ground truth, and curves of a training run.
 
-Instances come as Detectron2's ``Instances`` (predictions with ``pred_*`` fields or ground truth with ``gt_*`` fields) or
-as the annotations of a data set entry. Colours are those of the classes, so that the same thing has the same colour in
+Instances come as Detectron2's ``Instances`` (predictions: fields ``pred_*``, ground truth: fields ``gt_*``) or as
+the annotations of a data set entry. Colours are those of the classes, so that the same thing has the same colour in
 every picture; where there is but one class, instances have colours of their own.
 """
 
@@ -18,6 +18,7 @@ import matplotlib
 import numpy as np
 from detectron2.data import detection_utils
 from detectron2.structures import BitMasks, BoxMode, Instances
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
@@ -25,6 +26,9 @@ from querymask.common.data.segmentation import decode_segmentation
 
 # Images are enlarged or reduced for drawing until their longer side is in this range of pixels
 LONGER_SIDE_RANGE = (512, 1280)
+
+# Lists of (iteration, value) by name
+Metrics = dict[str, list[tuple[int, float]]]
 
 _MASK_OPACITY = 0.45
 _CROWD_COLOUR = (150, 150, 150)
@@ -178,30 +182,20 @@ def plot_curves(metrics_file: str | Path, path: str | Path) -> None:
     }
     if not losses and not precisions:
         raise ValueError(f"{metrics_file} has neither losses nor AP. Is it the metrics.json of a training run?")
-    groups = [(losses, "loss"), (precisions, "AP")]
-    groups = [group for group in groups if group[0]]
-    figure = Figure(figsize=(6.4 * len(groups), 4.4), layout="constrained")
-    for axes, (lines, title) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups):
-        for number, (name, points) in enumerate(sorted(lines.items(), key=lambda line: _plot_order(line[0]))):
-            iterations, values = zip(*points)
-            colour = np.array(class_colour(number)) / 255 * 0.85
-            if title == "AP":
-                axes.plot(iterations, values, marker="o", markersize=4, color=colour, label=name)
-            else:
-                if len(values) > 20:
-                    axes.plot(iterations, values, color=colour, alpha=0.2, linewidth=0.8)
-                axes.plot(iterations, _smooth(values), color=colour, linewidth=1.6, label=name)
+    panels = [(_plot_losses, losses), (_plot_precisions, precisions)]
+    panels = [(plot, lines) for plot, lines in panels if lines]
+    figure = Figure(figsize=(6.4 * len(panels), 4.4), layout="constrained")
+    for axes, (plot, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        plot(axes, lines)
         axes.set_xlabel("iteration")
-        axes.set_ylabel(title)
-        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        axes.legend(framealpha=0.8, edgecolor="none")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
-def read_metrics(metrics_file: str | Path) -> dict[str, list[tuple[int, float]]]:
+def read_metrics(metrics_file: str | Path) -> Metrics:
     """Numbers of a ``metrics.json`` as lists of (iteration, value) by name.
 
     Where iterations were run twice (a run was resumed), the later value counts. A last line that was cut off by an
@@ -340,16 +334,37 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
 
+def _plot_losses(axes: Axes, losses: Metrics) -> None:
+    """Smoothed curves over the measured ones, on a logarithmic scale; the total first."""
+    names = sorted(losses, key=lambda name: (name != "total_loss", name))
+    for number, name in enumerate(names):
+        iterations, values = zip(*losses[name])
+        colour = _plot_colour(number)
+        axes.plot(iterations, values, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(iterations, _smooth(values), color=colour, linewidth=1.6, label=name)
+    axes.set_yscale("log")
+    axes.set_ylabel("loss")
+
+
+def _plot_precisions(axes: Axes, precisions: Metrics) -> None:
+    """One colour for each task (boxes, masks), AP50 dashed."""
+    tasks = sorted({name.rpartition("/")[0] for name in precisions})
+    for name, points in sorted(precisions.items()):
+        task, _, kind = name.rpartition("/")
+        style = {"color": _plot_colour(tasks.index(task)), "linestyle": "-" if kind == "AP" else "--"}
+        axes.plot(*zip(*points), marker="o", markersize=4, label=name.replace("/", " "), **style)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("AP")
+
+
+def _plot_colour(number: int) -> tuple[float, ...]:
+    return tuple(0.85 * channel / 255 for channel in class_colour(number))
+
+
 def _smooth(values: Sequence[float]) -> np.ndarray:
-    """Exponential moving average over about a twentieth of the run, without lag at the start."""
-    weight = 1 - 1 / max(len(values) / 20, 1)
-    average, norm, smoothed = 0.0, 0.0, []
-    for value in values:
-        if np.isfinite(value):
-            average, norm = weight * average + (1 - weight) * value, weight * norm + (1 - weight)
-        smoothed.append(average / norm if norm else np.nan)
-    return np.array(smoothed)
-
-
-def _plot_order(name: str) -> tuple[int, str]:
-    return (0 if name == "total_loss" else 1, name)
+    """Centred moving average over about a twentieth of the run; values that are not finite are left out."""
+    reach = len(values) // 40
+    numbers = np.asarray(values, dtype=np.float64)
+    windows = [numbers[max(i - reach, 0) : i + reach + 1] for i in range(len(numbers))]
+    finite = [window[np.isfinite(window)] for window in windows]
+    return np.array([window.mean() if len(window) else np.nan for window in finite])

@@ -152,7 +152,7 @@ class InstanceMapper:
             allowed = "from 0 on" if self.num_classes is None else f"0 to {self.num_classes - 1}"
             raise ValueError(
                 f"{_name(dataset_dict)}: an annotation has category {category}, the model's are {allowed}. Set the "
-                "method's NUM_CLASSES to the data set's number of classes, and number its categories without gaps from 0."
+                "method's NUM_CLASSES to the data set's number of classes; number its categories from 0 without gaps."
             )
         return category
 
@@ -163,8 +163,8 @@ class InstanceMapper:
         number = len(boxes) - int(proper.sum())
         if number and not self.num_degenerate:
             logger.warning(
-                "%s: dropped %d annotation(s) with a box that is empty, not finite or outside the image. Others will be "
-                "dropped without a word.",
+                "%s: dropped %d annotation(s) with a box that is empty, not finite or outside the image. Others will "
+                "be dropped without a word.",
                 _name(dataset_dict),
                 number,
             )

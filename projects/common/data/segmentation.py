@@ -31,8 +31,8 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarra
         mask = np.ascontiguousarray(segmentation != 0).astype(np.uint8)
     else:
         raise ValueError(
-            f"a segmentation is of type {type(segmentation).__name__}. Use a list of polygons, a COCO RLE dictionary, or "
-            "a NumPy array of the image's height and width."
+            f"a segmentation is of type {type(segmentation).__name__}. Use a list of polygons, a COCO RLE dictionary "
+            "or a NumPy array of the image's height and width."
         )
     if mask.shape != (height, width):
         raise ValueError(

@@ -175,7 +175,7 @@ class _Canvas:
         box: tuple[float, float, float, float],
         label: int,
     ) -> bool:
-        """Paint a shape with a random pose and its centre in ``box`` (x0, y0, x1, y1) as (part of) the object ``label``.
+        """Paint a shape with a random pose and its centre in ``box`` (x0, y0, x1, y1) as (part of) object ``label``.
 
         Returns:
             Whether it was painted: not so if it would be too much outside the image or hide too much of another object.

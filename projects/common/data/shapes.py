@@ -133,7 +133,7 @@ def _make_image(split: str, index: int, folder: Path) -> tuple[dict[str, Any], l
 
 
 def _annotation(scene_object: SceneObject, height: int, width: int) -> dict[str, Any]:
-    """COCO's three forms of segmentation: polygon where it suffices, else compressed RLE; uncompressed RLE for crowds."""
+    """COCO's forms of segmentation: polygon where it suffices, else compressed RLE; uncompressed RLE for crowds."""
     if scene_object.outline is not None:
         corners = scene_object.outline.round(2)
         segmentation: Any = [corners.reshape(-1).tolist()]

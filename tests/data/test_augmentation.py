@@ -1,0 +1,150 @@
+import numpy as np
+import pytest
+from cases import load_document
+from detectron2.data import transforms as T
+from fvcore.transforms.transform import CropTransform, NoOpTransform
+from PIL import Image
+
+from querymask import get_cfg
+from querymask.common.data.augmentation import (
+    RandomCropOfRange,
+    ResizeShortestSide,
+    build_augmentations,
+    resized_size,
+)
+
+RESIZE_EXAMPLES = load_document("solq")["resize_examples"]["rows"]
+
+
+@pytest.mark.parametrize("row", RESIZE_EXAMPLES, ids=lambda row: "-".join(map(str, row)))
+def test_sizes_of_the_release(row):
+    width, height, shorter, longest, *expected = row
+    assert list(resized_size(width, height, shorter, longest)) == expected
+    transform = ResizeShortestSide([shorter], longest).get_transform(np.zeros((height, width, 3), np.uint8))
+    if (width, height) == tuple(expected):
+        assert isinstance(transform, NoOpTransform)
+    else:
+        assert [transform.new_w, transform.new_h] == expected
+
+
+def test_extreme_shapes_keep_a_pixel():
+    assert resized_size(3000, 1, 600, 1333) == (3000, 1)
+    assert resized_size(1, 4000, 600, 1333) == (1, 4000)
+
+
+def test_resize_is_antialiased_pil_bilinear():
+    image = np.random.default_rng(0).integers(0, 256, (90, 61, 3), dtype=np.uint8)
+    result = ResizeShortestSide([20]).get_transform(image).apply_image(image)
+    expected = np.asarray(Image.fromarray(image).resize((20, int(20 * 90 / 61)), Image.BILINEAR))
+    np.testing.assert_array_equal(result, expected)
+
+
+def test_sampling_of_sizes():
+    image = np.zeros((50, 100, 3), np.uint8)
+    np.random.seed(0)
+    choice, interval = ResizeShortestSide([10, 14, 20]), ResizeShortestSide([10, 13], sampling="range")
+    assert {choice.get_transform(image).new_h for _ in range(60)} == {10, 14, 20}
+    assert {interval.get_transform(image).new_h for _ in range(60)} == {10, 11, 12, 13}
+    assert isinstance(ResizeShortestSide([0]).get_transform(image), NoOpTransform)
+    with pytest.raises(ValueError, match="'choice' or 'range'"):
+        ResizeShortestSide([10], sampling="all")
+    with pytest.raises(ValueError, match="does not go with"):
+        ResizeShortestSide([10, 11, 12], sampling="range")
+
+
+def test_crop_has_every_size_and_position_of_its_range():
+    image = np.zeros((6, 4, 3), np.uint8)  # the width is below the greatest crop, the height is not
+    np.random.seed(0)
+    crops = [RandomCropOfRange(3, 5).get_transform(image) for _ in range(500)]
+    assert {crop.w for crop in crops} == {3, 4}
+    assert {crop.h for crop in crops} == {3, 4, 5}
+    assert {(crop.h, crop.y0) for crop in crops} == {(h, y) for h in (3, 4, 5) for y in range(6 - h + 1)}
+    assert {(crop.w, crop.x0) for crop in crops} == {(w, x) for w in (3, 4) for x in range(4 - w + 1)}
+    tiny = RandomCropOfRange(3, 5).get_transform(np.zeros((2, 9, 3), np.uint8))
+    assert tiny.h == 2 and tiny.y0 == 0
+    with pytest.raises(ValueError, match="0 < least <= greatest"):
+        RandomCropOfRange(5, 3)
+
+
+def train_cfg(**detr_crop):
+    cfg = get_cfg()
+    cfg.INPUT.MIN_SIZE_TRAIN = (480, 512, 544)
+    cfg.INPUT.MAX_SIZE_TRAIN = 800
+    for key, value in detr_crop.items():
+        cfg.INPUT.DETR_CROP[key] = value
+    return cfg
+
+
+def steps(cfg, image):
+    """The geometric steps that an image goes through, without flips and steps that do nothing."""
+    transforms = T.AugmentationList(build_augmentations(cfg, is_train=True))(T.AugInput(image))
+    kept = (T.ResizeTransform, CropTransform)
+    return [t for t in transforms.transforms if isinstance(t, kept)]
+
+
+@pytest.mark.parametrize("resize_first", [False, True])
+def test_branches_of_the_recipe(resize_first):
+    image = np.zeros((301, 399, 3), np.uint8)
+    plain = train_cfg(ENABLED=True, PROBABILITY=0.0, RESIZE_FIRST=resize_first)
+    cropped = train_cfg(ENABLED=True, PROBABILITY=1.0, RESIZE_FIRST=resize_first)
+    np.random.seed(0)
+    for _ in range(10):
+        sequence = steps(plain, image)
+        assert all(isinstance(t, T.ResizeTransform) for t in sequence)
+        # With RESIZE_FIRST the second resize does nothing when it draws the same size again
+        assert len(sequence) in ((1, 2) if resize_first else (1,))
+        assert {min(t.new_h, t.new_w) for t in sequence} <= {480, 512, 544}
+
+        *first, before, crop, last = steps(cropped, image)
+        assert len(first) == int(resize_first)
+        assert min(before.new_h, before.new_w) in (400, 500, 600)
+        assert isinstance(crop, CropTransform)
+        assert 384 <= crop.w <= min(600, before.new_w) and 384 <= crop.h <= min(600, before.new_h)
+        assert min(last.new_h, last.new_w) in (480, 512, 544) or max(last.new_h, last.new_w) <= 800
+
+
+def test_the_branch_with_the_crop_has_no_limit_on_the_longer_side():
+    image = np.zeros((30, 150, 3), np.uint8)
+    np.random.seed(0)
+    before, crop, last = steps(train_cfg(ENABLED=True, PROBABILITY=1.0), image)
+    assert before.new_w == 5 * before.new_h >= 2000
+    assert max(last.new_h, last.new_w) <= 800
+
+
+def test_share_of_the_branch_with_the_crop():
+    image = np.zeros((40, 40, 3), np.uint8)
+    cfg = train_cfg(ENABLED=True, MIN_SIZES=[50], CROP_RANGE=[30, 40])
+    cfg.INPUT.MIN_SIZE_TRAIN = (45,)
+    np.random.seed(0)
+    augmentations = T.AugmentationList(build_augmentations(cfg, is_train=True))
+    kinds = [[type(t) for t in augmentations(T.AugInput(image)).transforms] for _ in range(400)]
+    assert 0.42 < np.mean([CropTransform in kind for kind in kinds]) < 0.58
+    assert 0.42 < np.mean([T.HFlipTransform in kind for kind in kinds]) < 0.58
+
+
+def test_test_time_only_resizes():
+    cfg = train_cfg(ENABLED=True)
+    (resize,) = build_augmentations(cfg, is_train=False)
+    transform = resize.get_transform(np.zeros((480, 640, 3), np.uint8))
+    assert (transform.new_h, transform.new_w) == (800, 1066)
+
+
+def test_keys_without_effect_are_refused():
+    cfg = train_cfg()
+    cfg.INPUT.CROP.ENABLED = True
+    with pytest.raises(ValueError, match="DETR_CROP"):
+        build_augmentations(cfg, is_train=True)
+    cfg = train_cfg()
+    cfg.INPUT.RANDOM_FLIP = "diagonal"
+    with pytest.raises(ValueError, match="RANDOM_FLIP"):
+        build_augmentations(cfg, is_train=True)
+
+
+@pytest.mark.parametrize("flip, kinds", [("none", set()), ("vertical", {T.VFlipTransform})])
+def test_other_flips(flip, kinds):
+    cfg = train_cfg()
+    cfg.INPUT.RANDOM_FLIP = flip
+    np.random.seed(0)
+    augmentations = T.AugmentationList(build_augmentations(cfg, is_train=True))
+    seen = {type(t) for _ in range(20) for t in augmentations(T.AugInput(np.zeros((480, 480, 3), np.uint8))).transforms}
+    assert seen & {T.HFlipTransform, T.VFlipTransform} == kinds
