@@ -24,11 +24,11 @@ from torch import nn
 from querymask.common.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from querymask.common.compat import has_event_storage
 from querymask.common.deformable_transformer import DeformableTransformer, TransformerOutput, refine_box
+from querymask.common.images import batch_images, padding_mask, resize_mask
 from querymask.common.layers import MLP, LevelProjections
 from querymask.common.mask_coding import DCTMaskCoding, MaskCoding, binarize_at_half_range
 from querymask.common.masks import crop_masks, instance_masks, paste_masks
 from querymask.common.matching import full_precision
-from querymask.common.padding import padding_mask, resize_mask
 from querymask.common.postprocessing import select_top_scores
 from querymask.common.set_criterion import Targets, cardinality_error, class_error
 from querymask.solq.criterion import SOLQCriterion, SOLQOutput
@@ -187,8 +187,7 @@ class SOLQ(nn.Module):
 
     def preprocess(self, batched_inputs: Sequence[Mapping[str, Any]]) -> ImageList:
         """Normalise, then pad with zeros at the right and the bottom to the largest height and width."""
-        images = [(item["image"].to(self.device) - self.pixel_mean) / self.pixel_std for item in batched_inputs]
-        return ImageList.from_tensors(images, self.backbone.size_divisibility)
+        return batch_images(batched_inputs, self.pixel_mean, self.pixel_std, self.backbone.size_divisibility)
 
     def predict(self, images: ImageList) -> tuple[TransformerOutput, SOLQOutput]:
         """Run the network on a batch of normalised images."""
@@ -244,9 +243,7 @@ class SOLQ(nn.Module):
         return losses
 
     @torch.no_grad()
-    def statistics(
-        self, decoded: TransformerOutput, outputs: SOLQOutput, targets: Targets
-    ) -> dict[str, torch.Tensor]:
+    def statistics(self, decoded: TransformerOutput, outputs: SOLQOutput, targets: Targets) -> dict[str, torch.Tensor]:
         """What the release logs beside the losses: errors of class and cardinality, named like losses."""
         last = SOLQOutput(outputs.logits[-1:], outputs.boxes[-1:], outputs.hidden[-1:])
         named = {"class_error": class_error(last.logits, targets.labels, self.criterion.match(last, targets))}

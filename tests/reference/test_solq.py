@@ -347,7 +347,7 @@ def test_solq_dct(name: str) -> None:
         image = (len(masks), height, width)
         for key, source in {"pasted": decoded, "pasted_fast": maps}.items():
             pasted = paste_masks(source, boxes, height, width, threshold=0.5)
-            assert np.array_equal(pasted, unpack(expected[f"{key}_{tag}"], image)), f"{key}_{tag}"
+            assert_same_masks(pasted, unpack(expected[f"{key}_{tag}"], image), source, boxes, f"{key}_{tag}")
 
 
 @pytest.mark.parametrize("name", component_cases("codings"))

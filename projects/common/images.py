@@ -1,0 +1,38 @@
+"""From the images of a batch to one padded tensor, and the masks of the padding."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.structures import ImageList
+
+
+def batch_images(
+    batched_inputs: Sequence[Mapping[str, Any]], mean: torch.Tensor, std: torch.Tensor, size_divisibility: int = 0
+) -> ImageList:
+    """Normalise images, then pad them with zeros at the right and the bottom to one size.
+
+    Args:
+        batched_inputs: Detectron2's model inputs, with ``image`` (3, H, W).
+        mean, std: (3, 1, 1), on the model's device.
+        size_divisibility: height and width of the batch are multiples of it; 0: the largest height and width.
+    """
+    images = [(item["image"].to(mean.device) - mean) / std for item in batched_inputs]
+    batch = ImageList.from_tensors(images, size_divisibility)
+    if batch.tensor.device.type == "cpu":  # convolutions on CPU are faster so, and tokens of a map need no copy
+        batch.tensor = batch.tensor.contiguous(memory_format=torch.channels_last)
+    return batch
+
+
+def padding_mask(images: ImageList) -> torch.Tensor:
+    """(B, H, W) bool, true on padding."""
+    mask = torch.ones(images.tensor.shape[0], *images.tensor.shape[-2:], dtype=torch.bool, device=images.tensor.device)
+    for index, (height, width) in enumerate(images.image_sizes):
+        mask[index, :height, :width] = False
+    return mask
+
+
+def resize_mask(mask: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Nearest-neighbour resize of (B, H, W) bool."""
+    return F.interpolate(mask[None].float(), size=tuple(size))[0].to(torch.bool)
