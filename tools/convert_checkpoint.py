@@ -6,6 +6,7 @@ The format of INPUT is recognised. Nothing in it is executed. Formats and option
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import querymask  # before Detectron2, which it makes importable on current libraries
 
 # isort: split
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
@@ -78,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cfg = get_cfg()
     cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
-    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.DEVICE = "meta"  # only names and shapes of the model are needed
     try:
         convert(args, cfg)
     except CheckpointError as error:
@@ -105,14 +107,18 @@ def convert(args: argparse.Namespace, cfg: CfgNode) -> None:
     if format.convert is None:
         raise CheckpointError(f"{args.input} looks like {format.name}. {format.advice}")
 
-    shapes = {key: tuple(value.shape) for key, value in build_model(cfg).state_dict().items()}
+    with torch.device(cfg.MODEL.DEVICE):
+        shapes = {key: tuple(value.shape) for key, value in build_model(cfg).state_dict().items()}
     options = Options(
         class_ids=None if args.keep_classes or args.drop_classes else coco_class_ids(),
         drop_classes=args.drop_classes,
         detector_only=args.detector_only,
         model_keys=shapes.keys(),
     )
-    fitted, report = fit_to_model(*format.convert(state, options), shapes, format.new_keys(options))
+    try:
+        fitted, report = fit_to_model(*format.convert(state, options), shapes, format.new_keys(options))
+    except CheckpointError as error:
+        raise CheckpointError(f"{args.input}: {error}") from error
     print(report.summary())
     if args.report:
         Path(args.report).write_text(report.details() + "\n")
@@ -168,7 +174,7 @@ def fitting_configs(settings: dict[str, Any]) -> list[str]:
         cfg = get_cfg()
         cfg.merge_from_file(str(path))
         if not path.name.startswith("Base") and all(lookup(cfg, key) == value for key, value in settings.items()):
-            fitting.append(str(path))
+            fitting.append(os.path.relpath(path))
     return sorted(fitting, key=lambda path: (len(path), path))
 
 

@@ -1,0 +1,392 @@
+"""Conversion of published SOLQ and Deformable DETR files, through the rules and through the tool."""
+
+import argparse
+import importlib.util
+import json
+import re
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+
+from querymask import get_cfg
+from querymask.common.checkpoint import CheckpointError, fit_to_model, read_checkpoint
+from querymask.solq.checkpoint import convert, describe, settings
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "reference" / "golden" / "solq"
+CONFIGS = ROOT / "projects" / "solq" / "configs"
+
+
+def load_tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("convert_checkpoint", ROOT / "tools" / "convert_checkpoint.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load_tool()
+COCO = tool.coco_class_ids()
+
+
+def canonical(key: str) -> str:
+    """One name for the keys that hold the same module in a model with box refinement."""
+    key = re.sub(r"vector_embed\.\d+\.", "vector_embed.0.", key)
+    return re.sub(r"transformer\.decoder\.(bbox|class)_embed", r"\1_embed", key)
+
+
+def published(manifest: str) -> dict[str, torch.Tensor]:
+    """A published state dict in which every module has a value of its own; takes no memory."""
+
+    def value(key: str) -> torch.Tensor:
+        return torch.tensor(zlib.crc32(canonical(key).encode()) / 2**32)
+
+    shapes = json.loads((GOLDEN / manifest).read_text())
+    return {key: value(key).expand(tuple(shape)) for key, shape in shapes.items()}
+
+
+def shapes_of(cfg: CfgNode) -> dict[str, torch.Size]:
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        return {key: value.shape for key, value in build_model(cfg).state_dict().items()}
+
+
+def config(name: str, *overrides: object) -> CfgNode:
+    cfg = get_cfg()
+    cfg.merge_from_file(str(CONFIGS / name))
+    cfg.merge_from_list(list(overrides))
+    return cfg
+
+
+# ---- Published models against the project's configs ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("manifest", "overrides"),
+    [
+        ("checkpoint.json", ()),
+        ("checkpoint_c5.json", ("MODEL.SOLQ.IN_FEATURES", ["res5"], "MODEL.SOLQ.NUM_FEATURE_LEVELS", 1)),
+        ("checkpoint_swin_l.json", ()),
+    ],
+)
+@pytest.mark.parametrize("classes", [80, 91])
+def test_published_model_fits_its_config(manifest: str, overrides: tuple[object, ...], classes: int) -> None:
+    name = "solq_swin_l.yaml" if "swin" in manifest else "solq_r50.yaml"
+    cfg = config(name, "MODEL.SOLQ.NUM_CLASSES", classes, *overrides)
+    state = published(manifest)
+    converted, report = convert(state, COCO if classes == 80 else None)
+    fitted, report = fit_to_model(converted, report, shapes_of(cfg))
+    assert report.fits, report.details(*report.MISFITS)
+    assert fitted.keys() == converted.keys()
+    assert len(report.lines) == len(state)
+    assert {key: tool.lookup(cfg, key) for key in settings(state)} == settings(state)
+    for line in report.of("used", "renamed"):  # every tensor keeps its value
+        assert fitted[line.target].flatten()[0] == state[line.source].flatten()[0], line
+
+
+def test_names_of_the_backbone() -> None:
+    converted, report = convert(published("checkpoint.json"), None)
+    names = {line.source: line.target for line in report.lines}
+    assert names["backbone.0.body.conv1.weight"] == "backbone.stem.conv1.weight"
+    assert names["backbone.0.body.bn1.running_var"] == "backbone.stem.conv1.norm.running_var"
+    assert names["backbone.0.body.layer1.0.downsample.0.weight"] == "backbone.res2.0.shortcut.weight"
+    assert names["backbone.0.body.layer1.0.downsample.1.bias"] == "backbone.res2.0.shortcut.norm.bias"
+    assert names["backbone.0.body.layer3.5.conv2.weight"] == "backbone.res4.5.conv2.weight"
+    assert names["backbone.0.body.layer4.2.bn3.running_mean"] == "backbone.res5.2.conv3.norm.running_mean"
+
+
+def test_copies_are_dropped_with_their_reason() -> None:
+    _, report = convert(published("checkpoint.json"), None)
+    notes = {line.source: line.note for line in report.of("dropped")}
+    assert len(notes) == 36 + 30  # box heads of the decoder, five of the six mask heads
+    assert notes["transformer.decoder.bbox_embed.3.layers.1.bias"] == "equal copy of bbox_embed.3.layers.1.bias"
+    assert notes["vector_embed.5.layers.2.weight"] == "equal copy of vector_embed.0.layers.2.weight"
+
+
+@pytest.mark.parametrize("key", ["vector_embed.2.layers.1.weight", "transformer.decoder.bbox_embed.4.layers.0.bias"])
+def test_shared_modules_that_differ_are_refused(key: str) -> None:
+    state = published("checkpoint.json")
+    state[key] = state[key] + 1
+    with pytest.raises(CheckpointError, match=re.escape(f"'{key}' differs")):
+        convert(state, None)
+
+
+def test_leftovers_of_a_profiler_are_dropped() -> None:
+    state = published("checkpoint.json")
+    state |= {"total_ops": torch.zeros(1), "class_embed.0.total_params": torch.zeros(1)}
+    _, report = convert(state, None)
+    notes = {line.source: line.note for line in report.of("dropped")}
+    assert notes["total_ops"] == notes["class_embed.0.total_params"] == "left over by a profiler"
+
+
+# ---- Classes ------------------------------------------------------------------------------------------------------
+
+
+def test_class_rows_are_picked_by_raw_category_id() -> None:
+    assert COCO[:3] == [1, 2, 3] and COCO[11] == 13 and COCO[-1] == 90 and len(COCO) == 80
+    state = published("checkpoint.json")
+    for layer in range(6):
+        state[f"class_embed.{layer}.bias"] = 1000 * layer + torch.arange(91.0)
+        state[f"class_embed.{layer}.weight"] = state[f"class_embed.{layer}.bias"][:, None].expand(91, 384)
+    converted, report = convert(state, COCO)
+    for layer in range(6):
+        expected = 1000 * layer + torch.tensor(COCO, dtype=torch.float32)
+        assert torch.equal(converted[f"class_embed.{layer}.bias"], expected)
+        assert torch.equal(converted[f"class_embed.{layer}.weight"], expected[:, None].expand(80, 384))
+    assert {line.note for line in report.lines if line.target.startswith("class_embed")} == {"80 of 91 rows"}
+    assert torch.equal(convert(state, None)[0]["class_embed.3.bias"], state["class_embed.3.bias"])
+
+
+def test_class_ids_beyond_the_head_are_refused() -> None:
+    state = published("checkpoint.json")
+    state |= {key: value[:80] for key, value in state.items() if key.startswith("class_embed.")}
+    with pytest.raises(CheckpointError, match=r"Rows up to 90 .* has 80.*--keep-classes"):
+        convert(state, COCO)
+
+
+def test_class_head_can_be_left_out() -> None:
+    converted, report = convert(published("checkpoint.json"), None, drop_classes=True)
+    assert not [key for key in converted if "class_embed" in key]
+    assert len([line for line in report.of("dropped") if line.note == "class head, not asked for"]) == 12
+
+
+# ---- Variants -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("manifest", ["checkpoint_sqr.json", "checkpoint_pca.json"])
+def test_other_mask_branches_are_refused_but_their_detector_converts(manifest: str) -> None:
+    state = published(manifest)
+    with pytest.raises(CheckpointError, match="(SQR baseline|PCA mask coding).*--detector-only"):
+        convert(state, COCO)
+    width = 256 if "sqr" in manifest else 384
+    cfg = config("solq_r50.yaml", "MODEL.SOLQ.MASK_ON", False, "MODEL.SOLQ.HIDDEN_DIM", width)
+    _, report = fit_to_model(*convert(state, COCO, detector_only=True), shapes_of(cfg))
+    assert report.fits, report.details(*report.MISFITS)
+
+
+def deformable_detr(refine: bool, two_stage: bool) -> dict[str, torch.Tensor]:
+    """A file of the original Deformable DETR, 256 wide, made from the manifest of the SQR baseline."""
+    state = {k.removeprefix("detr."): v for k, v in published("checkpoint_sqr.json").items() if k.startswith("detr.")}
+    if not refine:
+        state = {key: value for key, value in state.items() if not key.startswith("transformer.decoder.bbox_embed")}
+        for key in state:
+            if re.match(r"(class|bbox)_embed\.\d", key):
+                state[key] = state[re.sub(r"_embed\.\d", "_embed.0", key)]
+    if two_stage:
+        state = {k: v for k, v in state.items() if "reference_points" not in k and not k.startswith("query_embed")}
+        for key in [key for key in state if re.match(r"(class|bbox)_embed\.5", key)]:
+            state[key.replace("_embed.5", "_embed.6")] = state[key] + 1
+        for key in [key for key in state if re.match(r"(class|bbox)_embed\.", key)]:
+            state[f"transformer.decoder.{key}"] = state[key]
+        for name, size in (("enc_output", 256), ("pos_trans", 512)):
+            state[f"transformer.{name}.weight"] = torch.zeros(size, size)
+            for key in (f"{name}.bias", f"{name}_norm.weight", f"{name}_norm.bias"):
+                state[f"transformer.{key}"] = torch.zeros(size)
+    return state
+
+
+@pytest.mark.parametrize(("refine", "two_stage"), [(False, False), (True, False), (True, True)])
+def test_original_deformable_detr(refine: bool, two_stage: bool) -> None:
+    state = deformable_detr(refine, two_stage)
+    assert describe(state).startswith("Deformable DETR (R50, width 256")
+    assert ("two-stage" in describe(state), "with box" in describe(state)) == (two_stage, refine)
+    overrides = [item for pair in settings(state).items() for item in pair]
+    _, report = fit_to_model(*convert(state, COCO), shapes_of(config("solq_r50.yaml", *overrides)))
+    assert report.fits, report.details(*report.MISFITS)
+
+
+def test_heads_that_should_be_shared_without_refinement() -> None:
+    state = deformable_detr(refine=False, two_stage=False)
+    converted, _ = convert(state, None)
+    assert {key for key in converted if key.startswith("class_embed")} == {"class_embed.0.weight", "class_embed.0.bias"}
+    state["class_embed.3.bias"] = state["class_embed.3.bias"] + 1
+    with pytest.raises(CheckpointError, match=r"'class_embed\.3\.bias' differs from 'class_embed\.0\.bias'"):
+        convert(state, None)
+
+
+# ---- The tool -----------------------------------------------------------------------------------------------------
+
+TINY = """
+_BASE_: {base}
+MODEL:
+  RESNETS: {{DEPTH: 18, RES2_OUT_CHANNELS: 64}}
+  SOLQ: {{NUM_QUERIES: 5, HIDDEN_DIM: 32, NUM_HEADS: 2, ENC_LAYERS: 1, DEC_LAYERS: 2, DIM_FEEDFORWARD: 16,
+          MASK_SIZE: 16, VECTOR_LENGTH: 20, VECTOR_HIDDEN_DIM: 24}}
+"""
+Tiny = tuple[Path, Path, dict[str, torch.Tensor]]
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Tiny:
+    """A small config, and a file as the release would save the model, with 91 class rows."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(base=CONFIGS / "Base-SOLQ.yaml"))
+    cfg = get_cfg()
+    cfg.merge_from_file(str(path))
+    cfg.merge_from_list(["MODEL.SOLQ.NUM_CLASSES", 91, "MODEL.DEVICE", "cpu"])
+    torch.manual_seed(0)
+    model = {key: torch.randn_like(value) for key, value in build_model(cfg).state_dict().items()}
+    release: dict[str, torch.Tensor] = {}
+    for key, value in model.items():
+        name = re.sub(r"^backbone\.(stem\.)?", "backbone.0.body.", key)
+        name = re.sub(r"\.res(\d)\.", lambda match: f".layer{int(match[1]) - 1}.", name)
+        name = re.sub(r"\.conv(\d)\.norm\.", r".bn\1.", name)
+        name = name.replace(".shortcut.norm.", ".downsample.1.").replace(".shortcut.", ".downsample.0.")
+        copies = [name]
+        if name.startswith("bbox_embed."):
+            copies.append(f"transformer.decoder.{name}")
+        if name.startswith("vector_embed."):
+            copies = [name.replace("vector_embed.", f"vector_embed.{layer}.") for layer in range(2)]
+        release.update(dict.fromkeys(copies, value))
+    file = tmp_path / "release.pth"
+    content = {"model": release, "args": argparse.Namespace(lr=2e-4), "epoch": 49, "optimizer": {"state": {}}}
+    torch.save(content, file)
+    return path, file, model
+
+
+def run(config_file: Path, file: Path, *options: str, opts: tuple[object, ...] = ()) -> tuple[int, Path]:
+    output = file.with_name("out.pth")
+    arguments = ["--config-file", str(config_file), *options, str(file), str(output), *map(str, opts)]
+    return tool.main(arguments), output
+
+
+def load(config_file: Path, file: Path, *overrides: object) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """What Detectron2 makes of a file: the model's tensors, and the warnings."""
+    cfg = get_cfg()
+    cfg.merge_from_file(str(config_file))
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", *overrides])
+    model = build_model(cfg)
+    problems: list[str] = []
+    checkpointer = DetectionCheckpointer(model)
+    checkpointer._log_incompatible_keys = lambda keys: problems.extend(keys.missing_keys + keys.unexpected_keys)
+    checkpointer.load(str(file))
+    return dict(model.state_dict()), problems
+
+
+def test_tool_converts(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, file, model = tiny
+    status, output = run(path, file, "--report", str(tmp_path / "report.txt"))
+    assert status == 0
+    loaded, problems = load(path, output)
+    assert not problems
+    for key, value in loaded.items():
+        expected = model[key][COCO] if key.startswith("class_embed.") else model[key]
+        assert torch.equal(value, expected), key
+    shown = capsys.readouterr().out
+    assert "SOLQ (R18, width 32" in shown and "mask vectors of 20" in shown
+    report = (tmp_path / "report.txt").read_text()
+    assert len(report.splitlines()) == 2 + len(read_checkpoint(file))
+    assert "80 of 91 rows" in report and "equal copy of vector_embed.0.layers.0.weight" in report
+
+
+def test_tool_keeps_all_classes(tiny: Tiny) -> None:
+    path, file, model = tiny
+    status, output = run(path, file, "--keep-classes", opts=("MODEL.SOLQ.NUM_CLASSES", 91))
+    assert status == 0
+    loaded, problems = load(path, output, "MODEL.SOLQ.NUM_CLASSES", 91)
+    assert not problems and all(torch.equal(loaded[key], value) for key, value in model.items())
+
+
+@pytest.mark.parametrize("source", ["release", "own"])
+def test_tool_drops_classes(tiny: Tiny, source: str) -> None:
+    path, file, model = tiny
+    if source == "own":
+        torch.save({"model": model, "iteration": 9}, file)
+    status, output = run(path, file, "--drop-classes", opts=("MODEL.SOLQ.NUM_CLASSES", 6))
+    assert status == 0
+    loaded, problems = load(path, output, "MODEL.SOLQ.NUM_CLASSES", 6)
+    assert sorted(problems) == sorted(key for key in model if key.startswith("class_embed."))
+    assert torch.equal(loaded["vector_embed.layers.2.weight"], model["vector_embed.layers.2.weight"])
+
+
+def test_tool_leaves_the_mask_branch_out(tiny: Tiny) -> None:
+    path, file, _ = tiny
+    status, output = run(path, file, "--detector-only", opts=("MODEL.SOLQ.MASK_ON", False))
+    assert status == 0
+    assert load(path, output, "MODEL.SOLQ.MASK_ON", False)[1] == []
+
+
+def test_tool_writes_a_part_when_asked(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    path, file, model = tiny
+    opts = ("MODEL.SOLQ.VECTOR_LENGTH", 30)
+    assert run(path, file, opts=opts)[0] == 1
+    status, output = run(path, file, "--partial", opts=opts)
+    assert status == 0
+    missing = {key for key in model if key.startswith("vector_embed.layers.2.")}
+    assert set(load(path, output, *opts)[1]) == missing
+
+
+def test_backbone_file(tiny: Tiny, tmp_path: Path) -> None:
+    import torchvision
+
+    path, _, _ = tiny
+    source = torchvision.models.resnet18().state_dict()
+    torch.save(source, tmp_path / "resnet18.pth")
+    status, output = run(path, tmp_path / "resnet18.pth")
+    assert status == 0
+    loaded, problems = load(path, output)
+    assert problems and not [key for key in problems if key.startswith("backbone.")]
+    assert torch.equal(loaded["backbone.res5.1.conv2.weight"], source["layer4.1.conv2.weight"])
+
+
+@pytest.mark.parametrize(
+    ("options", "opts", "messages"),
+    [
+        ((), ("MODEL.SOLQ.HIDDEN_DIM", 64), ["MODEL.SOLQ.HIDDEN_DIM 32 (config: 64)", "(4, 32) in the file, (4, 64)"]),
+        ((), ("MODEL.SOLQ.NUM_CLASSES", 6), ["MODEL.SOLQ.NUM_CLASSES 80 (config: 6)", "--drop-classes"]),
+        ((), ("MODEL.SOLQ.BOX_REFINE", False), ["MODEL.SOLQ.BOX_REFINE True (config: False)", "unexpected"]),
+        # The stride of a block shows in no shape, but the features would be wrong
+        ((), ("MODEL.RESNETS.STRIDE_IN_1X1", True), ["MODEL.RESNETS.STRIDE_IN_1X1 False (config: True)"]),
+        (("--detector-only",), (), ["MODEL.SOLQ.MASK_ON False (config: True)", "vector_embed.layers.0.weight"]),
+    ],
+)
+def test_tool_refuses_what_does_not_fit(
+    tiny: Tiny,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    opts: tuple[object, ...],
+    messages: list[str],
+) -> None:
+    path, file, _ = tiny
+    status, output = run(path, file, *options, opts=opts)
+    assert status == 1 and not output.exists()
+    error = capsys.readouterr().err
+    assert f"{file} does not fit {path}. It looks like SOLQ (R18, width 32, 4 levels" in error
+    for message in messages:
+        assert message in error
+
+
+def save(state: dict[str, torch.Tensor]) -> Callable[[Path], None]:
+    return lambda path: torch.save(state, path)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (save({"heads.gvd.heads.2.qry.0.weight": torch.ones(1)}), "looks like EffSeg"),
+        (save({"anything": torch.ones(1)}), "not recognised. Its keys begin with anything"),
+        (save(published("checkpoint_sqr.json")), "release.pth: This is the SQR baseline of SOLQ"),
+        (lambda path: path.write_bytes(b"PK\x03\x04 cut"), "damaged or incomplete"),
+        (lambda path: path.unlink(), "cannot be opened"),
+    ],
+)
+def test_tool_names_the_trouble(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str], write: Callable[[Path], None], message: str
+) -> None:
+    path, file, _ = tiny
+    write(file)
+    assert run(path, file)[0] == 1
+    assert message in capsys.readouterr().err
+
+
+def test_refusal_names_the_configs_that_fit() -> None:
+    configs = [Path(path).name for path in tool.fitting_configs(settings(published("checkpoint.json")))]
+    assert configs[0] == "solq_r50.yaml"
+    assert not {"Base-SOLQ.yaml", "solq_r101.yaml", "solq_r50_width256.yaml", "solq_r50_no_refine.yaml"} & set(configs)
