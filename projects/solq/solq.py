@@ -237,10 +237,16 @@ class SOLQ(nn.Module):
         """Losses of all decoder layers and, in the two-stage form, of the proposals (suffix ``_enc``), unweighted."""
         losses = self.criterion(outputs, targets)
         if decoded.proposals is not None:
-            proposals = SOLQOutput(decoded.proposals.logits[None], decoded.proposals.boxes[None], decoded.memory[None])
-            anything = Targets(targets.counts, torch.zeros_like(targets.labels), targets.fields, targets.images)
-            losses.update({f"{name}_enc": value for name, value in self.criterion(proposals, anything).items()})
+            proposal_losses = self.criterion(*self.as_detections(decoded, targets))
+            losses.update({f"{name}_enc": value for name, value in proposal_losses.items()})
         return losses
+
+    def as_detections(self, decoded: TransformerOutput, targets: Targets) -> tuple[SOLQOutput, Targets]:
+        """The proposals as one layer's predictions without masks, and targets whose class is always 0."""
+        proposals = decoded.proposals
+        assert proposals is not None
+        anything = Targets(targets.counts, torch.zeros_like(targets.labels), targets.fields, targets.images)
+        return SOLQOutput(proposals.logits[None], proposals.boxes[None], decoded.memory[None]), anything
 
     @torch.no_grad()
     def statistics(self, decoded: TransformerOutput, outputs: SOLQOutput, targets: Targets) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """SOLQ against its official implementation: network, detections, losses, gradients, and that checkpoints load."""
 
+from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +15,9 @@ from detectron2.structures import BitMasks, Boxes, Instances
 import querymask
 from querymask.common.mask_coding import DCTMaskCoding, binarize_at_half_range
 from querymask.common.masks import crop_masks, paste_masks
+from querymask.common.matching import Assignment
 from querymask.common.position_encoding import sine_position_encoding
+from querymask.common.set_criterion import Targets
 from querymask.solq.checkpoint import convert
 
 # Official setting -> config key. Settings with a fixed meaning are handled in `configure`.
@@ -203,12 +206,10 @@ def test_solq_inference(name: str) -> None:
     }.items():
         assert_close(array[:, tokens, ::8], expected[key], key)
 
-    layers = len(decoded.hidden)
-    references = [torch.zeros(()), *decoded.references][-layers:]
     arrays = {
         "decoder_hidden": decoded.hidden[:, :, ::6, ::8],
         "initial_reference": decoded.references[0],
-        "references": torch.stack(references)[:, :, ::3],
+        "references": torch.stack(decoded.references[1:])[:, :, ::3],
         "logits": outputs.logits[:, :, ::6, ::3],
         "boxes": outputs.boxes[:, :, ::3],
     }
@@ -249,13 +250,11 @@ def test_solq_training(name: str) -> None:
     targets = model.encode_targets(batch, torch.float64)
 
     assignment = model.criterion.match(outputs, targets)
-    starts = np.cumsum([0, *targets.counts])
-    for layer in range(assignment.num_layers):
-        key = "match_final" if layer == assignment.num_layers - 1 else f"match_aux_{layer}"
-        for b in range(len(batch)):
-            here = (assignment.layer == layer) & (assignment.image == b)
-            pairs = np.stack((assignment.query[here], assignment.target[here] - starts[b]))
-            assert np.array_equal(pairs, expected[f"{key}_{b}"]), f"{key}_{b}"
+    last = assignment.num_layers - 1
+    check_matches(assignment, targets, {i: f"match_aux_{i}" for i in range(last)} | {last: "match_final"}, expected)
+    if decoded.proposals is not None:
+        proposals, anything = model.as_detections(decoded, targets)
+        check_matches(model.criterion.match(proposals, anything), targets, {0: "match_enc"}, expected)
 
     losses = model.losses(decoded, outputs, targets)
     weighted = model.criterion.weigh(losses)
@@ -270,6 +269,17 @@ def test_solq_training(name: str) -> None:
     if case["gradient_norms"]:
         total.backward()
         check_gradients(model, official, case["gradient_norms"])
+
+
+def check_matches(
+    assignment: Assignment, targets: Targets, names: dict[int, str], expected: Mapping[str, np.ndarray]
+) -> None:
+    starts = np.cumsum([0, *targets.counts])
+    for layer, name in names.items():
+        for b in range(len(targets.counts)):
+            here = (assignment.layer == layer) & (assignment.image == b)
+            pairs = np.stack((assignment.query[here], assignment.target[here] - starts[b]))
+            assert np.array_equal(pairs, expected[f"{name}_{b}"]), f"{name}_{b}"
 
 
 def check_gradients(model: torch.nn.Module, official: dict[str, torch.Tensor], norms: dict[str, float]) -> None:
