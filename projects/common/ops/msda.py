@@ -48,7 +48,7 @@ def multi_scale_deformable_attention(
             "use [feature.shape[-2:] for feature in features]"
         )
     if extension.use_kernels(value.device):
-        shapes = [size for shape in spatial_shapes for size in shape]
+        shapes = [int(size) for shape in spatial_shapes for size in shape]  # a tracer passes tensors
         return torch.ops.querymask.multi_scale_deformable_attention(
             value, shapes, sampling_locations, attention_weights
         )
