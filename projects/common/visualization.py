@@ -117,7 +117,7 @@ def comparison(
     """The picture of ``save_comparison`` as uint8 [H, W, 3] RGB."""
     image = detection_utils.read_image(dataset_dict["file_name"], format="RGB")
     class_names = metadata.get("thing_classes", None) or ()
-    shown = int((instances.scores >= score_threshold).sum()) if instances.has("scores") else len(instances)
+    shown = len(_items(instances, class_names, score_threshold, *image.shape[:2]))
     panels = [draw_instances(image, instances, class_names, score_threshold)]
     titles = [f"{shown} predictions" + (f", score ≥ {score_threshold:g}" if score_threshold > 0 else "")]
     if "annotations" in dataset_dict:
@@ -231,6 +231,8 @@ def _items(
             f"The instances are for an image of {tuple(instances.image_size)}, not {(height, width)} (height, width). "
             "Rescale them first (detectron2.modeling.postprocessing.detector_postprocess)."
         )
+    if not instances.get_fields():
+        return []
     fields = {
         name: instances.get(f"{prefix}_{name}")
         for name in ("boxes", "classes", "masks")

@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -195,6 +196,9 @@ def test_lost_images_are_made_again(tmp_path):
     make_shapes(tmp_path, "val", 8)
     before = contents(folder)
     (folder / "val" / "000003.jpg").unlink()
+    make_shapes(tmp_path, "val", 8)
+    assert contents(folder) == before
+    shutil.rmtree(folder / "val")
     make_shapes(tmp_path, "val", 8)
     assert contents(folder) == before
 

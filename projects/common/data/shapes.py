@@ -67,9 +67,14 @@ def make_shapes(root: str | os.PathLike, split: str, num_images: int | None = No
 
 
 def _is_complete(json_file: Path, num_images: int) -> bool:
-    if not json_file.exists():
+    image_folder = json_file.with_suffix("")
+    if not json_file.exists() or not image_folder.is_dir():
         return False
-    return sum(entry.name.endswith(".jpg") for entry in os.scandir(json_file.with_suffix(""))) == num_images
+    return {_image_name(index) for index in range(num_images)} <= set(os.listdir(image_folder))
+
+
+def _image_name(index: int) -> str:
+    return f"{index:06d}.jpg"
 
 
 def _generate(json_file: Path, split: str, num_images: int) -> None:
@@ -123,7 +128,7 @@ def _make_image(split: str, index: int, folder: Path) -> tuple[dict[str, Any], l
     """Draw and write one image; returns its entry in the JSON and those of its annotations (without ids)."""
     rng = np.random.default_rng([VERSION, list(SPLIT_SIZES).index(split), index])
     image, objects = draw_scene(rng)
-    file_name = f"{index:06d}.jpg"
+    file_name = _image_name(index)
     _, data = cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
     _write(folder / file_name, data.tobytes())
     height, width = image.shape[:2]
