@@ -90,13 +90,16 @@ def _without_suffix(name: str) -> str:
 
 
 def normalizers_over_processes(assignment: Assignment, targets: Targets) -> Normalizers:
-    """Average the counts over all processes."""
+    """Average the counts over all processes.
+
+    At least 1 in the whole batch, not in every process as in the releases: so gradients do not depend on the number of
+    processes even where a batch has fewer targets than processes.
+    """
     counts = [float(sum(targets.counts)), float(assignment.pairs_per_layer())]
     totals = torch.tensor(counts, device=targets.labels.device)
     if comm.get_world_size() > 1:
         torch.distributed.all_reduce(totals)
-        totals = totals / comm.get_world_size()
-    return Normalizers(*totals.clamp(min=1))
+    return Normalizers(*totals.clamp(min=1) / comm.get_world_size())
 
 
 def by_layer(values: torch.Tensor) -> dict[int, torch.Tensor]:

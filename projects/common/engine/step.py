@@ -1,7 +1,7 @@
 """One training step: forward, backward, optimiser, and what is kept for the log."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class TrainingStep:
         self.device_type = next(model.parameters()).device.type
         self.amp = amp
         self.grad_scaler = torch.amp.GradScaler(self.device_type, enabled=amp and self.device_type == "cuda")
-        self._batches = None
+        self._batches: Iterator | None = None
         self._pending: list[tuple[int, tuple[str, ...], torch.Tensor]] = []
 
     def run_step(self) -> None:
@@ -74,6 +74,10 @@ class TrainingStep:
         self._keep(losses)
         if comm.is_main_process():
             get_event_storage().put_scalar("data_time", data_time)
+
+    def close(self) -> None:
+        """Stop the workers of the data loader now; left to the garbage collector, that can take five seconds each."""
+        self._batches = None
 
     def _keep(self, losses: Mapping[str, torch.Tensor]) -> None:
         values = torch.stack([loss.detach().float() for loss in losses.values()])

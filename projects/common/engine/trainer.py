@@ -91,6 +91,11 @@ class Trainer(DefaultTrainer):
             self._trainer.write_metrics()
         super().after_step()
 
+    def after_train(self) -> None:
+        """Free the data loader's workers, then what hooks do: evaluate, write, draw."""
+        self._trainer.close()
+        super().after_train()
+
     def state_dict(self) -> dict[str, Any]:
         """Iteration, schedule, optimiser and seed (Detectron2 0.5 leaves the optimiser out)."""
         return {**TrainerBase.state_dict(self), "_trainer": self._trainer.state_dict(), "seed": self._trainer.seed}
