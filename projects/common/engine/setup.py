@@ -55,3 +55,4 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
         logger.info(f"the full config is in {path}")
     seed_everything(mix_seed(cfg.SEED, START, rank))
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    torch.set_float32_matmul_precision(cfg.FLOAT32_MATMUL_PRECISION)
