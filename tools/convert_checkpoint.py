@@ -170,7 +170,7 @@ def lookup(cfg: CfgNode, key: str) -> Any:
 def fitting_configs(settings: dict[str, Any]) -> list[str]:
     """The project's configs that have these settings, those with the shortest names first."""
     fitting = []
-    for path in Path(querymask.__file__).parent.glob("*/configs/*.yaml"):
+    for path in Path(querymask.__file__).parent.glob("*/configs/**/*.yaml"):
         cfg = get_cfg()
         cfg.merge_from_file(str(path))
         if not path.name.startswith("Base") and all(lookup(cfg, key) == value for key, value in settings.items()):

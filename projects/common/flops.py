@@ -1,0 +1,149 @@
+"""Parameters, FLOPs and activations of a Detectron2 model, counted with fvcore.
+
+fvcore's conventions: one multiply-add is one FLOP; activations are the sizes of the outputs of convolutions and matrix
+products. Detectron2's own ``detectron2.utils.analysis`` does the same but cannot be imported everywhere.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from detectron2.structures import Boxes, Instances
+from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
+from fvcore.nn.jit_handles import (
+    Handle,
+    elementwise_flop_counter,
+    generic_activation_jit,
+    get_shape,
+)
+from torch import Tensor, nn
+
+from querymask.common.ops import fvcore_handles
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters of a module, shared ones counted once; buffers (such as frozen batch norms) are none."""
+
+    total: int
+    trainable: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one forward pass costs.
+
+    Attributes:
+        flops_by_operator, flops_by_module: multiply-adds; the module "" is the whole model.
+        activations_by_module: numbers.
+        uncounted: operators without a formula, with their number of calls.
+    """
+
+    flops_by_operator: Mapping[str, float]
+    flops_by_module: Mapping[str, float]
+    activations_by_module: Mapping[str, float]
+    uncounted: Mapping[str, int]
+
+
+def count_parameters(model: nn.Module) -> dict[str, Parameters]:
+    """The parameters of every module by its name; the name of the model itself is ""."""
+
+    def count(module: nn.Module) -> Parameters:
+        parameters = list(module.parameters())
+        return Parameters(sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad))
+
+    return {name: count(module) for name, module in model.named_modules()}
+
+
+def measure(model: nn.Module, item: Mapping[str, Any]) -> Cost:
+    """Count the cost of inference on one image; the model is put into evaluation mode for it.
+
+    Args:
+        model: a Detectron2 model, on any device.
+        item: its input for one image: ``image`` (3, H, W), and ``height``, ``width`` of the result if they differ.
+    """
+    wrapper = _TensorsOnly(model, item)
+    training = model.training
+    model.eval()
+    flops = FlopCountAnalysis(wrapper, (item["image"],)).set_op_handle(**flop_handles())
+    activations = ActivationCountAnalysis(wrapper, (item["image"],)).set_op_handle(**activation_handles())
+    with torch.no_grad():
+        for analysis in (flops, activations):
+            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none").total()
+    model.train(training)
+    by_module = _of_model(flops.by_module()), _of_model(activations.by_module())
+    return Cost(flops.by_operator(), *by_module, flops.unsupported_ops())
+
+
+def _of_model(counts: Mapping[str, float]) -> dict[str, float]:
+    """Counts by module of the wrapper, as those of the model in it."""
+    return {name[len("model.") :]: count for name, count in counts.items() if name.startswith("model")}
+
+
+class _TensorsOnly(nn.Module):
+    """A model as the tracer wants it: an image tensor in, tensors out."""
+
+    def __init__(self, model: nn.Module, item: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.item = dict(item)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_tensors(self.model([{**self.item, "image": image}])))
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Every tensor in the output of a Detectron2 model."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Boxes):
+        yield output.tensor
+    elif isinstance(output, Instances):
+        yield from _tensors(output.get_fields())
+    elif isinstance(output, Mapping):
+        yield from _tensors(list(output.values()))
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _tensors(value)
+
+
+# ---- Formulas -----------------------------------------------------------------------------------------------------
+
+# Operators that fvcore does not know to move, compare or select without arithmetic
+_FREE = """
+    pad fill_ zero_ clone repeat repeat_interleave flip tile meshgrid numpy_T movedim view_as unfold
+    empty_like ones_like new_ones scalar_tensor tensor lift_fresh
+    topk sort argsort argmax min amin amax minimum maximum where masked_fill_ ceil round
+    ne lt le __or__ logical_not logical_and logical_or any all isfinite
+""".split()
+
+
+def flop_handles() -> dict[str, Handle | None]:
+    """FLOP formulas of the operators that fvcore lacks, ours included; None for those without arithmetic."""
+    return {
+        **{f"aten::{name}": None for name in _FREE},
+        "aten::scaled_dot_product_attention": _attention_flops,
+        "aten::baddbmm": _baddbmm_flops,
+        "aten::upsample_bicubic2d": elementwise_flop_counter(0, 16),
+        **fvcore_handles(),
+    }
+
+
+def activation_handles() -> dict[str, Handle]:
+    """Formulas of the activations of the operators that fvcore lacks, ours included."""
+    names = ("aten::scaled_dot_product_attention", "aten::baddbmm", "aten::mm", *fvcore_handles())
+    return dict.fromkeys(names, generic_activation_jit())
+
+
+def _attention_flops(inputs: list[Any], outputs: list[Any]) -> int:
+    """Scores and weighted sums: query (..., Q, D), key (..., K, D), value (..., K, E)."""
+    query, key, value = (get_shape(tensor) for tensor in inputs[:3])
+    return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _baddbmm_flops(inputs: list[Any], outputs: list[Any]) -> int:
+    """Added term, then (B, N, K) times (B, K, M)."""
+    left, right = get_shape(inputs[1]), get_shape(inputs[2])
+    return prod(left) * right[-1]

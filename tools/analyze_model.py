@@ -1,0 +1,142 @@
+"""Print the parameters, FLOPs and activations of a model.
+
+    python tools/analyze_model.py --config-file CONFIG [--num-images N | --height H --width W] [KEY VALUE ...]
+
+Without images, one of random pixels is used, as large as a photograph of 4:3 at the config's test size. What is counted
+and how: docs/analysis.md.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from querymask import get_cfg  # before Detectron2, which it makes importable on current libraries
+
+# isort: split
+import numpy as np
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_model
+from tabulate import tabulate
+
+from querymask.common.data.mapper import InstanceMapper
+from querymask.common.engine import choose_device
+from querymask.common.flops import Cost, Parameters, count_parameters, measure
+
+GIGA = 1e9
+MEGA = 1e6
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--num-images", type=int, metavar="N", help="the first N images of DATASETS.TEST")
+    parser.add_argument("--height", type=int, metavar="H", help="rows of an image of random pixels")
+    parser.add_argument("--width", type=int, metavar="W", help="columns of it")
+    parser.add_argument("--depth", type=int, default=2, metavar="D", help="levels of modules in the tables (default 2)")
+    parser.add_argument("--parameters-only", action="store_true", help="leave FLOPs and activations out")
+    parser.add_argument(
+        "--load-weights", action="store_true", help="load MODEL.WEIGHTS, for costs that depend on what is detected"
+    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config")
+    args = parser.parse_args(arguments)
+    if (args.height is None) != (args.width is None):
+        parser.error("--height and --width belong together")
+    if args.num_images is not None and (args.height is not None or args.num_images < 1):
+        parser.error("--num-images must be positive, and excludes --height and --width")
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the analysis; returns the exit status."""
+    args = parse_arguments(arguments)
+    cfg = get_cfg()
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    if args.parameters_only:
+        cfg.MODEL.DEVICE = "meta"
+        with torch.device("meta"):
+            print(parameter_table(count_parameters(build_model(cfg)), args.depth))
+        return 0
+    choose_device(cfg)
+    model = build_model(cfg)
+    print(parameter_table(count_parameters(model), args.depth))
+    if args.load_weights:
+        DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    costs = []
+    for item in inputs(args, cfg):
+        costs.append(measure(model, item))
+        height, width = item["image"].shape[1:]
+        print(f"image {len(costs)}: {height} x {width}, {costs[-1].flops_by_module[''] / GIGA:.2f} GFLOP", flush=True)
+    print(cost_tables(costs, args.depth))
+    return 0
+
+
+def inputs(args: argparse.Namespace, cfg: CfgNode) -> Iterator[dict[str, Any]]:
+    """What the model gets, image by image."""
+    if args.num_images:
+        mapper = InstanceMapper(cfg, is_train=False)
+        for item in DatasetCatalog.get(cfg.DATASETS.TEST[0])[: args.num_images]:
+            yield mapper(item)
+        return
+    height, width = args.height or cfg.INPUT.MIN_SIZE_TEST, args.width or cfg.INPUT.MIN_SIZE_TEST * 4 // 3
+    pixels = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    yield {"image": pixels, "height": height, "width": width}
+
+
+def within(depth: int, name: str) -> bool:
+    """Whether a module is at most ``depth`` levels below the model."""
+    return name == "" or name.count(".") < depth
+
+
+def parameter_table(counts: dict[str, Parameters], depth: int) -> str:
+    """Parameters by module."""
+    rows = [
+        (name or "(model)", count.total, count.trainable)
+        for name, count in counts.items()
+        if within(depth, name) and count.total
+    ]
+    headers = ["module", "parameters", "trainable"]
+    return tabulate(rows, headers=headers, tablefmt="pipe", intfmt=",") + "\n"
+
+
+def cost_tables(costs: Sequence[Cost], depth: int) -> str:
+    """FLOPs by operator, FLOPs and activations by module, and what was not counted: means over the images."""
+    spread = ["std"] if len(costs) > 1 else []
+
+    def column(field: str, name: str) -> list[float]:
+        return [getattr(cost, field).get(name, 0) for cost in costs]
+
+    def cells(field: str, name: str, unit: float) -> list[str]:
+        values = np.array(column(field, name)) / unit
+        return [f"{values.mean():.3f}"] + [f"{values.std():.3f}" for _ in spread]
+
+    def names(field: str, largest_first: bool) -> list[str]:
+        found = list(dict.fromkeys(name for cost in costs for name in getattr(cost, field)))
+        return sorted(found, key=lambda name: -sum(column(field, name))) if largest_first else found
+
+    by_operator = [[name, *cells("flops_by_operator", name, GIGA)] for name in names("flops_by_operator", True)]
+    by_operator.append(["(all)", *cells("flops_by_module", "", GIGA)])
+    by_module = [
+        [name or "(model)", *cells("flops_by_module", name, GIGA), *cells("activations_by_module", name, MEGA)]
+        for name in names("flops_by_module", False)
+        if within(depth, name) and any(column("flops_by_module", name))
+    ]
+    uncounted = [[name, *cells("uncounted", name, 1)] for name in names("uncounted", True)]
+    module_headers = ["module", "GFLOP", *spread, "activations (million)", *spread]
+    parts = (
+        f"Means over {len(costs)} image(s). A multiply-add is one FLOP.",
+        tabulate(by_operator, headers=["operator", "GFLOP", *spread], tablefmt="pipe", floatfmt=".3f"),
+        tabulate(by_module, headers=module_headers, tablefmt="pipe", floatfmt=".3f"),
+        "Not counted, because they have no formula:",
+        tabulate(uncounted, headers=["operator", "calls per image", *spread], tablefmt="pipe"),
+    )
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
