@@ -1,0 +1,271 @@
+"""Every config: it loads, has the size that the paper's model has, trains and detects; the model zoo names it."""
+
+import copy
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances
+
+from querymask.common.flops import count_parameters
+from querymask.common.solver import build_lr_scheduler, build_optimizer
+
+ROOT = Path(__file__).parents[2]
+
+
+def load_tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_model_zoo", ROOT / "tools" / "make_model_zoo.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+zoo = load_tool()
+LEAVES = {leaf.name: leaf for leaf in zoo.find_leaves() if leaf.method == "solq"}
+NUM_CLASSES = 5
+NUM_QUERIES = 12
+# Everything that makes a model slow, and nothing that makes it the model of its row
+REDUCED = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.WEIGHTS": "",
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
+    "MODEL.SWIN.EMBED_DIM": 8,
+    "MODEL.SWIN.DEPTHS": [2, 2, 2, 2],
+    "MODEL.SWIN.NUM_HEADS": [1, 2, 4, 8],
+    "MODEL.SWIN.DROP_PATH_RATE": 0.0,
+    "MODEL.SOLQ.NUM_CLASSES": NUM_CLASSES,
+    "MODEL.SOLQ.NUM_QUERIES": NUM_QUERIES,
+    "MODEL.SOLQ.HIDDEN_DIM": 32,
+    "MODEL.SOLQ.NUM_HEADS": 4,
+    "MODEL.SOLQ.ENC_LAYERS": 1,
+    "MODEL.SOLQ.DIM_FEEDFORWARD": 32,
+    "MODEL.SOLQ.VECTOR_HIDDEN_DIM": 32,
+}
+
+# Parameters with 91 classes, in all and trained, as measured on the release
+PUBLISHED_SIZES = {
+    "solq_r50": (54_193_660, 53_971_260),
+    "solq_r50_width256": (42_424_828, 42_202_428),
+    "solq_r101": (73_133_564, 72_911_164),
+    "solq_swin_l": (223_622_992, 223_622_992),
+    "solq_swin_l_1536": (223_622_992, 223_622_992),
+    "fast_solq_r50": (54_193_660, 53_971_260),
+    "ablations/coding_dct": (45_190_780, 44_968_380),
+    "deformable_detr_r50_refine": (52_487_420, 52_265_020),
+}
+R50_PARTS = {
+    "backbone": 23_454_912,
+    "projections": 8_458_752,
+    "encoder": 7_397_376,
+    "decoder with box heads": 12_733_464,
+    "class heads": 210_210,
+    "mask head": 1_706_240,
+    "query embedding": 230_400,
+    "level embedding": 1_536,
+    "reference layer": 770,
+}
+
+
+def size(module: torch.nn.Module) -> tuple[int, int]:
+    """All parameters, and those that are trained."""
+    counts = count_parameters(module)[""]
+    return counts.total, counts.trainable
+
+
+def reduced_config(name: str) -> CfgNode:
+    cfg = LEAVES[name].config()
+    for key, value in REDUCED.items():
+        cfg.merge_from_list([key, value])
+    return cfg
+
+
+def batch() -> list[dict[str, Any]]:
+    """Two images of different size, the second without instances."""
+    generator = torch.Generator().manual_seed(0)
+    items = []
+    for height, width, boxes in ((64, 90, [[4.0, 6.0, 40.0, 50.0], [50.0, 10.0, 90.0, 60.0]]), (80, 60, [])):
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4))
+        instances.gt_classes = torch.arange(len(boxes)) + 1
+        masks = torch.zeros(len(boxes), height, width, dtype=torch.bool)
+        for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
+            mask[int(y0) + 5 : int(y1), int(x0) : int(x1) - 5] = True
+        instances.gt_masks = BitMasks(masks)
+        image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
+        items.append({"image": image, "instances": instances, "height": height // 2, "width": width // 2})
+    return items
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_training_step(name: str) -> None:
+    """The losses of the row are there, reach every trained parameter, and one step of its optimiser changes all."""
+    torch.manual_seed(0)
+    cfg = reduced_config(name)
+    model = build_model(cfg).train()
+    for head in (module for module in model.modules() if isinstance(module, torch.nn.Linear)):
+        torch.nn.init.normal_(head.weight, std=0.1)  # heads and offsets start at zero, which holds gradients back
+    optimizer = build_optimizer(cfg, model)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    before = copy.deepcopy(model.state_dict())
+
+    losses = model(batch())
+    assert set(losses) == expected_losses(cfg)
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    sum(losses.values()).backward()
+    optimizer.step()
+    scheduler.step()
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), key
+            assert not torch.equal(parameter, before[key]), f"{key} did not move"
+        else:
+            assert torch.equal(parameter, before[key]), f"{key} is frozen but moved"
+
+
+def expected_losses(cfg: CfgNode) -> set[str]:
+    solq = cfg.MODEL.SOLQ
+    last = solq.DEC_LAYERS - 1
+    suffixes = ["" if layer == last else f"_{layer}" for layer in range(solq.DEC_LAYERS)]
+    names = {kind + suffix for kind in ("loss_ce", "loss_bbox", "loss_giou") for suffix in suffixes}
+    if solq.TWO_STAGE:
+        names |= {"loss_ce_enc", "loss_bbox_enc", "loss_giou_enc"}
+    if solq.MASK_ON:
+        names |= {f"loss_vector{suffix}" for suffix in suffixes[min(solq.VECTOR_START_LAYER, last) :]}
+    return names
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_inference(name: str) -> None:
+    torch.manual_seed(0)
+    cfg = reduced_config(name)
+    model = build_model(cfg).eval()
+    inputs = [{key: value for key, value in item.items() if key != "instances"} for item in batch()]
+    with torch.no_grad():
+        results = [output["instances"] for output in model(inputs)]
+    for item, instances in zip(inputs, results, strict=True):
+        count = min(cfg.TEST.DETECTIONS_PER_IMAGE, NUM_QUERIES * NUM_CLASSES)
+        assert len(instances) == count
+        assert instances.image_size == (item["height"], item["width"])
+        assert torch.isfinite(instances.pred_boxes.tensor).all()
+        assert (instances.scores.diff() <= 0).all() and instances.scores.min() > 0
+        assert instances.pred_classes.max() < NUM_CLASSES
+        assert instances.has("pred_masks") == cfg.MODEL.SOLQ.MASK_ON
+        if cfg.MODEL.SOLQ.MASK_ON:
+            assert instances.pred_masks.dtype == torch.bool
+            assert instances.pred_masks.shape == (count, item["height"], item["width"])
+
+
+@pytest.mark.parametrize("name", PUBLISHED_SIZES)
+def test_published_size(name: str) -> None:
+    cfg = LEAVES[name].config()
+    cfg.MODEL.SOLQ.NUM_CLASSES = 91
+    assert size(zoo.build_on_meta(cfg)) == PUBLISHED_SIZES[name]
+
+
+def test_published_size_of_each_part() -> None:
+    cfg = LEAVES["solq_r50"].config()
+    cfg.MODEL.SOLQ.NUM_CLASSES = 91
+    model = zoo.build_on_meta(cfg)
+    modules = {
+        "backbone": [model.backbone],
+        "projections": [model.input_proj],
+        "encoder": [model.transformer.encoder],
+        "decoder with box heads": [model.transformer.decoder, model.bbox_embed],
+        "class heads": [model.class_embed],
+        "mask head": [model.vector_embed],
+        "query embedding": [model.query_embed],
+        "reference layer": [model.transformer.reference_points],
+    }
+    sizes = {part: sum(size(module)[0] for module in those) for part, those in modules.items()}
+    sizes["level embedding"] = model.transformer.level_embed.numel()
+    assert sizes == R50_PARTS
+    assert sum(sizes.values()) == size(model)[0], "a part is missing from the list"
+
+
+def test_schedule_in_epochs() -> None:
+    """50 epochs with a drop after 40, of all 118,287 images of train2017 in whole batches of 32."""
+    for name, leaf in LEAVES.items():
+        cfg = leaf.config()
+        if "shapes" in name:
+            continue
+        epoch = 118_287 // cfg.SOLVER.IMS_PER_BATCH
+        assert (cfg.SOLVER.MAX_ITER, list(cfg.SOLVER.STEPS)) == (50 * epoch, [40 * epoch]), name
+        assert not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, name
+        assert cfg.DATASETS.TRAIN == ("coco_2017_train",) and cfg.DATASETS.TEST == ("coco_2017_val",), name
+
+
+def test_published_optimiser() -> None:
+    """Learning rates by group, weight decay on everything, one norm over all gradients, no warm-up."""
+    cfg = LEAVES["solq_r50"].config()
+    optimizer = build_optimizer(cfg, zoo.build_on_meta(cfg))
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert {group["name"]: group["lr"] for group in optimizer.param_groups} == {
+        "base": pytest.approx(2e-4),
+        "backbone": pytest.approx(2e-5),
+        "slow": pytest.approx(2e-5),
+    }
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {1e-4}
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    assert (clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE) == (True, "full_model", 0.1)
+    assert cfg.SOLVER.WARMUP_ITERS == 0
+
+
+def test_names_of_ablations_say_their_setting() -> None:
+    solq = {name: leaf.config().MODEL.SOLQ for name, leaf in LEAVES.items() if name.startswith("ablations/")}
+    settings = {
+        "loss_weight": lambda node: node.VECTOR_WEIGHT,
+        "stages": lambda node: node.DEC_LAYERS - node.VECTOR_START_LAYER,
+        "mask_size": lambda node: node.MASK_SIZE,
+        "vector_length": lambda node: node.VECTOR_LENGTH,
+    }
+    rows = {kind: [] for kind in settings}
+    for name, node in solq.items():
+        assert (node.NUM_FEATURE_LEVELS, node.IN_FEATURES) == (1, ["res5"]), name
+        kind, _, value = name.removeprefix("ablations/").rpartition("_")
+        if kind in settings:
+            assert settings[kind](node) == float(value), name
+            rows[kind].append(float(value))
+        if kind == "loss_weight":
+            assert node.VECTOR_START_LAYER == 5, name
+    assert {kind: sorted(values) for kind, values in rows.items()} == {
+        "loss_weight": [0.3, 0.7, 3, 4],
+        "stages": [1, 2, 3, 4, 5, 6],
+        "mask_size": [64, 96, 128, 256],
+        "vector_length": [144, 256, 300, 400],
+    }
+
+
+def test_backbone_as_torchvision_has_it() -> None:
+    for name, leaf in LEAVES.items():
+        cfg = leaf.config()
+        if cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone":
+            assert "torchvision/R-" in cfg.MODEL.WEIGHTS, name
+            assert cfg.MODEL.WEIGHTS.endswith(f"R-{cfg.MODEL.RESNETS.DEPTH}.pkl"), name
+            assert not cfg.MODEL.RESNETS.STRIDE_IN_1X1, name
+            assert (cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.RESNETS.NORM) == (2, "FrozenBN"), name
+        assert cfg.INPUT.FORMAT == "RGB" and cfg.MODEL.PIXEL_STD[0] == pytest.approx(0.229 * 255), name
+
+
+def test_model_zoo_is_in_step() -> None:
+    page = zoo.OUTPUT.read_text()
+    assert page == zoo.render(zoo.find_leaves(), zoo.read_gflops(page)), "run tools/make_model_zoo.py"
+    for leaf in LEAVES.values():
+        assert page.count(f"/configs/{leaf.name}.yaml)") == 1, f"{leaf.name} must have one row"
+
+
+def test_configs_without_a_head_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "solq" / "configs" / "nameless.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("MODEL: {}\n")
+    with pytest.raises(ValueError, match=r"nameless\.yaml: its first line must be a comment"):
+        zoo.find_leaves(tmp_path)

@@ -1,0 +1,215 @@
+"""Write docs/model_zoo.md: one row per config, from the config itself.
+
+    python tools/make_model_zoo.py
+
+What a config is and where its numbers come from stands in the comments at its head:
+
+    # One line that says what the model is
+    # Paper: row of the paper | numbers of its authors
+    # Measured: numbers of this project
+    # Weights: whose published file fits
+    # Any other line is a remark for readers of the config
+
+All but the first line may be missing. Parameters and FLOPs are measured. A file named Base... is no model of its own.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import querymask  # before Detectron2, which it makes importable on current libraries
+
+# isort: split
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import nn
+
+from querymask.common.flops import count_parameters, measure
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTPUT = ROOT / "docs" / "model_zoo.md"
+COLUMNS = ("Config", "Model", "Paper", "Measured here", "Parameters", "Trainable", "GFLOPs", "Weights")
+# FLOPs are those of one image of this size, COCO's usual 480x640 at a shorter side of 800
+HEIGHT, WIDTH = 800, 1066
+
+INTRODUCTION = f"""# Model zoo
+
+Written by `tools/make_model_zoo.py` from the configs; change those and run it again.
+
+A row is a config, with the row of the paper that it stands for. **AP in the column "Paper" is the authors', with their
+own code; it was not measured here.** "Measured here" holds what this project reached itself. Parameters, with the data
+set's own number of classes and without frozen batch norms, are measured, and so are GFLOPs: multiply-adds of inference
+on one image of {HEIGHT}x{WIDTH}.
+"""
+
+USAGE = """## Training and evaluation
+
+For any row, with the data in place ([data.md](data.md)):
+
+```
+CONFIG=projects/solq/configs/solq_r50.yaml
+uv run train_net.py --num-gpus 8 --config-file $CONFIG OUTPUT_DIR output/solq_r50
+uv run train_net.py --config-file $CONFIG --eval-only MODEL.WEIGHTS output/solq_r50/model_final.pth
+```
+
+A published file is converted once ([checkpoints.md](checkpoints.md)):
+
+```
+uv run tools/convert_checkpoint.py --config-file $CONFIG solq_r50_final.pth weights/solq_r50.pth
+uv run train_net.py --config-file $CONFIG --eval-only MODEL.WEIGHTS weights/solq_r50.pth
+```
+
+## Published weights
+
+- "release": files of SOLQ's authors, linked from the read-me of
+  [megvii-research/SOLQ](https://github.com/megvii-research/SOLQ) (Google Drive).
+- "Deformable DETR's release": linked from the read-me of
+  [fundamentalvision/Deformable-DETR](https://github.com/fundamentalvision/Deformable-DETR) (Google Drive).
+
+Both hold `.pth` files with a class head of 91 rows, indexed by COCO's raw category ids; conversion picks COCO's 80.
+
+Training starts from a backbone:
+
+- ResNet: torchvision's weights in Detectron2's format, `detectron2://ImageNetPretrained/torchvision/R-50.pkl` and
+  `R-101.pkl`, which Detectron2 fetches by itself. torchvision's own files do as well after conversion.
+- Swin-L: `swin_large_patch4_window7_224_22k.pth`, linked from the read-me of
+  [microsoft/Swin-Transformer](https://github.com/microsoft/Swin-Transformer), converted to the path in the config:
+
+```
+uv run tools/convert_checkpoint.py --config-file projects/solq/configs/solq_swin_l.yaml \\
+    swin_large_patch4_window7_224_22k.pth weights/swin_large_patch4_window7_224_22k.pth
+```
+"""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A config and what its head says.
+
+    Attributes:
+        method: the folder below ``projects``.
+        name: path below the method's configs, without suffix: ``solq_r50``, ``ablations/stages_1``.
+        path: the file.
+        title: what the model is.
+        facts: the values of ``Paper``, ``Measured`` and ``Weights`` where they are given.
+    """
+
+    method: str
+    name: str
+    path: Path
+    title: str
+    facts: dict[str, str] = field(default_factory=dict)
+
+    def config(self) -> CfgNode:
+        """The config, to be changed freely."""
+        cfg = querymask.get_cfg()
+        cfg.merge_from_file(str(self.path))
+        return cfg
+
+
+def find_leaves(projects: Path = ROOT / "projects") -> list[Leaf]:
+    """Every config that is a model, those with published weights first, then those of the papers, then by name."""
+    paths = (path for path in projects.glob("*/configs/**/*.yaml") if not path.name.startswith("Base"))
+    return sorted((read_leaf(path, projects) for path in paths), key=_order)
+
+
+def read_leaf(path: Path, projects: Path) -> Leaf:
+    """Read the head of a config.
+
+    Raises:
+        ValueError: there is none.
+    """
+    comments = re.match(r"(?:#.*\n)*", path.read_text())
+    lines = [line.lstrip("# ") for line in comments[0].splitlines()] if comments else []
+    if not lines:
+        raise ValueError(f"{path}: its first line must be a comment that says what the model is")
+    facts = dict(match.groups() for line in lines if (match := re.match(r"(Paper|Measured|Weights): (.*)", line)))
+    method, _, name = path.relative_to(projects).with_suffix("").as_posix().partition("/configs/")
+    return Leaf(method, name, path, lines[0], facts)
+
+
+def _order(leaf: Leaf) -> tuple[object, ...]:
+    folder, _, name = leaf.name.rpartition("/")
+    row = leaf.facts.get("Paper", "").partition(" |")[0]
+    paper = row if row.startswith("Table") else "without a table"
+    by_value = [part.zfill(6) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return leaf.method, folder, "Paper" not in leaf.facts, "Weights" not in leaf.facts, paper, by_value
+
+
+def build_on_meta(cfg: CfgNode) -> nn.Module:
+    """The model without memory for its parameters."""
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        return build_model(cfg)
+
+
+def measure_gflops(leaves: Sequence[Leaf]) -> dict[str, str]:
+    """The cells of the GFLOPs column by name of the config; equal networks are measured once."""
+    pixels = torch.randint(256, (3, HEIGHT, WIDTH), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    by_network: dict[str, str] = {}
+    cells = {}
+    for leaf in leaves:
+        cfg = leaf.config()
+        cfg.MODEL.DEVICE = "cpu"
+        network = repr(build_on_meta(leaf.config()))
+        if network not in by_network:
+            torch.manual_seed(0)
+            cost = measure(build_model(cfg), {"image": pixels, "height": HEIGHT, "width": WIDTH})
+            by_network[network] = f"{cost.flops_by_module[''] / 1e9:.1f}"
+        cells[leaf.name] = by_network[network]
+        print(f"{leaf.name}: {cells[leaf.name]} GFLOPs", flush=True)
+    return cells
+
+
+def row(leaf: Leaf, gflops: str) -> tuple[str, ...]:
+    """The cells of a config's row, in the order of ``COLUMNS``."""
+    parameters = count_parameters(build_on_meta(leaf.config()))[""]
+    link = f"[{leaf.name}](../projects/{leaf.method}/configs/{leaf.name}.yaml)"
+    paper, measured, weights = (
+        leaf.facts.get(key, "–").replace(" | ", "<br>") for key in ("Paper", "Measured", "Weights")
+    )
+    return (link, leaf.title, paper, measured, f"{parameters.total:,}", f"{parameters.trainable:,}", gflops, weights)
+
+
+def render(leaves: Sequence[Leaf], gflops: Mapping[str, str]) -> str:
+    """The whole page.
+
+    Args:
+        leaves: in the order of the rows.
+        gflops: cells of that column by name of the config.
+    """
+    sections: dict[str, list[Leaf]] = {}
+    for leaf in leaves:
+        folder = leaf.name.rpartition("/")[0]
+        sections.setdefault(f"{_heading(leaf.method)}{folder and ': '}{folder}", []).append(leaf)
+    parts = [INTRODUCTION]
+    for title, members in sections.items():
+        rows = [COLUMNS, ("---",) * len(COLUMNS), *(row(leaf, gflops.get(leaf.name, "–")) for leaf in members)]
+        parts.append(f"## {title}\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in rows))
+    return "\n".join([*parts, USAGE])
+
+
+def _heading(method: str) -> str:
+    """The name of a method as its own page has it."""
+    return (ROOT / "projects" / method / "README.md").read_text().partition("\n")[0].lstrip("# ")
+
+
+def read_gflops(page: str) -> dict[str, str]:
+    """The cells of the GFLOPs column by name of the config, from a page that was written before."""
+    rows = [line.strip("| \n").split(" | ") for line in page.splitlines() if line.startswith("| [")]
+    return {
+        cells[0].partition("]")[0][1:]: cells[COLUMNS.index("GFLOPs")] for cells in rows if len(cells) == len(COLUMNS)
+    }
+
+
+def main() -> None:
+    """Measure and write."""
+    leaves = find_leaves()
+    OUTPUT.write_text(render(leaves, measure_gflops(leaves)))
+    print(f"{OUTPUT}: {len(leaves)} configs")
+
+
+if __name__ == "__main__":
+    main()
