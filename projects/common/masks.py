@@ -13,6 +13,8 @@ def instance_masks(instances: Instances) -> torch.Tensor:
             "instances have no gt_masks: the mask branch needs them; set MODEL.MASK_ON: True for the mapper"
         )
     masks = instances.gt_masks
+    if not len(masks):  # Detectron2 0.5 cannot convert an empty list of polygons
+        return torch.zeros(0, *instances.image_size, dtype=torch.bool, device=instances.gt_classes.device)
     if not isinstance(masks, BitMasks):
         masks = BitMasks.from_polygon_masks(masks, *instances.image_size)
     return masks.tensor.to(instances.gt_classes.device)
@@ -45,7 +47,8 @@ def paste_masks(maps: torch.Tensor, boxes: torch.Tensor, height: int, width: int
 
     Args:
         maps: (n, size, size) bool or float.
-        boxes: (n, 4) XYXY in pixels; may reach beyond the image.
+        boxes: (n, 4) XYXY in pixels; may reach beyond the image or lie outside of it. Empty and nan boxes give empty
+            masks.
         threshold: foreground is what reaches it.
 
     Returns:
@@ -55,4 +58,10 @@ def paste_masks(maps: torch.Tensor, boxes: torch.Tensor, height: int, width: int
         return maps.new_zeros((0, height, width), dtype=torch.bool)
     if not maps.is_floating_point():
         maps = maps.to(boxes.dtype)
-    return paste_masks_in_image(maps, boxes, (height, width), threshold=threshold)
+    low, high = boxes[:, :2], boxes[:, 2:]
+    visible = ((low < high) & (high > 0) & (low < boxes.new_tensor([width, height]))).all(1)
+    if visible.all():
+        return paste_masks_in_image(maps, boxes, (height, width), threshold=threshold)
+    masks = torch.zeros((len(maps), height, width), dtype=torch.bool, device=maps.device)
+    masks[visible] = paste_masks(maps[visible], boxes[visible], height, width, threshold)
+    return masks
