@@ -17,10 +17,22 @@ from querymask.common.ops import multi_scale_deformable_attention
 SpatialShapes = tuple[tuple[int, int], ...]
 
 
-@lru_cache(maxsize=64)
-def _level_sizes(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """(L, 2): width and height of every level."""
+def _level_sizes(shapes: SpatialShapes, like: torch.Tensor) -> torch.Tensor:
+    """(L, 2): width and height of every level, in the type and on the device of ``like``."""
+    if torch.compiler.is_compiling() or type(like) is not torch.Tensor:  # a tracer's tensors must not be kept
+        return _make_level_sizes(shapes, like.dtype, like.device)
+    return _kept_level_sizes(shapes, like.dtype, like.device)
+
+
+def _make_level_sizes(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.tensor([(w, h) for h, w in shapes], dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=64)
+def _kept_level_sizes(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Kept because a copy from the host makes a GPU wait, in every layer."""
+    with torch.inference_mode(False):  # else it could not be used in training later on
+        return _make_level_sizes(shapes, dtype, device)
 
 
 class DeformableAttention(nn.Module):
@@ -92,7 +104,7 @@ class DeformableAttention(nn.Module):
         offsets = offsets.to(reference.dtype)  # under autocast: positions stay in float32
         reference = reference[:, :, None, :, None, :]
         if reference.shape[-1] == 2:
-            offsets = offsets / _level_sizes(shapes, offsets.dtype, offsets.device)[:, None]
+            offsets = offsets / _level_sizes(shapes, offsets)[:, None]
         else:
             offsets = offsets * (reference[..., 2:] * (0.5 / points))
         output = multi_scale_deformable_attention(
@@ -134,7 +146,7 @@ def encoder_reference_points(shapes: SpatialShapes, ratios: torch.Tensor) -> tor
     Returns:
         (B, S, 2); beyond 1 on padding.
     """
-    sizes = _level_sizes(shapes, ratios.dtype, ratios.device)
+    sizes = _level_sizes(shapes, ratios)
     centers = [cell_centers(shape, ratios.dtype, ratios.device) for shape in shapes]
     return torch.cat([center / (ratios[:, None, level] * sizes[level]) for level, center in enumerate(centers)], dim=1)
 
