@@ -22,6 +22,7 @@ from querymask.common.deformable_attention import (
     valid_ratios,
 )
 from querymask.common.position_encoding import sine_box_encoding, sine_position_encoding
+from querymask.common.precision import full_precision, without_autocast
 
 Refine = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -279,9 +280,9 @@ class DeformableTransformer(nn.Module):
             padded: false if no mask holds padding; saves masking.
         """
         shapes = tuple((level.shape[2], level.shape[3]) for level in levels)
-        tokens = flatten_levels(levels)
-        # Positions are not for low precision: float32 under autocast.
-        dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+        # Under autocast, positions and the sums along the layers are in float32.
+        tokens = full_precision(flatten_levels(levels))
+        dtype = tokens.dtype
         ratios = valid_ratios(masks, dtype)
         encodings = [sine_position_encoding(mask, self.embed_dim // 2, dtype) for mask in masks]
         position = torch.cat(
@@ -299,7 +300,8 @@ class DeformableTransformer(nn.Module):
             if query_embed is None:
                 raise ValueError("the one-stage form needs query_embed")
             query_position, x = query_embed.expand(len(memory), -1, -1).chunk(2, dim=-1)
-            reference = self.reference_points(query_position).sigmoid()
+            with without_autocast(tokens.device):
+                reference = self.reference_points(query_position).sigmoid()
         decoded = self.decoder(x, query_position, reference, memory, shapes, ratios, padding_mask, refine)
         return TransformerOutput(decoded.hidden, decoded.references, decoded.boxes, memory, shapes, proposals)
 
@@ -323,7 +325,7 @@ class DeformableTransformer(nn.Module):
         best = logits[..., 0].topk(min(self.num_proposals, logits.shape[1]), dim=1).indices
         reference = box_logits.detach().gather(1, best[..., None].expand(-1, -1, 4)).sigmoid()
         encoding = sine_box_encoding(reference, self.embed_dim // 2)
-        position, content = self.pos_trans_norm(self.pos_trans(encoding)).chunk(2, dim=-1)
+        position, content = full_precision(self.pos_trans_norm(self.pos_trans(encoding))).chunk(2, dim=-1)
         return Proposals(logits, box_logits.sigmoid()), content, position, reference
 
 

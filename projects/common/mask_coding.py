@@ -6,6 +6,8 @@ from functools import lru_cache
 import torch
 from torch import nn
 
+from querymask.common.precision import without_autocast
+
 
 def binarize_at_half_range(maps: torch.Tensor) -> torch.Tensor:
     """Foreground is what lies above the middle between a map's minimum and maximum; a constant map is empty.
@@ -52,7 +54,8 @@ class DCTMaskCoding(MaskCoding):
     """The lowest coefficients of the orthonormal two-dimensional DCT-II (SOLQ, section 3.3; Shen et al. 2021).
 
     Coefficients are neither centred nor scaled: a full mask of ones has the first one equal to ``mask_size``. Decoded
-    maps are near 0 in the background and near 1 in the foreground, with ripples beyond.
+    maps are near 0 in the background and near 1 in the foreground, with ripples beyond. Autocast does not change the
+    precision.
 
     Args:
         mask_size: side of the masks.
@@ -78,7 +81,8 @@ class DCTMaskCoding(MaskCoding):
 
     def encode(self, masks: torch.Tensor) -> torch.Tensor:
         """(n, mask_size, mask_size) -> (n, length) in zig-zag order."""
-        coefficients = self.basis @ masks.to(self.basis.dtype) @ self.basis.T
+        with without_autocast(masks.device):
+            coefficients = self.basis @ masks.to(self.basis.dtype) @ self.basis.T
         return coefficients.flatten(1)[:, self.cells]
 
     def decode(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -86,4 +90,5 @@ class DCTMaskCoding(MaskCoding):
         coefficients = vectors.new_zeros((len(vectors), self.extent**2))
         coefficients[:, self.cells] = vectors
         basis = self.basis.to(vectors.dtype)
-        return basis.T @ coefficients.view(-1, self.extent, self.extent) @ basis
+        with without_autocast(vectors.device):
+            return basis.T @ coefficients.view(-1, self.extent, self.extent) @ basis

@@ -5,13 +5,32 @@ All layers and images are handled at once: targets are padded to T, and padding 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from detectron2.utils.events import get_event_storage
 from scipy.optimize import linear_sum_assignment
 
 from querymask.common.compat import has_event_storage
+from querymask.common.precision import full_precision
+
+
+@dataclass
+class Targets:
+    """Targets of a batch, concatenated over its images.
+
+    Attributes:
+        counts: number of targets of every image.
+        labels: (sum of counts,) class indices.
+        fields: further tensors (sum of counts, ...) by name.
+        images: how to name the images in an error.
+    """
+
+    counts: Sequence[int]
+    labels: torch.Tensor
+    fields: dict[str, torch.Tensor] = field(default_factory=dict)
+    images: Sequence[str] | None = None
 
 
 @dataclass
@@ -51,11 +70,6 @@ def pad_targets(values: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(values.split(list(counts)), batch_first=True)
 
 
-def full_precision(x: torch.Tensor) -> torch.Tensor:
-    """At least float32: costs and losses are not for half precision."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def focal_class_cost(
     logits: torch.Tensor, labels: torch.Tensor, alpha: float = 0.25, gamma: float = 2.0, eps: float = 1e-8
 ) -> torch.Tensor:
@@ -75,64 +89,56 @@ def focal_class_cost(
     return positive - negative
 
 
-def hungarian_assignment(
-    terms: Mapping[str, torch.Tensor], counts: Sequence[int], images: Sequence[str] | None = None
-) -> Assignment:
+def hungarian_assignment(terms: Mapping[str, torch.Tensor], targets: Targets) -> Assignment:
     """Assign every target of an image to one query at the least total cost, per layer.
 
     Args:
         terms: weighted cost terms by name, (N, B, Q, T) each; their sum is the cost.
-        counts: number of targets of every image. Where it exceeds Q, Q of them are matched.
-        images: how to name the images in an error.
+        targets: of the batch. Where an image has more than Q, Q of them are matched.
 
     Raises:
-        FloatingPointError: a cost is nan or infinite; names iteration, layer, image and cost term.
+        FloatingPointError: a cost is nan or infinite; names iteration, layer, image, cost term, and whether
+            predictions or targets are at fault.
     """
+    counts = targets.counts
     cost = torch.stack([full_precision(term) for term in terms.values()]).sum(0)
-    device = cost.device
-    num_layers, batch, num_queries, _ = cost.shape
-    matrix = cost.cpu().numpy()
-    offsets = [sum(counts[:b]) for b in range(batch)]
-    columns: tuple[list[int], ...] = ([], [], [], [])
-    for layer in range(num_layers):
+    matrices = cost.cpu().numpy()
+    starts = [sum(counts[:b]) for b in range(len(counts))]
+    pairs: tuple[list[int], ...] = ([], [], [], [])
+    for layer in range(len(matrices)):
         for b, count in enumerate(counts):
-            if not count:
-                continue
-            try:
-                queries, targets = linear_sum_assignment(matrix[layer, b, :, :count])
-            except ValueError:  # scipy refuses nan, and infinities that leave no assignment
-                queries = None
-            if queries is None or not torch.isfinite(torch.from_numpy(matrix[layer, b, :, :count])).all():
-                raise FloatingPointError(_describe(terms, layer, b, count, images))
-            columns[0].extend([layer] * len(queries))
-            columns[1].extend([b] * len(queries))
-            columns[2].extend(queries.tolist())
-            columns[3].extend((targets + offsets[b]).tolist())
-    packed = torch.tensor(columns, dtype=torch.int64).view(4, -1).to(device)
-    return Assignment(*packed, num_layers=num_layers)
+            matrix = matrices[layer, b, :, :count]
+            if not np.isfinite(matrix).all():
+                raise FloatingPointError(_describe(terms, targets, layer, b))
+            rows, columns = linear_sum_assignment(matrix)
+            pairs[0].extend([layer] * len(rows))
+            pairs[1].extend([b] * len(rows))
+            pairs[2].extend(rows.tolist())
+            pairs[3].extend((columns + starts[b]).tolist())
+    packed = torch.tensor(pairs, dtype=torch.int64).view(4, -1).to(cost.device)
+    return Assignment(*packed, num_layers=len(matrices))
 
 
-def _describe(
-    terms: Mapping[str, torch.Tensor], layer: int, image: int, count: int, images: Sequence[str] | None
-) -> str:
+def _describe(terms: Mapping[str, torch.Tensor], targets: Targets, layer: int, image: int) -> str:
     """Which cost is not finite, and whether a prediction or a target is at fault."""
     iteration = f"iteration {get_event_storage().iter}" if has_event_storage() else "outside of training"
+    count = targets.counts[image]
+    start = sum(targets.counts[:image])
+    broken = torch.zeros(count, dtype=torch.bool, device=targets.labels.device)
+    for values in targets.fields.values():
+        broken |= ~torch.isfinite(values[start : start + count]).flatten(1).all(1)
     culprits = []
     for name, term in terms.items():
         bad = ~torch.isfinite(term[layer, image, :, :count])
-        if bad.any():
-            all_of_target = bad.all(0).nonzero().flatten().tolist()
-            all_of_query = bad.all(1).nonzero().flatten().tolist()
-            if all_of_target and len(all_of_target) < count:
-                where = f"target {all_of_target[0]} is at fault (a degenerate annotation?)"
-            elif all_of_query:
-                where = f"the predictions of {len(all_of_query)} of {len(bad)} queries are at fault"
-            else:
-                where = f"{int(bad.sum())} entries"
-            culprits.append(f"{name}: {where}")
-    name = images[image] if images else f"image {image} of the batch"
+        at_fault = [f"target {t}" for t in (bad.any(0) & broken).nonzero().flatten().tolist()]
+        if queries := int((bad & ~broken).any(1).sum()):
+            at_fault.append(f"the predictions of {queries} of {len(bad)} queries")
+        if at_fault:
+            culprits.append(f"{name}: {' and '.join(at_fault)} at fault")
+    name = targets.images[image] if targets.images else f"image {image} of the batch"
     return (
         f"{iteration}: the matching cost of decoder layer {layer} for {name} ({count} targets) is not finite. "
-        f"{'; '.join(culprits) or 'the sum of the terms overflows'}. If predictions are at fault, training has "
-        "diverged: lower SOLVER.BASE_LR, check gradient clipping, or train without mixed precision."
+        f"{'; '.join(culprits) or 'the sum of the terms overflows'}. If a target is at fault, repair or drop its "
+        "annotation. If predictions are, training has diverged: lower SOLVER.BASE_LR, check gradient clipping, or "
+        "train without mixed precision."
     )

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,24 +10,8 @@ from detectron2.utils import comm
 from torch import nn
 
 from querymask.common.losses import sigmoid_focal_loss
-from querymask.common.matching import Assignment, full_precision, hungarian_assignment
-
-
-@dataclass
-class Targets:
-    """Targets of a batch, concatenated over its images.
-
-    Attributes:
-        counts: number of targets of every image.
-        labels: (sum of counts,) class indices.
-        fields: further tensors (sum of counts, ...) by name.
-        images: how to name the images in an error.
-    """
-
-    counts: Sequence[int]
-    labels: torch.Tensor
-    fields: dict[str, torch.Tensor] = field(default_factory=dict)
-    images: Sequence[str] | None = None
+from querymask.common.matching import Assignment, Targets, hungarian_assignment
+from querymask.common.precision import full_precision
 
 
 @dataclass
@@ -67,7 +51,7 @@ class SetCriterion(nn.Module):
     def match(self, outputs: Any, targets: Targets) -> Assignment:
         """Assign targets to queries, without gradient."""
         with torch.no_grad():
-            return hungarian_assignment(self.cost_terms(outputs, targets), targets.counts, targets.images)
+            return hungarian_assignment(self.cost_terms(outputs, targets), targets)
 
     def forward(self, outputs: Any, targets: Targets) -> dict[str, torch.Tensor]:
         """Losses before their weights; the last layer's have no suffix, layer i's end in ``_i``."""

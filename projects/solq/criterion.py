@@ -7,14 +7,9 @@ import torch
 from torch import nn
 
 from querymask.common.boxes import cxcywh_to_xyxy, generalized_iou
-from querymask.common.matching import Assignment, focal_class_cost, full_precision, pad_targets
-from querymask.common.set_criterion import (
-    Normalizers,
-    SetCriterion,
-    Targets,
-    by_layer,
-    focal_class_loss,
-)
+from querymask.common.matching import Assignment, Targets, focal_class_cost, pad_targets
+from querymask.common.precision import full_precision
+from querymask.common.set_criterion import Normalizers, SetCriterion, by_layer, focal_class_loss
 
 VECTOR_LOSS_REDUCTIONS = ("mean", "local_mean", "sum")
 

@@ -28,9 +28,10 @@ from querymask.common.images import batch_images, padding_mask, resize_mask
 from querymask.common.layers import MLP, LevelProjections
 from querymask.common.mask_coding import DCTMaskCoding, MaskCoding, binarize_at_half_range
 from querymask.common.masks import crop_masks, instance_masks, paste_masks
-from querymask.common.matching import full_precision
+from querymask.common.matching import Targets
 from querymask.common.postprocessing import select_top_scores
-from querymask.common.set_criterion import Targets, cardinality_error, class_error
+from querymask.common.precision import full_precision
+from querymask.common.set_criterion import cardinality_error, class_error
 from querymask.solq.criterion import SOLQCriterion, SOLQOutput
 
 PRIOR_PROBABILITY = 0.01
@@ -91,7 +92,10 @@ class SOLQ(nn.Module):
         shapes = backbone.output_shape()
         missing = [name for name in self.in_features if name not in shapes]
         if missing:
-            raise ValueError(f"IN_FEATURES names {missing}, but the backbone gives {sorted(shapes)}")
+            raise ValueError(
+                f"IN_FEATURES names {missing}, but the backbone gives {sorted(shapes)}: name some of these, or have it "
+                "give more by its OUT_FEATURES"
+            )
         self.input_proj = LevelProjections([shapes[name].channels for name in self.in_features], width, num_levels)
         self.query_embed = None if two_stage else nn.Embedding(num_queries, 2 * width)
 
