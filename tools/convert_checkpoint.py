@@ -39,12 +39,7 @@ SHOWN_CONFIGS = 5
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--config-file",
-        required=True,
-        metavar="FILE",
-        help="config of the model to convert for",
-    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="config of the model to convert for")
     parser.add_argument("--report", metavar="FILE", help="write what became of every key to this file")
     classes = parser.add_mutually_exclusive_group()
     classes.add_argument(
@@ -53,24 +48,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="keep every row of the class head, instead of picking COCO's 80 from rows indexed by raw category ids",
     )
     classes.add_argument(
-        "--drop-classes",
-        action="store_true",
-        help="leave the class head out, to train on another data set",
+        "--drop-classes", action="store_true", help="leave the class head out, to train on another data set"
     )
     parser.add_argument("--detector-only", action="store_true", help="leave the mask branch out")
     parser.add_argument(
-        "--partial",
-        action="store_true",
-        help="write what fits even if something does not, to train from it",
+        "--partial", action="store_true", help="write what fits even if something does not, to train from it"
     )
     parser.add_argument("input", metavar="INPUT", help="a .pth, .pkl or .safetensors file")
     parser.add_argument("output", metavar="OUTPUT", help="the file to write, ending in .pth")
-    parser.add_argument(
-        "opts",
-        nargs=argparse.REMAINDER,
-        metavar="KEY VALUE",
-        help="overrides of the config",
-    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config")
     return parser.parse_args(arguments)
 
 

@@ -12,12 +12,7 @@ from typing import Any
 import torch
 from detectron2.structures import Boxes, Instances
 from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
-from fvcore.nn.jit_handles import (
-    Handle,
-    elementwise_flop_counter,
-    generic_activation_jit,
-    get_shape,
-)
+from fvcore.nn.jit_handles import Handle, elementwise_flop_counter, generic_activation_jit, get_shape
 from torch import Tensor, nn
 
 from querymask.common.ops import fvcore_handles

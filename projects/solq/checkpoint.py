@@ -27,12 +27,7 @@ from querymask.common.checkpoint import (
     apply_rules,
     register_format,
 )
-from querymask.common.checkpoint.formats import (
-    resnet_rules,
-    resnet_settings,
-    swin_rules,
-    swin_settings,
-)
+from querymask.common.checkpoint.formats import resnet_rules, resnet_settings, swin_rules, swin_settings
 
 _BODY = "backbone.0.body."
 
@@ -67,10 +62,7 @@ def convert(
         )
     rules: list[Rule] = [
         Drop(r"(^|\.)total_(params|ops)$", "left over by a profiler"),
-        Drop(
-            r"\.num_batches_tracked$",
-            "counter of a batch norm, not used by a frozen one",
-        ),
+        Drop(r"\.num_batches_tracked$", "counter of a batch norm, not used by a frozen one"),
         Rename(r"^detr\.", ""),
         Copy(r"^transformer\.decoder\.((class|bbox)_embed\..*)", r"\1"),
         Copy(r"^vector_embed\.[1-9]\d*\.(.*)", r"vector_embed.0.\1"),
@@ -86,10 +78,7 @@ def convert(
     elif class_ids is not None:
         rules.append(_pick_classes(state, class_ids))
     if _is_swin(state):
-        rules += [
-            Rename(r"^backbone\.0\.body\.", "backbone."),
-            *swin_rules("backbone."),
-        ]
+        rules += [Rename(r"^backbone\.0\.body\.", "backbone."), *swin_rules("backbone.")]
     else:
         rules += resnet_rules(r"^backbone\.0\.body\.", "backbone.")
     return apply_rules(state, rules)
@@ -192,12 +181,7 @@ def describe(state: State) -> str:
 
 
 def _convert_release(state: State, options: Options) -> tuple[State, Report]:
-    return convert(
-        state,
-        options.class_ids,
-        drop_classes=options.drop_classes,
-        detector_only=options.detector_only,
-    )
+    return convert(state, options.class_ids, drop_classes=options.drop_classes, detector_only=options.detector_only)
 
 
 def _convert_own(state: State, options: Options) -> tuple[State, Report]:
@@ -226,11 +210,7 @@ def _new_keys(options: Options) -> str | None:
 register_format(
     Format(
         "SOLQ or Deformable DETR",
-        (
-            r"^(detr\.)?transformer\.level_embed$",
-            r"^(detr\.)?class_embed\.0\.bias$",
-            r"^(detr\.)?backbone\.0\.body\.",
-        ),
+        (r"^(detr\.)?transformer\.level_embed$", r"^(detr\.)?class_embed\.0\.bias$", r"^(detr\.)?backbone\.0\.body\."),
         excluded=(r"label_enc\.weight$",),
         describe=describe,
         settings=_release_settings,

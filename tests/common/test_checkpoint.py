@@ -228,9 +228,12 @@ def test_safetensors(tmp_path: Path) -> None:
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     torch.save({"model": STATE}, tmp_path / "whole.pth")
     whole = (tmp_path / "whole.pth").read_bytes()
+    flipped = bytearray(whole)
+    flipped[whole.find(STATE["layer.weight"].numpy().tobytes()) + 10] ^= 255
     pickled = pickle.dumps({"model": {"w": np.zeros(100)}})
     cases = {
         "cut.pth": (whole[: len(whole) // 2], "damaged or incomplete"),
+        "flipped.pth": (bytes(flipped), "checksum"),
         "cut.pkl": (pickled[:-200], "damaged or incomplete"),
         "page.pth": (b"<html>not found</html>", "not a checkpoint"),
         "empty.pth": (b"", "not a checkpoint"),

@@ -1,13 +1,7 @@
 """Checkpoints in the formats of others: safe reading, renaming by rules, a report key by key, recognition."""
 
 from querymask.common.checkpoint.files import read_checkpoint, write_checkpoint
-from querymask.common.checkpoint.formats import (
-    FORMATS,
-    Format,
-    Options,
-    recognise,
-    register_format,
-)
+from querymask.common.checkpoint.formats import FORMATS, Format, Options, recognise, register_format
 from querymask.common.checkpoint.rules import (
     Change,
     CheckpointError,

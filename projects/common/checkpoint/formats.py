@@ -7,15 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from querymask.common.checkpoint.rules import (
-    CheckpointError,
-    Drop,
-    Rename,
-    Report,
-    Rule,
-    State,
-    apply_rules,
-)
+from querymask.common.checkpoint.rules import CheckpointError, Drop, Rename, Report, Rule, State, apply_rules
 
 
 @dataclass(frozen=True)
@@ -109,10 +101,7 @@ def resnet_rules(source: str, target: str) -> list[Rule]:
         Rename(f"({prefix}" + r"res\d\.\d+)\.bn(\d)\.", r"\1.conv\2.norm."),
         Rename(f"({prefix}" + r"res\d\.\d+)\.downsample\.0\.", r"\1.shortcut."),
         Rename(f"({prefix}" + r"res\d\.\d+)\.downsample\.1\.", r"\1.shortcut.norm."),
-        Drop(
-            prefix + r".*\.num_batches_tracked$",
-            "counter of a batch norm, not used by a frozen one",
-        ),
+        Drop(prefix + r".*\.num_batches_tracked$", "counter of a batch norm, not used by a frozen one"),
     ]
 
 
@@ -174,18 +163,10 @@ def _convert_swin(state: State, options: Options) -> tuple[State, Report]:
     prefix = _backbone_prefix(options.model_keys, "patch_embed.proj.weight", "Swin transformer")
     rules: list[Rule] = [
         Drop(r"^head\.", "ImageNet classifier"),
-        Drop(
-            r"^norm\.",
-            "norm before the ImageNet classifier; a detector has one a stage",
-        ),
+        Drop(r"^norm\.", "norm before the ImageNet classifier; a detector has one a stage"),
     ]
     if "layers.0.downsample.norm.weight" not in state:  # timm counts the merging of patches to the stage after it
-        rules.append(
-            Rename(
-                r"^layers\.(\d)\.downsample\.",
-                lambda match: f"layers.{int(match[1]) - 1}.downsample.",
-            )
-        )
+        rules.append(Rename(r"^layers\.(\d)\.downsample\.", lambda match: f"layers.{int(match[1]) - 1}.downsample."))
     return apply_rules(state, [*rules, Rename("^", prefix), *swin_rules(prefix)])
 
 
@@ -221,10 +202,7 @@ register_format(
 register_format(
     Format(
         "Swin transformer",
-        (
-            r"^patch_embed\.proj\.weight$",
-            r"^layers\.0\.blocks\.0\.attn\.relative_position_bias_table$",
-        ),
+        (r"^patch_embed\.proj\.weight$", r"^layers\.0\.blocks\.0\.attn\.relative_position_bias_table$"),
         excluded=(r"\.attn\.logit_scale$",),
         describe=lambda state: f"Swin transformer of width {swin_settings(state, '')['MODEL.SWIN.EMBED_DIM']}",
         settings=lambda state, options: swin_settings(state, ""),
@@ -236,53 +214,26 @@ register_format(
 # ---- Models that are only recognised ------------------------------------------------------------------------------
 
 for _format in (
-    Format(
-        "Detectron ResNet (Caffe2 names)",
-        (r"^res2_0_branch2a_w$",),
-        advice="MODEL.WEIGHTS reads it as it is.",
-    ),
+    Format("Detectron ResNet (Caffe2 names)", (r"^res2_0_branch2a_w$",), advice="MODEL.WEIGHTS reads it as it is."),
     Format("Detectron2 R-CNN", (r"^roi_heads\.", r"^backbone\.bottom_up\.")),
     Format("torchvision detector", (r"^backbone\.body\.layer1\.", r"^(rpn|head)\.")),
     Format("Mask2Former or MaskFormer", (r"^sem_seg_head\.(pixel_decoder|predictor)\.",)),
-    Format(
-        "DETR",
-        (
-            r"^transformer\.encoder\.layers\.0\.self_attn\.in_proj_weight$",
-            r"^query_embed\.weight$",
-        ),
-    ),
+    Format("DETR", (r"^transformer\.encoder\.layers\.0\.self_attn\.in_proj_weight$", r"^query_embed\.weight$")),
     Format("DN-DETR or DINO", (r"^transformer\.level_embed$", r"label_enc\.weight$")),
     Format(
-        "Deformable DETR of Hugging Face transformers",
-        (r"^model\.encoder\.layers\.0\.self_attn\.sampling_offsets\.",),
+        "Deformable DETR of Hugging Face transformers", (r"^model\.encoder\.layers\.0\.self_attn\.sampling_offsets\.",)
     ),
     Format(
         "Deformable DETR of mmdetection",
-        (
-            r"(^bbox_head\.transformer|^)\.?decoder\.layers\.0\..*sampling_offsets\.",
-            r"^bbox_head\.reg_branches\.",
-        ),
+        (r"(^bbox_head\.transformer|^)\.?decoder\.layers\.0\..*sampling_offsets\.", r"^bbox_head\.reg_branches\."),
         excluded=(r"^bbox_head\.kernel_branches\.", r"dn_query_generator|denoising"),
     ),
     Format("ISDA", (r"^bbox_head\.kernel_branches\.", r"^mask_feat_head\.")),
     Format("ISTR", (r"^head\.head_series\.0\.mask_logits\.", r"^mask_encoding\.")),
-    Format(
-        "ISTR v2",
-        (r"^head\.head_series\.0\.mask_module\.",),
-        excluded=(r"^head\.head_series\.0\.mask_logits\.",),
-    ),
-    Format(
-        "Sparse R-CNN",
-        (r"^head\.head_series\.0\.inst_interact\.", r"^init_proposal_features\."),
-    ),
+    Format("ISTR v2", (r"^head\.head_series\.0\.mask_module\.",), excluded=(r"^head\.head_series\.0\.mask_logits\.",)),
+    Format("Sparse R-CNN", (r"^head\.head_series\.0\.inst_interact\.", r"^init_proposal_features\.")),
     Format("EffSeg or FQDet (DetSeg)", (r"^heads\.gvd\.",)),
-    Format(
-        "vision transformer of timm",
-        (r"^patch_embed\.proj\.weight$", r"^blocks\.0\.attn\.qkv\.weight$"),
-    ),
-    Format(
-        "Swin transformer V2",
-        (r"^patch_embed\.proj\.weight$", r"^layers\.0\.blocks\.0\.attn\.logit_scale$"),
-    ),
+    Format("vision transformer of timm", (r"^patch_embed\.proj\.weight$", r"^blocks\.0\.attn\.qkv\.weight$")),
+    Format("Swin transformer V2", (r"^patch_embed\.proj\.weight$", r"^layers\.0\.blocks\.0\.attn\.logit_scale$")),
 ):
     register_format(_format)

@@ -39,11 +39,7 @@ class _Array:
     """Stands for ``numpy.ndarray``: keeps what the file says about an array until ``array`` is asked for."""
 
     def __init__(
-        self,
-        shape: tuple[int, ...] = (0,),
-        dtype: Any = None,
-        data: Any = b"",
-        fortran: bool = False,
+        self, shape: tuple[int, ...] = (0,), dtype: Any = None, data: Any = b"", fortran: bool = False
     ) -> None:
         self.__setstate__((1, shape, dtype, fortran, data))
 

@@ -172,12 +172,7 @@ def apply_rules(state: Mapping[str, Tensor], rules: Iterable[Rule]) -> tuple[Sta
         note = ", ".join(entry.notes)
         if entry.dropped:
             return Line("dropped", entry.source, "", note)
-        return Line(
-            "used" if entry.source == entry.target else "renamed",
-            entry.source,
-            entry.target,
-            note,
-        )
+        return Line("used" if entry.source == entry.target else "renamed", entry.source, entry.target, note)
 
     return {key: entry.value for key, entry in entries.items()}, Report(tuple(line(entry) for entry in everything))
 
@@ -196,10 +191,7 @@ def _by_target(entries: Iterable[Entry]) -> dict[str, Entry]:
 
 
 def fit_to_model(
-    state: Mapping[str, Tensor],
-    report: Report,
-    shapes: Mapping[str, Sequence[int]],
-    new: str | None = None,
+    state: Mapping[str, Tensor], report: Report, shapes: Mapping[str, Sequence[int]], new: str | None = None
 ) -> tuple[State, Report]:
     """Compare converted tensors with what a model expects.
 
@@ -221,13 +213,6 @@ def fit_to_model(
         lines.append(line)
     for key, shape in shapes.items():
         if key not in state:
-            lines.append(
-                Line(
-                    "new" if new and re.search(new, key) else "missing",
-                    "",
-                    key,
-                    str(tuple(shape)),
-                )
-            )
+            lines.append(Line("new" if new and re.search(new, key) else "missing", "", key, str(tuple(shape))))
     report = Report(tuple(lines))
     return {line.target: state[line.target] for line in report.of("used", "renamed")}, report
