@@ -97,7 +97,7 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor, name: str) -> None
     assert torch.allclose(actual, expected, rtol=0, atol=1e-11), f"{name}: off by {(actual - expected).abs().max()}"
 
 
-@pytest.mark.parametrize("num_proposals", [0, 4])
+@pytest.mark.parametrize("num_proposals", [0, 2])
 @pytest.mark.parametrize("refine", [True, False])
 def test_padding_changes_nothing(num_proposals: int, refine: bool) -> None:
     """Given equal levels, an image alone and the image in a padded batch agree in every output, to rounding.
