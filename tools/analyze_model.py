@@ -42,8 +42,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--load-weights", action="store_true", help="load MODEL.WEIGHTS, for costs that depend on what is detected"
     )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config")
-    args = parser.parse_args(arguments)
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
+    args = parser.parse_intermixed_args(arguments)
     if (args.height is None) != (args.width is None):
         parser.error("--height and --width belong together")
     if args.num_images is not None and (args.height is not None or args.num_images < 1):

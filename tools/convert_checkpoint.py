@@ -56,8 +56,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("input", metavar="INPUT", help="a .pth, .pkl or .safetensors file")
     parser.add_argument("output", metavar="OUTPUT", help="the file to write, ending in .pth")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config")
-    return parser.parse_args(arguments)
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
+    return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

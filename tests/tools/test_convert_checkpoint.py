@@ -363,6 +363,13 @@ def test_tool_refuses_what_does_not_fit(
         assert message in error
 
 
+def test_options_may_stand_anywhere() -> None:
+    arguments = ["in.pth", "--partial", "out.pth", "MODEL.SOLQ.NUM_CLASSES", "3", "--config-file", "c.yaml"]
+    args = tool.parse_arguments(arguments)
+    assert (args.input, args.output, args.partial) == ("in.pth", "out.pth", True)
+    assert args.opts == ["MODEL.SOLQ.NUM_CLASSES", "3"]
+
+
 def save(state: dict[str, torch.Tensor]) -> Callable[[Path], None]:
     return lambda path: torch.save(state, path)
 
