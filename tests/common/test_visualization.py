@@ -65,8 +65,8 @@ def test_masks_boxes_and_labels_are_drawn_where_they_are():
 
 
 def test_score_threshold():
-    drawn = draw_instances(IMAGE, predictions(scores=(0.3, 0.2)), score_threshold=0.3)
-    np.testing.assert_array_equal(drawn, draw_instances(IMAGE, predictions(scores=(0.3,))))
+    drawn = draw_instances(IMAGE, predictions(scores=(0.5, 0.25)), score_threshold=0.5)
+    np.testing.assert_array_equal(drawn, draw_instances(IMAGE, predictions(scores=(0.5,))))
     assert not changed(draw_instances(IMAGE, predictions(), score_threshold=0.95)).any()
 
 

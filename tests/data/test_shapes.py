@@ -10,7 +10,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from querymask.common.data import shapes
-from querymask.common.data.shape_drawing import CLASS_NAMES, SIDE_RANGE, draw_scene
+from querymask.common.data.shape_drawing import CLASS_NAMES, MIN_VISIBLE, SIDE_RANGE, _Canvas, draw_scene
 from querymask.common.data.shapes import make_shapes
 
 NUM_IMAGES = 80
@@ -129,6 +129,23 @@ def test_variety():
     assert 0.15 < np.mean(borders) < 0.5
     assert min(item.mask.sum() for _, item in plain) >= 25  # nothing nearly hidden
     assert 0.2 < np.mean([item.outline is not None for _, item in plain]) < 0.6
+
+
+def test_objects_that_would_be_hardly_seen_are_not_painted():
+    canvas = _Canvas(np.random.default_rng(0))
+    colours = [np.ones(3, np.float32), np.zeros(3, np.float32)]
+    before = canvas.image.copy()
+    for name in CLASS_NAMES:  # centred on a corner of the image, which leaves a quarter of it inside
+        assert not canvas.place(name, 40, colours, (0, 0, 0, 0), label=1)
+    assert (canvas.image == before).all() and not canvas.labels.any()
+    middle = (canvas.width / 2, canvas.height / 2) * 2
+    assert canvas.place("circle", 30, colours, middle, label=1)
+    painted = canvas.image.copy()
+    assert not canvas.place("square", 60, colours, middle, label=2)  # would hide the circle
+    assert (canvas.image == painted).all() and canvas.visible == canvas.painted
+    assert canvas.place("circle", 15, colours, middle, label=2)
+    assert MIN_VISIBLE * canvas.painted[1] <= canvas.visible[1] < canvas.painted[1]
+    assert [canvas.visible[label] for label in (1, 2)] == np.bincount(canvas.labels.ravel())[1:].tolist()
 
 
 def test_colour_does_not_tell_the_class(coco, root):
