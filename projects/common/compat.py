@@ -56,6 +56,8 @@ def apply_shims() -> None:
 
     # Said once for every scripted function of Detectron2, torchvision and fvcore while they are imported
     warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
+    # Said by Detectron2's way of gathering objects from several processes
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning, r"detectron2\.utils\.comm")
     if not hasattr(PIL.Image, "LINEAR"):  # removed in Pillow 10; Detectron2 <= 0.6 names it in a default argument
         PIL.Image.LINEAR = PIL.Image.BILINEAR  # type: ignore[attr-defined]
     if detectron2_is_compiled():

@@ -1,7 +1,7 @@
 """A data set of a few pictures, and a SOLQ that makes a training step in some milliseconds."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,12 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
+from detectron2.utils import comm
 from PIL import Image
 from torch import nn
+
+from querymask.common.engine.trainer import distribute
 
 CATEGORIES = [{"id": 3, "name": "wide"}, {"id": 70, "name": "tall"}]
 
@@ -73,8 +76,32 @@ def write_coco(folder: Path, num_images: int, seed: int) -> Path:
     return path
 
 
+def case_gradients(config: str, batches: dict[str, list[dict]]) -> dict[str, dict[str, torch.Tensor]]:
+    """Gradients by case and parameter of the sum of the losses, in double precision.
+
+    In several processes, each works on its part of a batch. The weights are the same in all of them.
+    """
+    torch.manual_seed(0)
+    model = build_model(CfgNode.load_cfg(config)).double().train()
+    for parameter in model.parameters():  # heads start at zero, which would hide most gradients
+        nn.init.normal_(parameter, std=0.1)
+    distributed = distribute(model)
+    results = {}
+    for case, batch in batches.items():
+        model.zero_grad()
+        sum(distributed(batch[comm.get_rank() :: comm.get_world_size()]).values()).backward()
+        results[case] = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return results
+
+
 @pytest.fixture
-def register(request: pytest.FixtureRequest) -> Iterator:
+def single_process_gradients() -> Callable:
+    """``case_gradients`` in this process."""
+    return case_gradients
+
+
+@pytest.fixture
+def register() -> Iterator[Callable[..., str]]:
     """Function (name, json file) that registers a COCO file, whose pictures are in the folder of its stem."""
     names = []
 
@@ -99,7 +126,7 @@ def coco_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cfg(coco_folder: Path, tmp_path: Path, register) -> CfgNode:
+def cfg(coco_folder: Path, tmp_path: Path, register: Callable[..., str]) -> CfgNode:
     """Config of a tiny SOLQ with dropout on the data sets "engine_train" and "engine_val"."""
     register("engine_train", coco_folder / "train.json")
     register("engine_val", coco_folder / "val.json")

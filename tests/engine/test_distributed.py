@@ -1,30 +1,31 @@
 """Several processes on CPU: the launcher, torchrun, and gradients that do not depend on the number of processes."""
 
+import argparse
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.structures import BitMasks, Boxes, Instances
+
+from querymask import get_cfg
+from querymask.common.engine import Trainer, default_setup
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def call_all(commands: list[list[str]], **environment: str) -> list[str]:
-    """Run commands at the same time, each to its end; their outputs."""
+def call(command: list[str], **environment: str) -> str:
+    """Run a command to its end; its output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    processes = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    for process, output in zip(processes, outputs):
-        assert process.returncode == 0, output[-9000:]
-    return outputs
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    return result.stdout + result.stderr
 
 
 def record(num_instances: int, generator: torch.Generator) -> dict:
@@ -38,7 +39,9 @@ def record(num_instances: int, generator: torch.Generator) -> dict:
     return {"image": image, "instances": instances, "height": 48, "width": 64}
 
 
-def test_two_processes_give_the_gradients_of_one(cfg: CfgNode, tmp_path: Path) -> None:
+def test_two_processes_give_the_gradients_of_one(
+    cfg: CfgNode, tmp_path: Path, single_process_gradients: Callable
+) -> None:
     """Also where only one of them has instances, and where none has."""
     generator = torch.Generator().manual_seed(0)
     counts = {"both": [2, 1, 3, 2], "first only": [2, 0, 1, 0], "second only": [0, 1], "none": [0, 0]}
@@ -51,13 +54,60 @@ def test_two_processes_give_the_gradients_of_one(cfg: CfgNode, tmp_path: Path) -
     models = {"one-stage": (one_stage, batches), "two-stage": (cfg.dump(), batches)}
     torch.save(models, tmp_path / "cases.pth")
 
-    script = [str(HERE / "two_processes.py"), str(tmp_path / "cases.pth")]
-    call_all([[sys.executable, *script, str(tmp_path / "one.pth")], [*TORCHRUN, *script, str(tmp_path / "two.pth")]])
-    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pth", "two.pth"))
-    assert one.keys() == two.keys() == models.keys()
-    for model in models:
-        for case in batches:
-            for name, expected in one[model][case].items():
+    call([*TORCHRUN, str(HERE / "two_processes.py"), str(tmp_path / "cases.pth"), str(tmp_path / "result.pth")])
+
+    results = torch.load(tmp_path / "result.pth", weights_only=True)
+    assert results.keys() == models.keys()
+    for model, (config, _) in models.items():
+        for case, gradients in single_process_gradients(config, batches).items():
+            for name, expected in gradients.items():
                 message = f"{model}, {case}: {name}"
-                torch.testing.assert_close(two[model][case][name], expected, rtol=1e-6, atol=1e-9, msg=message)
+                torch.testing.assert_close(results[model][case][name], expected, rtol=1e-6, atol=1e-9, msg=message)
                 assert case == "none" or expected.abs().sum() > 0, message
+
+
+def test_num_gpus_starts_processes_on_cpu(coco_folder: Path, tmp_path: Path, register: Callable[..., str]) -> None:
+    """The command line trains the same in two processes as in one, and leaves everything in OUTPUT_DIR."""
+    data = tmp_path / "data"
+    content = json.loads((coco_folder / "train.json").read_text())
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 1
+    content["categories"] = [{"id": 1, "name": "balloon"}]
+    (data / "balloon").mkdir(parents=True)
+    for split in ("train", "val"):  # a data set that other processes can find by its name
+        (data / "balloon" / split).symlink_to(coco_folder / "train")
+        (data / "balloon" / f"{split}.json").write_text(json.dumps(content))
+    config = ROOT / "projects/solq/configs/solq_shapes_quick.yaml"
+    overrides = (
+        "MODEL.SOLQ.NUM_CLASSES 1 MODEL.RESNETS.NORM FrozenBN SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 3 SOLVER.STEPS () "
+        "INPUT.MIN_SIZE_TRAIN (48,) INPUT.MIN_SIZE_TEST 48 DATALOADER.NUM_WORKERS 0 SEED 5 VIS_NUM_IMAGES 2 "
+        "DATASETS.TRAIN ('balloon_train',) DATASETS.TEST ('balloon_val',)"
+    ).split()
+    two = tmp_path / "two"
+    command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", str(config), "--num-gpus", "2"]
+    output = call(
+        [*command, "--dist-url", "auto", *overrides, "OUTPUT_DIR", str(two)],
+        DETECTRON2_DATASETS=str(data),
+        CUDA_VISIBLE_DEVICES="",
+    )
+    assert "MODEL.DEVICE cuda becomes cpu" in output
+    assert "2 process(es)" in output
+    assert "Warning" not in output
+    assert len(list((two / "predictions").glob("*.png"))) == 2
+    for name in ("metrics.json", "curves.png", "config.yaml", "inference/coco_instances_results.json"):
+        assert (two / name).is_file(), name
+
+    cfg = get_cfg()
+    cfg.merge_from_file(str(config))
+    cfg.merge_from_list(overrides)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.OUTPUT_DIR = str(tmp_path / "one")
+    cfg.DATASETS.TRAIN = (register("engine_balloon", data / "balloon" / "train.json"),)
+    cfg.DATASETS.TEST = ()
+    default_setup(cfg, argparse.Namespace())
+    Trainer(cfg).train()
+    one, two = (
+        torch.load(folder / "model_final.pth", weights_only=True)["model"] for folder in (tmp_path / "one", two)
+    )
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5, msg=name)

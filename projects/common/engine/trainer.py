@@ -190,6 +190,9 @@ class Trainer(DefaultTrainer):
         Returns:
             {task: {metric: value}}, by data set if there are several; empty in other processes than the main one.
         """
+        if comm.get_world_size() > 1:  # the processes' batch norms have seen different images; checkpoints have these
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
         results = super().test(cfg, model, evaluators)
         names = cfg.DATASETS.TEST
         for name, scores in (results if len(names) > 1 else dict.fromkeys(names, results)).items():
