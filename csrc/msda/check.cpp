@@ -24,8 +24,8 @@ Sizes check(
       "sampling_locations must be [B, Q, M, L, P, 2], got shape ",
       sampling_locations.sizes());
   TORCH_CHECK_VALUE(
-      spatial_shapes.size() % 2 == 0,
-      "spatial_shapes must hold a height and a width for every level, got ",
+      spatial_shapes.size() % 2 == 0 && !spatial_shapes.empty(),
+      "spatial_shapes must hold a height and a width for each of one or more levels, got ",
       spatial_shapes);
   const Sizes sizes{
       value.size(0),

@@ -8,6 +8,8 @@
 #include "msda.h"
 
 #include <algorithm>
+#include <new>
+#include <type_traits>
 #include <vector>
 
 #include <ATen/Dispatch.h>
@@ -108,35 +110,31 @@ struct Samples {
         row(plan.width) {}
 };
 
-// Calls copy(packed row, token) for the pixels of every level.
-template <typename T, typename Copy>
-void for_each_pixel(const Plan<T>& plan, const Copy& copy) {
-  for (const Level& level : plan.levels) {
-    for (int64_t y = 0; y < level.height; ++y) {
-      for (int64_t x = 0; x < level.width; ++x) {
-        copy(level.row + y * level.pitch + x, level.token + y * level.width + x);
-      }
-    }
-  }
-}
-
-// One head's values as packed rows. Borders and padding stay zero from one head to the next.
+// Packed rows: zeros that begin at a cache line.
 template <typename T>
-class PackedValue {
+class Rows {
  public:
-  explicit PackedValue(const Plan<T>& plan) : plan_(plan), rows_(plan.rows * plan.width) {}
+  Rows(int64_t rows, int64_t width)
+      : size_(rows * width), data_(static_cast<T*>(::operator new[](sizeof(T) * size_, kAlignment))) {
+    clear(size_);
+  }
+  Rows(const Rows&) = delete;
+  Rows& operator=(const Rows&) = delete;
+  ~Rows() {
+    ::operator delete[](data_, kAlignment);
+  }
 
-  const T* pack(const T* value, int64_t pair) {
-    const T* head = value + plan_.value_offset(pair);
-    for_each_pixel(plan_, [&](int64_t row, int64_t token) {
-      std::copy_n(head + token * plan_.row_stride, plan_.channels, rows_.data() + row * plan_.width);
-    });
-    return rows_.data();
+  void clear(int64_t count) {
+    std::fill_n(data_, count, T(0));
+  }
+  T* data() {
+    return data_;
   }
 
  private:
-  const Plan<T>& plan_;
-  std::vector<T> rows_;
+  static constexpr std::align_val_t kAlignment{64};
+  int64_t size_;
+  T* data_;
 };
 
 } // namespace
@@ -179,14 +177,14 @@ void for_each_pair(int64_t begin, int64_t end, int64_t parts, const Run& run) {
 template <typename T>
 void forward(const Plan<T>& plan, const T* value, const T* locations, const T* attention, T* output) {
   at::parallel_for(0, plan.pairs() * plan.queries, plan.grain(), [&](int64_t begin, int64_t end) {
-    PackedValue<T> packed(plan);
+    Rows<T> rows(plan.rows, plan.width); // borders and padding stay zero from one head to the next
     Samples<T> samples(plan);
     for_each_pair(begin, end, plan.queries, [&](int64_t pair, int64_t first, int64_t last) {
-      const T* rows = packed.pack(value, pair);
       const int64_t at = plan.weight_offset(pair, first);
       by_width(plan.width, [&](auto width) {
+        QUERYMASK_BY_ISA(pack<T, decltype(width)::value>)(plan, value + plan.value_offset(pair), rows.data());
         QUERYMASK_BY_ISA(forward<T, decltype(width)::value>)
-        (plan, rows, locations + 2 * at, attention + at, last - first, samples,
+        (plan, rows.data(), locations + 2 * at, attention + at, last - first, samples,
          output + plan.output_offset(pair, first));
       });
     });
@@ -203,14 +201,14 @@ void backward_samples(
     T* grad_locations,
     T* grad_attention) {
   at::parallel_for(0, plan.pairs() * plan.queries, plan.grain(), [&](int64_t begin, int64_t end) {
-    PackedValue<T> packed(plan);
+    Rows<T> rows(plan.rows, plan.width); // borders and padding stay zero from one head to the next
     Samples<T> samples(plan);
     for_each_pair(begin, end, plan.queries, [&](int64_t pair, int64_t first, int64_t last) {
-      const T* rows = packed.pack(value, pair);
       const int64_t at = plan.weight_offset(pair, first);
       by_width(plan.width, [&](auto width) {
+        QUERYMASK_BY_ISA(pack<T, decltype(width)::value>)(plan, value + plan.value_offset(pair), rows.data());
         QUERYMASK_BY_ISA(backward_samples<T, decltype(width)::value>)
-        (plan, rows, locations + 2 * at, attention + at, grad_output + plan.output_offset(pair, first), last - first,
+        (plan, rows.data(), locations + 2 * at, attention + at, grad_output + plan.output_offset(pair, first), last - first,
          samples, grad_locations + 2 * at, grad_attention + at);
       });
     });
@@ -226,21 +224,19 @@ void backward_value(
     T* grad_value) {
   const int64_t blocks = plan.width / kBlock;
   at::parallel_for(0, plan.pairs() * blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> rows(plan.rows * plan.width);
+    Rows<T> rows(plan.rows, plan.width);
     Samples<T> samples(plan);
     for_each_pair(begin, end, blocks, [&](int64_t pair, int64_t first, int64_t last) {
       const int64_t channel = first * kBlock, padded = (last - first) * kBlock;
       const int64_t channels = std::min(plan.channels - channel, padded);
       const int64_t at = plan.weight_offset(pair, 0);
-      std::fill_n(rows.data(), plan.rows * padded, T(0));
+      rows.clear(plan.rows * padded);
       by_width(padded, [&](auto width) {
         QUERYMASK_BY_ISA(backward_value<T, decltype(width)::value>)
         (plan, locations + 2 * at, attention + at, grad_output + plan.output_offset(pair, 0) + channel, channels,
          padded, samples, rows.data());
-      });
-      T* head = grad_value + plan.value_offset(pair) + channel;
-      for_each_pixel(plan, [&](int64_t row, int64_t token) {
-        std::copy_n(rows.data() + row * padded, channels, head + token * plan.row_stride);
+        QUERYMASK_BY_ISA(unpack<T, decltype(width)::value>)
+        (plan, rows.data(), padded, channels, grad_value + plan.value_offset(pair) + channel);
       });
     });
   });

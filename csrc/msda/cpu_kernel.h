@@ -7,6 +7,77 @@
 
 namespace querymask::msda::QUERYMASK_ISA {
 
+// Copies `channels` numbers, fast where they fill the width.
+template <typename T, int kWidth>
+inline void copy_row(const T* __restrict from, int64_t channels, T* __restrict to) {
+  if (kWidth > 0 && channels == kWidth) {
+#pragma omp simd
+    for (int d = 0; d < kWidth; ++d) {
+      to[d] = from[d];
+    }
+  } else {
+    for (int64_t d = 0; d < channels; ++d) {
+      to[d] = from[d];
+    }
+  }
+}
+
+// Working memory for the channels of one query.
+template <typename T, int kWidth>
+struct Row {
+  T values[kWidth];
+
+  explicit Row(Samples<T>&) {}
+  T& operator[](int64_t d) {
+    return values[d];
+  }
+};
+
+template <typename T>
+struct Row<T, 0> {
+  T* __restrict values;
+
+  explicit Row(Samples<T>& samples) : values(samples.row.data()) {}
+  T& operator[](int64_t d) {
+    return values[d];
+  }
+};
+
+// Copies a head's values, [S, D] with row_stride from one token to the next, into the packed rows.
+template <typename T, int kWidth>
+void pack(const Plan<T>& plan, const T* __restrict value, T* __restrict rows) {
+  const int64_t width = kWidth > 0 ? kWidth : plan.width;
+  for (const Level& level : plan.levels) {
+    for (int64_t y = 0; y < level.height; ++y) {
+      const T* __restrict from = value + (level.token + y * level.width) * plan.row_stride;
+      T* __restrict to = rows + (level.row + y * level.pitch) * width;
+      for (int64_t x = 0; x < level.width; ++x) {
+        copy_row<T, kWidth>(from + x * plan.row_stride, plan.channels, to + x * width);
+      }
+    }
+  }
+}
+
+// The way back for the gradient, of a block of channels.
+template <typename T, int kWidth>
+void unpack(
+    const Plan<T>& plan,
+    const T* __restrict rows,
+    int64_t runtime_width,
+    int64_t channels,
+    T* __restrict grad_value) {
+  const int64_t width = kWidth > 0 ? kWidth : runtime_width;
+  for (const Level& level : plan.levels) {
+    for (int64_t y = 0; y < level.height; ++y) {
+      const T* __restrict from = rows + (level.row + y * level.pitch) * width;
+      T* __restrict to = grad_value + (level.token + y * level.width) * plan.row_stride;
+      for (int64_t x = 0; x < level.width; ++x) {
+        copy_row<T, kWidth>(from + x * width, channels, to + x * plan.row_stride);
+      }
+    }
+  }
+}
+
 // Turns the locations of one query's samples into the row of the upper left neighbour and the fractions.
 template <typename T>
 inline void locate(const Plan<T>& plan, const T* __restrict locations, Samples<T>& samples) {
@@ -22,18 +93,21 @@ inline void locate(const Plan<T>& plan, const T* __restrict locations, Samples<T
   const int64_t count = plan.samples;
 #pragma omp simd
   for (int64_t n = 0; n < count; ++n) {
-    const T x = locations[2 * n] * widths[n] - T(0.5);
-    const T y = locations[2 * n + 1] * heights[n] - T(0.5);
-    // False for NaN too, so that only numbers within the map are converted to integers.
-    const bool inside = (x >= T(-1)) & (x < widths[n]) & (y >= T(-1)) & (y < heights[n]);
-    const T safe_x = inside ? x : T(0), safe_y = inside ? y : T(0);
+    const T width = widths[n], height = heights[n];
+    const int32_t pitch = pitches[n], origin = origins[n];
+    const T x = locations[2 * n] * width - T(0.5), y = locations[2 * n + 1] * height - T(0.5);
+    // Only numbers within the map are converted to integers; comparisons with NaN are false.
+    const T safe_x = x >= T(-1) ? (x < width ? x : T(-2)) : T(-2);
+    const T safe_y = y >= T(-1) ? (y < height ? y : T(-2)) : T(-2);
     int32_t column = static_cast<int32_t>(safe_x), line = static_cast<int32_t>(safe_y); // towards zero,
-    column -= safe_x < static_cast<T>(column); // hence floor
-    line -= safe_y < static_cast<T>(line);
+    column -= safe_x < static_cast<T>(column) ? 1 : 0; // hence floor
+    line -= safe_y < static_cast<T>(line) ? 1 : 0;
     fractions_x[n] = safe_x - static_cast<T>(column);
     fractions_y[n] = safe_y - static_cast<T>(line);
-    rows[n] = inside ? origins[n] + line * pitches[n] + column : outside;
-    steps[n] = inside ? pitches[n] : 0;
+    const int32_t inside = -static_cast<int32_t>((column > -2) & (line > -2)); // all bits
+    const int32_t row = origin + line * pitch + column;
+    rows[n] = outside + ((row - outside) & inside);
+    steps[n] = pitch & inside;
   }
 }
 
@@ -67,8 +141,7 @@ void forward(
     T* __restrict output) {
   const int64_t width = kWidth > 0 ? kWidth : plan.width;
   const int64_t count = plan.samples;
-  T local[kWidth > 0 ? kWidth : 1];
-  T* __restrict sum = kWidth > 0 ? local : samples.row.data();
+  Row<T, kWidth> sum(samples);
   for (int64_t q = 0; q < queries; ++q) {
     locate(plan, locations + q * plan.query_stride * 2, samples);
     weigh(plan, attention + q * plan.query_stride, samples);
@@ -106,8 +179,7 @@ void backward_samples(
     T* __restrict grad_attention) {
   const int64_t width = kWidth > 0 ? kWidth : plan.width;
   const int64_t count = plan.samples;
-  T local[kWidth > 0 ? kWidth : 1];
-  T* __restrict grad = kWidth > 0 ? local : samples.row.data();
+  Row<T, kWidth> grad(samples);
   for (int64_t d = plan.channels; d < width; ++d) {
     grad[d] = 0;
   }
@@ -162,8 +234,7 @@ void backward_value(
     T* __restrict grad_rows) {
   const int64_t width = kWidth > 0 ? kWidth : runtime_width;
   const int64_t count = plan.samples;
-  T local[kWidth > 0 ? kWidth : 1];
-  T* __restrict grad = kWidth > 0 ? local : samples.row.data();
+  Row<T, kWidth> grad(samples);
   for (int64_t d = channels; d < width; ++d) {
     grad[d] = 0;
   }

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from querymask.common.ops import extension
-from querymask.common.ops.msda_reference import check_inputs, multi_scale_deformable_attention_reference
+from querymask.common.ops.msda_reference import (
+    check_grad_output,
+    check_inputs,
+    flatten_shapes,
+    multi_scale_deformable_attention_reference,
+)
 
 
 def multi_scale_deformable_attention(
@@ -42,13 +47,8 @@ def multi_scale_deformable_attention(
         ValueError: shapes or devices do not fit together.
         TypeError: a type is not among those above, or ``spatial_shapes`` is a tensor.
     """
-    if isinstance(spatial_shapes, Tensor):
-        raise TypeError(
-            "spatial_shapes must be a sequence of (height, width) in Python ints, got a tensor: "
-            "use [feature.shape[-2:] for feature in features]"
-        )
+    shapes = flatten_shapes(spatial_shapes)
     if extension.use_kernels(value.device):
-        shapes = [int(size) for shape in spatial_shapes for size in shape]  # a tracer passes tensors
         return torch.ops.querymask.multi_scale_deformable_attention(
             value, shapes, sampling_locations, attention_weights
         )
@@ -71,6 +71,7 @@ def _fake_backward(
     attention_weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_inputs(value, spatial_shapes, sampling_locations, attention_weights)
+    check_grad_output(grad_output, value, sampling_locations)
     return tuple(
         torch.empty_like(tensor, memory_format=torch.contiguous_format)
         for tensor in (value, sampling_locations, attention_weights)
