@@ -25,8 +25,20 @@ def choose_device(cfg: CfgNode) -> None:
         cfg.MODEL.DEVICE = "cpu"
 
 
+def choose_seed(cfg: CfgNode) -> None:
+    """Set ``SEED``, the same in all processes, where it is negative (not given), and note it in the log."""
+    if cfg.SEED >= 0:
+        return
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    cfg.SEED = comm.shared_random_seed()
+    if frozen:
+        cfg.freeze()
+    logger.info(f"SEED was not given: this run has SEED {cfg.SEED}")
+
+
 def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Start the log in ``OUTPUT_DIR``, note versions and config there, choose a seed if none is given, and seed.
+    """Start the log in ``OUTPUT_DIR``, note versions and config there, choose a seed if none is given, and use it.
 
     Like ``detectron2.engine.default_setup``, which fails on a Detectron2 without its compiled part.
     """
@@ -35,13 +47,7 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
         PathManager.mkdirs(cfg.OUTPUT_DIR)
     for name in ("fvcore", "querymask", "detectron2"):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
-    if cfg.SEED < 0:
-        frozen = cfg.is_frozen()
-        cfg.defrost()
-        cfg.SEED = comm.shared_random_seed()
-        if frozen:
-            cfg.freeze()
-        logger.info(f"SEED was not given; this run has SEED {cfg.SEED}")
+    choose_seed(cfg)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     logger.info(
         f"querymask {querymask.__version__}, Detectron2 {detectron2.__version__}, torch {torch.__version__}, "

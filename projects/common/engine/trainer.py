@@ -17,6 +17,7 @@ from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
+from detectron2.utils.file_io import PathManager
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
@@ -26,6 +27,7 @@ from querymask.common.data.mapper import InstanceMapper
 from querymask.common.engine import hooks
 from querymask.common.engine.checks import StrictCheckpointer, check_num_classes
 from querymask.common.engine.sampling import TrainLoader
+from querymask.common.engine.setup import choose_seed
 from querymask.common.engine.step import TrainingStep
 from querymask.common.evaluation import build_evaluator, results_table
 from querymask.common.solver import build_lr_scheduler, build_optimizer
@@ -37,15 +39,13 @@ WRITE_PERIOD = 20
 
 
 class Trainer(DefaultTrainer):
-    """Trains and evaluates any registered meta-architecture.
-
-    Args:
-        cfg: with a chosen ``SEED`` (``default_setup`` chooses one where it is negative).
-    """
+    """Trains and evaluates any registered meta-architecture."""
 
     def __init__(self, cfg: CfgNode) -> None:
         TrainerBase.__init__(self)
+        choose_seed(cfg)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        PathManager.mkdirs(cfg.OUTPUT_DIR)
         check_num_classes(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)

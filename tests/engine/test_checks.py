@@ -1,0 +1,123 @@
+"""Wrong class counts and checkpoints that do not fit stop a run at once, with the numbers."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from querymask import get_cfg
+from querymask.common.engine import StrictCheckpointer, Trainer, check_num_classes, num_classes_key
+
+
+@pytest.mark.parametrize(
+    ("meta_architecture", "key"),
+    [
+        ("SOLQ", "MODEL.SOLQ.NUM_CLASSES"),
+        ("GeneralizedRCNN", "MODEL.ROI_HEADS.NUM_CLASSES"),
+        ("RetinaNet", "MODEL.RETINANET.NUM_CLASSES"),
+        ("ProposalNetwork", None),
+    ],
+)
+def test_key_of_the_class_count(meta_architecture: str, key: str | None) -> None:
+    cfg = get_cfg()
+    cfg.MODEL.META_ARCHITECTURE = meta_architecture
+    assert num_classes_key(cfg) == key
+
+
+@pytest.mark.parametrize("split", ["TRAIN", "TEST"])
+def test_data_set_with_another_number_of_classes(cfg: CfgNode, split: str) -> None:
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    cfg.DATASETS[split] = ("engine_val",)
+    cfg.MODEL.SOLQ.NUM_CLASSES = 80
+    with pytest.raises(
+        ValueError, match=r"NUM_CLASSES is 80, but .* engine_val has 2 classes \(wide, tall\)\. Set MODE"
+    ):
+        Trainer(cfg)
+
+
+def test_known_data_sets_are_checked_without_being_read(cfg: CfgNode) -> None:
+    with pytest.raises(ValueError, match="NUM_CLASSES is 2, but the data set coco_2017_val has 80 classes"):
+        check_num_classes(cfg, ["coco_2017_val"])
+    cfg.MODEL.SOLQ.NUM_CLASSES = 80
+    check_num_classes(cfg, ["coco_2017_val"])
+
+
+def test_unknown_data_set(cfg: CfgNode) -> None:
+    with pytest.raises(KeyError, match="no data set 'shapes_trian'.*shapes_train"):
+        check_num_classes(cfg, ["shapes_trian"])
+
+
+def test_data_set_that_defines_classes_by_metadata_only(
+    cfg: CfgNode, register: Callable[..., str], tmp_path: Path
+) -> None:
+    name = register("engine_metadata", tmp_path / "never_read.json")
+    MetadataCatalog.get(name).thing_classes = ["a", "b", "c"]
+    with pytest.raises(ValueError, match="has 3 classes"):
+        check_num_classes(cfg, [name])
+
+
+def checkpoint(cfg: CfgNode, path: Path, **changes: int) -> str:
+    """Weights of the model with other numbers in MODEL.SOLQ."""
+    cfg = cfg.clone()
+    cfg.MODEL.SOLQ.merge_from_list([item for change in changes.items() for item in change])
+    torch.save({"model": Trainer.build_model(cfg).state_dict()}, path)
+    return str(path)
+
+
+def test_checkpoint_with_another_class_head(cfg: CfgNode, tmp_path: Path) -> None:
+    cfg.MODEL.WEIGHTS = checkpoint(cfg, tmp_path / "coco.pth", NUM_CLASSES=80)
+    cfg.DATASETS.TEST = ("engine_val",)
+    message = (
+        r"(?s)coco\.pth does not fit.*class_embed\.0\.weight: \(80, 64\) in the file, \(2, 64\) in the model.*"
+        r"file has 80 classes, MODEL\.SOLQ\.NUM_CLASSES is 2\. Set MODEL\.SOLQ\.NUM_CLASSES 80.*--drop-classes"
+    )
+    with pytest.raises(ValueError, match=message):
+        Trainer(cfg).resume_or_load(resume=False)
+    with pytest.raises(ValueError, match=message):
+        Trainer.evaluate(cfg)
+
+
+def test_checkpoint_of_another_width(cfg: CfgNode, tmp_path: Path) -> None:
+    cfg.MODEL.WEIGHTS = checkpoint(cfg, tmp_path / "wide.pth", HIDDEN_DIM=128)
+    with pytest.raises(ValueError, match=r"(?s)tensors have other shapes.*and \d+ more.*config that the file was made"):
+        Trainer.evaluate(cfg)
+
+
+def test_checkpoint_without_class_head_is_for_training_on_other_classes(cfg: CfgNode, tmp_path: Path) -> None:
+    path = Path(checkpoint(cfg, tmp_path / "other.pth", NUM_CLASSES=80))
+    state = torch.load(path, weights_only=True)["model"]
+    torch.save({"model": {k: v for k, v in state.items() if not k.startswith("class_embed")}}, path)
+    cfg.MODEL.WEIGHTS = str(path)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    loaded = trainer.model.state_dict()
+    assert torch.equal(loaded["transformer.level_embed"], state["transformer.level_embed"])
+    assert loaded["class_embed.0.weight"].shape == (2, 64)
+
+
+def test_resuming_with_another_class_count(cfg: CfgNode) -> None:
+    trainer = Trainer(cfg)
+    trainer.checkpointer.save("model_0000004", iteration=4)
+    model = Trainer.build_model(cfg)
+    StrictCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg).resume_or_load("", resume=True)
+    other = cfg.clone()
+    other.MODEL.SOLQ.NUM_CLASSES = 3
+    with pytest.raises(ValueError, match=r"model_0000004\.pth does not fit.*"):
+        StrictCheckpointer(Trainer.build_model(other), cfg.OUTPUT_DIR, cfg=other).resume_or_load("", resume=True)
+
+
+def test_loss_that_is_not_finite_stops_before_the_checkpoint(cfg: CfgNode) -> None:
+    cfg.SOLVER.CHECKPOINT_PERIOD = 3
+    trainer = Trainer(cfg)
+
+    def spoil(*_: object) -> None:
+        if trainer.iter == 1:
+            trainer.model.vector_embed.layers[-1].bias.data.fill_(float("inf"))
+
+    trainer.model.register_forward_pre_hook(spoil)
+    with pytest.raises(FloatingPointError, match=r"iteration 1: .*loss_vector.*BASE_LR"):
+        trainer.train()
+    assert not list(Path(cfg.OUTPUT_DIR).glob("model_*.pth"))

@@ -1,0 +1,216 @@
+"""Evaluation where something is missing: ground truth, predictions, fields of annotations; tables and pictures."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import DatasetEvaluators
+from detectron2.structures import Boxes, Instances
+
+from querymask.common.engine import Trainer
+from querymask.common.evaluation import InstanceEvaluator, build_evaluator, results_table
+
+
+@pytest.fixture
+def val(coco_folder: Path, tmp_path: Path, register: Callable[..., str]) -> Callable[..., str]:
+    """Function that registers the validation set after a change to its content; returns the name."""
+
+    def make(change: Callable[[dict], None] = lambda content: None) -> str:
+        content = json.loads((coco_folder / "val.json").read_text())
+        change(content)
+        path = tmp_path / "changed.json"
+        path.write_text(json.dumps(content))
+        return register("engine_changed", path, coco_folder / "val")
+
+    return make
+
+
+def perfect(entry: dict, masks: bool = True) -> Instances:
+    """Predictions that are the ground truth."""
+    annotations = [a for a in entry["annotations"] if not a["iscrowd"]]
+    size = entry["height"], entry["width"]
+    instances = Instances(size)
+    corners = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in annotations)]
+    instances.pred_boxes = Boxes(torch.tensor(corners, dtype=torch.float32).reshape(-1, 4))
+    instances.scores = torch.linspace(0.9, 0.8, len(annotations))
+    instances.pred_classes = torch.tensor([a["category_id"] for a in annotations], dtype=torch.int64)
+    if masks:
+        bitmaps = [
+            mask_util.decode(mask_util.merge(mask_util.frPyObjects(a["segmentation"], *size))) for a in annotations
+        ]
+        instances.pred_masks = torch.from_numpy(np.stack(bitmaps)).bool() if bitmaps else torch.zeros(0, *size).bool()
+    return instances
+
+
+def evaluate(name: str, folder: Path, predict: Callable[[dict], Instances] = perfect) -> dict:
+    """Results of predictions on every image of a set."""
+    evaluator = InstanceEvaluator(name, str(folder))
+    evaluator.reset()
+    for entry in DatasetCatalog.get(name):
+        evaluator.process([entry], [{"instances": predict(entry)}])
+    return evaluator.evaluate()
+
+
+def written(folder: Path) -> list[dict]:
+    return json.loads((folder / "coco_instances_results.json").read_text())
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.LogCaptureFixture]:
+    """What Detectron2's and our loggers say (once set up, they do not pass it on)."""
+    for name in ("detectron2", "querymask"):
+        monkeypatch.setattr(__import__("logging").getLogger(name), "propagate", True)
+    with caplog.at_level("INFO"):
+        yield caplog
+
+
+def test_perfect_predictions_and_ids_that_are_not_contiguous(val: Callable[..., str], tmp_path: Path) -> None:
+    results = evaluate(val(), tmp_path)
+    assert results["bbox"]["AP"] == pytest.approx(100)
+    assert results["segm"]["AP"] == pytest.approx(100)
+    assert results["segm"]["AP-tall"] == pytest.approx(100)
+    assert {result["category_id"] for result in written(tmp_path)} == {3, 70}
+
+
+def test_boxes_only(val: Callable[..., str], tmp_path: Path) -> None:
+    assert list(evaluate(val(), tmp_path, lambda entry: perfect(entry, masks=False))) == ["bbox"]
+
+
+@pytest.mark.parametrize("how", ["missing", "empty"])
+def test_no_ground_truth(val: Callable[..., str], tmp_path: Path, log: pytest.LogCaptureFixture, how: str) -> None:
+    def strip(content: dict) -> None:
+        content["annotations"] = []
+        if how == "missing":
+            del content["annotations"]
+
+    def predict(entry: dict) -> Instances:
+        box = {"bbox": [1, 2, 3, 4], "iscrowd": 0, "category_id": 1, "segmentation": [[1, 2, 9, 2, 9, 9]]}
+        return perfect({**entry, "annotations": [box]})
+
+    assert evaluate(val(strip), tmp_path, predict) == {}
+    assert len(written(tmp_path)) == 4
+    assert written(tmp_path)[0]["category_id"] == 70
+    assert "engine_changed has no ground truth: AP is skipped" in log.text
+
+
+def test_no_predictions(val: Callable[..., str], tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    results = evaluate(val(), tmp_path, lambda entry: perfect({**entry, "annotations": []}))
+    assert results["bbox"]["AP"] == results["segm"]["AP50"] == 0
+    assert written(tmp_path) == []
+    assert log.text.count("predicted nothing on the 4 images of engine_changed") == 1
+
+
+def test_no_predictions_and_no_ground_truth(val: Callable[..., str], tmp_path: Path) -> None:
+    name = val(lambda content: content.pop("annotations"))
+    assert evaluate(name, tmp_path, lambda entry: perfect({**entry, "annotations": []})) == {}
+    assert written(tmp_path) == []
+
+
+def test_crowds_only(val: Callable[..., str], tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    name = val(lambda content: [annotation.update(iscrowd=1) for annotation in content["annotations"]])
+
+    def predict(entry: dict) -> Instances:
+        return perfect({**entry, "annotations": [{**a, "iscrowd": 0} for a in entry["annotations"]]})
+
+    assert math.isnan(evaluate(name, tmp_path, predict)["segm"]["AP"])
+    assert "no ground truth other than crowds: AP is NaN" in log.text
+    assert math.isnan(evaluate(name, tmp_path, lambda entry: perfect({**entry, "annotations": []}))["segm"]["AP"])
+
+
+def test_annotations_without_area_and_iscrowd(val: Callable[..., str], tmp_path: Path) -> None:
+    def strip(content: dict) -> None:
+        content["annotations"] = [a for a in content["annotations"] if not a["iscrowd"]]
+        for annotation in content["annotations"]:
+            del annotation["area"], annotation["iscrowd"]
+
+    def predict(entry: dict) -> Instances:
+        return perfect({**entry, "annotations": [{"iscrowd": 0, **a} for a in entry["annotations"]]})
+
+    results = evaluate(val(strip), tmp_path, predict)
+    assert results["segm"]["APs"] == pytest.approx(100)
+    assert math.isnan(results["segm"]["APl"])
+
+
+def test_annotations_without_masks(val: Callable[..., str], tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    def strip(content: dict) -> None:
+        for annotation in content["annotations"]:
+            del annotation["segmentation"], annotation["area"]
+
+    def predict(entry: dict) -> Instances:
+        instances = perfect(entry, masks=False)
+        instances.pred_masks = torch.ones(len(instances), entry["height"], entry["width"], dtype=torch.bool)
+        return instances
+
+    results = evaluate(val(strip), tmp_path, predict)
+    assert list(results) == ["bbox"]
+    assert results["bbox"]["AP"] == pytest.approx(100)
+    assert "without segmentation: no mask AP" in log.text
+
+
+def test_untrained_model_end_to_end(cfg: CfgNode, log: pytest.LogCaptureFixture) -> None:
+    cfg.DATASETS.TEST = ("engine_val",)
+    cfg.VIS_NUM_IMAGES = 3
+    cfg.VIS_SCORE_THRESHOLD = 0.0
+    results = Trainer.evaluate(cfg)
+    assert set(results) == {"bbox", "segm"}
+    folder = Path(cfg.OUTPUT_DIR)
+    assert sorted(path.name for path in (folder / "predictions").iterdir()) == ["0.png", "1.png", "2.png"]
+    assert len(written(folder / "inference")) == 4 * 2 * 8  # images, classes and queries: all fit into 100
+    assert "a model with random weights is evaluated" in log.text
+    assert "results on engine_val:" in log.text
+
+
+def test_two_test_sets_do_not_overwrite_each_other(cfg: CfgNode) -> None:
+    cfg.DATASETS.TEST = ("engine_val", "engine_train")
+    cfg.VIS_NUM_IMAGES = 1
+    results = Trainer.evaluate(cfg)
+    assert set(results) == {"engine_val", "engine_train"}
+    for name in results:
+        assert (Path(cfg.OUTPUT_DIR) / "inference" / name / "coco_instances_results.json").is_file()
+        assert (Path(cfg.OUTPUT_DIR) / "predictions" / name / "0.png").is_file()
+
+
+def test_no_test_set(cfg: CfgNode) -> None:
+    assert Trainer.evaluate(cfg) == {}
+
+
+def test_evaluator_by_data_set(cfg: CfgNode, val: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    name = val()
+    assert isinstance(build_evaluator(cfg, name), InstanceEvaluator)
+    cfg.VIS_NUM_IMAGES = 1
+    assert isinstance(build_evaluator(cfg, name), DatasetEvaluators)
+    MetadataCatalog.remove(name)
+    MetadataCatalog.get(name).evaluator_type = "lvis"
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
+    with pytest.raises(ImportError, match="pip install lvis"):
+        build_evaluator(cfg, name)
+    MetadataCatalog.remove(name)
+    MetadataCatalog.get(name).evaluator_type = "pascal_voc"
+    with pytest.raises(ValueError, match="'pascal_voc'; known are coco, lvis"):
+        build_evaluator(cfg, name)
+
+
+def test_table() -> None:
+    results = {
+        "bbox": {"AP": 12.345, "AP50": 30.0, "AP-cat": 1.0, "AP-sea-lion": float("nan")},
+        "segm": {"AP": 7.0, "AP50": 100.0, "AP-cat": 2.0, "AP-sea-lion": 3.0},
+    }
+    assert results_table(results) == "\n".join(
+        [
+            "         AP    AP50",
+            "box   12.35   30.00",
+            "mask   7.00  100.00",
+            "",
+            "class     box AP  mask AP",
+            "cat         1.00     2.00",
+            "sea-lion     nan     3.00",
+        ]
+    )
+    assert results_table({}) == ""
