@@ -1,0 +1,336 @@
+"""The SOLQ model: its forms, batches, targets, detections, initialisation, and the errors of its config."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.layers.mask_ops import paste_masks_in_image
+from detectron2.modeling import Backbone, build_model
+from detectron2.structures import BitMasks, PolygonMasks
+from detectron2.utils.events import EventStorage
+from scipy.fft import dctn, idctn
+from scipy.special import expit, logit
+from torch import nn
+
+MakeCfg = Callable[..., CfgNode]
+MakeModel = Callable[..., nn.Module]
+MakeBatch = Callable[..., list[dict[str, Any]]]
+
+FORMS = {
+    "one stage": {},
+    "no refinement": {"BOX_REFINE": False},
+    "two stages": {"TWO_STAGE": True},
+    "two stages, no refinement": {"TWO_STAGE": True, "BOX_REFINE": False},
+    "C5 only": {"IN_FEATURES": ["res5"], "NUM_FEATURE_LEVELS": 1},
+    "no masks": {"MASK_ON": False},
+    "fast": {"VECTOR_LOSS_REDUCTION": "sum", "PASTE": "soft"},
+}
+
+
+@pytest.mark.parametrize("counts", [[0], [0, 3], [3, 0], [9, 1]])
+@pytest.mark.parametrize("form", FORMS)
+def test_training(make_model: MakeModel, make_batch: MakeBatch, form: str, counts: list[int]) -> None:
+    """Every trained parameter gets a finite gradient, also without instances and with more instances than queries."""
+    model = make_model(**FORMS[form])
+    losses = model(make_batch(counts, [(64, 96), (56, 80)][: len(counts)]))
+    sum(losses.values()).backward()
+    kinds = {"loss_ce", "loss_bbox", "loss_giou"} | ({"loss_vector"} if model.coding else set())
+    expected = kinds | {f"{kind}_0" for kind in kinds}
+    if model.transformer.num_proposals:
+        expected |= {"loss_ce_enc", "loss_bbox_enc", "loss_giou_enc"}
+    assert set(losses) == expected
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+
+
+def test_forms(make_model: MakeModel, make_batch: MakeBatch) -> None:
+    batch = make_batch([1])
+    for form, overrides in FORMS.items():
+        model = make_model(**overrides)
+        with torch.no_grad():
+            decoded, outputs = model.predict(model.preprocess(batch))
+        two_stage, refine = form.startswith("two stages"), "no refinement" not in form
+        copies = (3 if two_stage else 2) if refine else 1
+        assert len(model.class_embed) == len(model.bbox_embed) == copies, form
+        assert (model.vector_embed is None) == (form == "no masks")
+        sizes = [reference.shape[-1] for reference in decoded.references]
+        assert sizes == [4 if two_stage else 2] + [4 if two_stage or refine else 2] * 2, form
+        assert decoded.shapes == (((2, 3),) if form == "C5 only" else ((8, 12), (4, 6), (2, 3), (1, 2))), form
+        assert outputs.logits.shape == (2, 1, 6, 5) and outputs.boxes.shape == (2, 1, 6, 4)
+        assert (outputs.vector_head is None) == (form == "no masks")
+
+
+@pytest.mark.parametrize("two_stage", [False, True])
+def test_no_refinement(make_model: MakeModel, make_batch: MakeBatch, two_stage: bool) -> None:
+    """One class head and one box head for all layers; every layer's box is relative to the same reference."""
+    model = make_model(BOX_REFINE=False, TWO_STAGE=two_stage).double()
+    with torch.no_grad():
+        decoded, outputs = model.predict(model.preprocess(make_batch([1])))
+        deltas = model.bbox_embed[0](decoded.hidden).numpy()
+        class_head = model.class_embed[0]
+        logits = decoded.hidden @ class_head.weight.T + class_head.bias
+    reference = decoded.references[0].numpy()
+    for other in decoded.references[1:]:
+        assert np.array_equal(other, reference)
+    deltas[..., : reference.shape[-1]] += logit(reference)
+    assert np.allclose(outputs.boxes, expit(deltas), rtol=0, atol=1e-12)
+    assert torch.allclose(outputs.logits, logits, rtol=0, atol=1e-12)
+
+
+def test_fewer_tokens_than_queries(make_model: MakeModel, make_batch: MakeBatch) -> None:
+    """The two-stage form then has as many queries as tokens: 8 * 12 + 4 * 6 + 2 * 3 + 1 * 2."""
+    model = make_model(TWO_STAGE=True, NUM_QUERIES=300)
+    batch = make_batch([3, 1])
+    _, outputs = model.predict(model.preprocess(batch))
+    assert outputs.logits.shape == (2, 2, 128, 5)
+    assert all(torch.isfinite(loss) for loss in model(batch).values())
+    assert len(model.eval()(batch)[0]["instances"]) == 9
+
+
+def test_losses_of_proposals(make_model: MakeModel, make_batch: MakeBatch) -> None:
+    """They ask whether there is anything, not of which class; the other losses do ask."""
+    model = make_model(TWO_STAGE=True)
+    batch = make_batch([3, 1])
+    before = model(batch)
+    for item in batch:
+        item["instances"].gt_classes = (item["instances"].gt_classes + 1) % 5
+    after = model(batch)
+    for kind in ("loss_ce", "loss_bbox", "loss_giou"):
+        assert torch.equal(before[f"{kind}_enc"], after[f"{kind}_enc"])
+    assert before["loss_ce"] != after["loss_ce"]
+
+
+def test_no_masks_needed_without_mask_branch(make_model: MakeModel, make_batch: MakeBatch) -> None:
+    batch = make_batch([2, 1])
+    for item in batch:
+        item["instances"].remove("gt_masks")
+    model = make_model(MASK_ON=False)
+    assert set(model(batch)) == {f"loss_{kind}{suffix}" for kind in ("ce", "bbox", "giou") for suffix in ("", "_0")}
+    assert not model.eval()(batch)[0]["instances"].has("pred_masks")
+    with pytest.raises(ValueError, match="no gt_masks.*MASK_ON"):
+        make_model()(batch)
+
+
+def test_masks_change_nothing_but_their_loss(make_model: MakeModel, make_batch: MakeBatch) -> None:
+    """With the weights of a model with masks, the model without gives the same boxes and the same other losses."""
+    batch = make_batch([2, 1])
+    full, plain = make_model(), make_model(MASK_ON=False)
+    state = {name: value for name, value in full.state_dict().items() if not name.startswith("vector_embed.")}
+    plain.load_state_dict(state, strict=True)
+    losses = full(batch)
+    assert plain(batch) == {name: loss for name, loss in losses.items() if "vector" not in name}
+
+
+ZIGZAG = sorted(np.ndindex(32, 32), key=lambda c: (sum(c), c[1] if sum(c) % 2 == 0 else c[0]))[:40]
+
+
+def test_targets(make_model: MakeModel, make_batch: MakeBatch) -> None:
+    """Boxes relative to each image's own size, and the DCT of masks cut out at the boxes."""
+    model = make_model()
+    batch = make_batch([2, 0, 1], [(64, 96), (32, 32), (40, 50)])
+    targets = model.encode_targets(batch, torch.float64)
+    assert (targets.counts, targets.images) == ([2, 0, 1], ["0.jpg", "1.jpg", "2.jpg"])
+    assert targets.fields["boxes"].dtype == targets.fields["vectors"].dtype == torch.float64
+    row = 0
+    for item, (height, width) in zip(batch, [(64, 96), (32, 32), (40, 50)], strict=True):
+        instances = item["instances"]
+        crops = instances.gt_masks.crop_and_resize(instances.gt_boxes.tensor, 32).numpy()
+        for box, label, crop in zip(instances.gt_boxes.tensor.tolist(), instances.gt_classes, crops, strict=True):
+            x0, y0, x1, y1 = box
+            expected = [(x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height]
+            assert targets.fields["boxes"][row].tolist() == pytest.approx(expected, rel=1e-6)
+            coefficients = dctn(crop.astype(float), norm="ortho")
+            vector = [coefficients[cell] for cell in ZIGZAG]
+            assert targets.fields["vectors"][row].tolist() == pytest.approx(vector, abs=1e-4)
+            assert targets.labels[row] == label
+            row += 1
+    assert row == len(targets.labels)
+
+
+def test_targets_from_polygons(make_model: MakeModel, make_batch: MakeBatch) -> None:
+    model, batch = make_model(), make_batch([1, 0])
+    polygons = PolygonMasks([[[10.0, 10, 50, 12, 30, 40]]])
+    results = []
+    for masks in (polygons, BitMasks.from_polygon_masks(polygons, 64, 96)):
+        batch[0]["instances"].gt_masks = masks
+        batch[1]["instances"].gt_masks = PolygonMasks([])
+        results.append(model.encode_targets(batch, torch.float32).fields["vectors"])
+    assert torch.equal(*results) and results[0].any()
+
+
+@pytest.mark.parametrize("paste", ["binary", "soft"])
+def test_detections(make_model: MakeModel, make_batch: MakeBatch, paste: str) -> None:
+    """The best pairs of query and class, scaled to the given size; masks through SciPy and Detectron2."""
+    model = make_model(PASTE=paste).eval()
+    with torch.no_grad():
+        # Large boxes, and masks that are neither empty nor full: three quarters on average
+        model.bbox_embed[-1].layers[-1].bias[2:] = 1
+        model.vector_embed.layers[-1].bias[0] = 24
+        model.vector_embed.layers[-1].weight.mul_(3)
+    batch = make_batch([0, 0], [(64, 96), (60, 70)])
+    batch[0].update(height=50, width=120)  # the second image keeps its size
+    with torch.no_grad():
+        found = [result["instances"] for result in model(batch)]
+        _, outputs = model.predict(model.preprocess(batch))
+        vectors = outputs.vector_head(outputs.hidden[-1]).numpy()
+    for b, (height, width) in enumerate([(50, 120), (60, 70)]):
+        instances = found[b]
+        assert instances.image_size == (height, width) and len(instances) == 9
+        scores = expit(outputs.logits[-1, b].numpy())
+        ranking = sorted(np.ndindex(scores.shape), key=lambda pair: -scores[pair])[:9]
+        for i, (query, label) in enumerate(ranking):
+            assert (instances.pred_queries[i].item(), instances.pred_classes[i].item()) == (query, label)
+            assert instances.scores[i].item() == pytest.approx(scores[query, label])
+            cx, cy, w, h = outputs.boxes[-1, b, query].tolist()
+            expected = [(cx - w / 2) * width, (cy - h / 2) * height, (cx + w / 2) * width, (cy + h / 2) * height]
+            assert instances.pred_boxes.tensor[i].tolist() == pytest.approx(expected, abs=1e-3)
+            coefficients = np.zeros((32, 32))
+            for cell, value in zip(ZIGZAG, vectors[b, query], strict=True):
+                coefficients[cell] = value
+            mask = idctn(coefficients, norm="ortho")
+            if paste == "binary":
+                mask = mask > (mask.min() + mask.max()) / 2
+            pasted = paste_masks_in_image(
+                torch.from_numpy(mask).float()[None], instances.pred_boxes.tensor[i : i + 1], (height, width), 0.5
+            )
+            assert (pasted[0] != instances.pred_masks[i]).sum() <= 1, "but for a pixel at the threshold"
+        assert instances.pred_masks.dtype == torch.bool and instances.pred_masks.shape == (9, height, width)
+        assert 0.05 < instances.pred_masks.float().mean() < 0.9
+    assert found[0].pred_queries.unique().numel() < 9, "a query must be able to appear with several classes"
+
+
+def test_statistics_now_and_then(make_model: MakeModel, make_batch: MakeBatch) -> None:
+    model, batch = make_model(), make_batch([2, 0])
+    for iteration, logged in ((0, True), (7, False), (40, True)):
+        with EventStorage(start_iter=iteration) as storage:
+            model(batch)
+            assert set(storage.latest()) == ({"class_error", "cardinality_error"} if logged else set())
+    model(batch)  # outside of a training loop
+
+
+@pytest.mark.parametrize("form", ["one stage", "two stages", "no refinement"])
+def test_initialisation(make_cfg: MakeCfg, make_batch: MakeBatch, form: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(make_cfg(**FORMS[form]))
+    for head in model.class_embed:
+        assert head.bias.tolist() == pytest.approx([-math.log(99)] * 5)
+        assert 0.8 / 64**0.5 < head.weight.abs().max() <= 1 / 64**0.5
+        assert torch.equal(head.weight, model.class_embed[0].weight), "copies start equal"
+    for index, head in enumerate(model.bbox_embed):
+        assert [layer.weight.shape[0] for layer in head.layers] == [64, 64, 4]
+        assert not head.layers[-1].weight.any()
+        assert head.layers[-1].bias.tolist() == [0, 0, *([-2, -2] if index == 0 and form != "two stages" else [0, 0])]
+        for layer, first in zip(head.layers[:-1], model.bbox_embed[0].layers, strict=False):
+            assert torch.equal(layer.weight, first.weight) and torch.equal(layer.bias, first.bias)
+    assert len({id(p) for p in model.bbox_embed.parameters()}) == len(model.bbox_embed) * 6, "copies share nothing"
+    vector = model.vector_embed.layers
+    assert [tuple(layer.weight.shape) for layer in vector] == [(48, 64), (48, 48), (40, 48)]
+    assert not vector[-1].weight.any() and vector[-1].bias.tolist() == [0, 0] + [-2] * 38
+    if form != "two stages":
+        assert model.query_embed.weight.shape == (6, 128)
+        assert model.query_embed.weight.std().item() == pytest.approx(1, abs=0.1)
+        with torch.no_grad():
+            decoded, outputs = model.eval().predict(model.preprocess(make_batch([0])))
+        assert torch.allclose(outputs.boxes[0, ..., 2:], torch.tensor(-2.0).sigmoid()), "boxes start small"
+        assert torch.allclose(outputs.boxes[0, ..., :2], decoded.references[0][..., :2])
+
+
+class PatchBackbone(Backbone):
+    """Each cell is a function of its own pixels, and zero where they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(3, 8, 8, stride=8, bias=False)])
+        self.convs.extend(nn.Conv2d(8, 8, 2, stride=2, bias=False) for _ in range(2))
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        features = {}
+        for name, conv in zip(self.output_shape(), self.convs, strict=True):
+            image = features[name] = conv(image)
+        return features
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return {name: ShapeSpec(channels=8, stride=s) for name, s in (("res3", 8), ("res4", 16), ("res5", 32))}
+
+
+@pytest.mark.parametrize(
+    ("patches", "norm", "exact"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_padding(make_model: MakeModel, make_batch: MakeBatch, patches: bool, norm: bool, exact: bool) -> None:
+    """What an image's predictions owe to the size of its batch.
+
+    Projections, positions, transformer and heads add nothing. GroupNorm of the projections does, as its statistics are
+    those of the padded map; so does a backbone of several convolutions, as what spills over to the padding comes back.
+    """
+    model = make_model().eval()
+    if patches:
+        torch.manual_seed(0)
+        model.backbone = PatchBackbone()
+        for level, projection in enumerate(model.input_proj):
+            projection[0] = nn.Conv2d(8, 64, 1) if level < 3 else nn.Conv2d(8, 64, 3, stride=2, padding=1)
+    if not norm:
+        for projection in model.input_proj:
+            projection[1] = nn.Identity()
+    model.double()
+    batch = make_batch([0, 0], [(64, 96), (128, 160)])
+    with torch.no_grad():
+        _, alone = model.predict(model.preprocess(batch[:1]))
+        _, padded = model.predict(model.preprocess(batch))
+    for name in ("hidden", "logits", "boxes"):
+        a, b = getattr(alone, name), getattr(padded, name)[:, :1]
+        difference = ((a - b).abs().max() / a.abs().max()).item()
+        assert difference < 1e-12 if exact else difference > 1e-5, f"{name}: {difference}"
+
+
+def test_masks_of_padding_only_where_needed(make_model: MakeModel, make_batch: MakeBatch) -> None:
+    model = make_model().eval()
+    seen = []
+    model.transformer.register_forward_pre_hook(
+        lambda module, arguments, options: seen.append(options["padded"]), with_kwargs=True
+    )
+    for sizes in ([(64, 96)] * 2, [(64, 96), (64, 64)], [(64, 96), (32, 96)]):
+        model(make_batch([0, 0], sizes))
+    assert seen == [False, True, True]
+
+
+def test_use_checkpoint(make_model: MakeModel, make_batch: MakeBatch) -> None:
+    gradients = []
+    for use_checkpoint in (False, True):
+        model = make_model(USE_CHECKPOINT=use_checkpoint, DROPOUT=0.1)
+        assert model.transformer.encoder.use_checkpoint == use_checkpoint
+        torch.manual_seed(1)
+        sum(model(make_batch([2, 1])).values()).backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+ERRORS = {
+    "MODEL.SOLQ.MASK_CODING is 'wavelet': choose 'dct'": {"MASK_CODING": "wavelet"},
+    "MODEL.SOLQ.PASTE is 'hard': choose 'binary' or 'soft'": {"PASTE": "hard"},
+    "MODEL.SOLQ.VECTOR_LOSS_REDUCTION is 'max': choose one of": {"VECTOR_LOSS_REDUCTION": "max"},
+    "IN_FEATURES names ['stage1', 'res6'], but the backbone gives ['res3', 'res4', 'res5']": {
+        "IN_FEATURES": ["res3", "stage1", "res6"]
+    },
+    "2 feature levels for 3 backbone maps: name fewer maps in IN_FEATURES or raise NUM": {"NUM_FEATURE_LEVELS": 2},
+    "width 64 must be a multiple of the number of heads, 6": {"NUM_HEADS": 6},
+    "the width of the transformer, 48, must be a multiple of 32 (GroupNorm)": {"HIDDEN_DIM": 48},
+    "a 4x4 mask has 16 DCT coefficients, not 40": {"MASK_SIZE": 4},
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors_of_the_config(make_cfg: MakeCfg, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_model(make_cfg(**ERRORS[message]))
+
+
+def test_mask_keys_do_not_matter_without_masks(make_cfg: MakeCfg) -> None:
+    assert build_model(make_cfg(MASK_ON=False, MASK_SIZE=4, MASK_CODING="none")).coding is None
