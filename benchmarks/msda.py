@@ -1,0 +1,263 @@
+"""Multi-scale deformable attention against its composition of ``grid_sample``: time, peak memory and error.
+
+    python benchmarks/msda.py --save benchmarks/results/msda_cpu.md
+    python benchmarks/msda.py --device cuda --dtype bfloat16
+
+All forms run in this process on the same inputs: locations are pixel centres of the queries plus offsets of two pixels
+(standard deviation) on every level, as trained models have them; for the decoder, uniform centres. One thread on the
+CPU is timed in CPU time, which other jobs of the machine disturb little; everything else in wall or device time.
+"""
+
+import argparse
+import ctypes
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grid_sample
+
+from querymask.common.ops import multi_scale_deformable_attention
+from querymask.common.ops.extension import EXTENSION
+
+HEADS, CHANNELS, POINTS = 8, 32, 4
+
+LEVELS = {
+    "400x533": [(50, 67), (25, 34), (13, 17), (7, 9)],
+    "800x1066": [(100, 134), (50, 67), (25, 34), (13, 17)],
+    "800x1333": [(100, 167), (50, 84), (25, 42), (13, 21)],
+}
+
+# H200, bytes per second: copies through HBM (measured), reads through L1 (128 B a clock and SM at 1.755 GHz)
+HBM_RATE, L1_RATE = 4.3e12, 29.7e12
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape to measure; no number of queries means one for every token, as in an encoder."""
+
+    image: str
+    queries: int | None = None
+    batch: int = 1
+
+    @property
+    def name(self) -> str:
+        part = "encoder" if self.queries is None else f"decoder, {self.queries} queries"
+        return f"{part}, {self.image}, batch {self.batch}"
+
+    def make(self, dtype: torch.dtype, device: str) -> tuple[Tensor, list[tuple[int, int]], Tensor, Tensor]:
+        """Arguments of the operator."""
+        generator = torch.Generator().manual_seed(0)
+        levels = LEVELS[self.image]
+        tokens = sum(height * width for height, width in levels)
+        if self.queries is None:
+            centres = torch.cat([pixel_centres(height, width) for height, width in levels])
+        else:
+            centres = torch.rand(self.queries, 2, generator=generator)
+        shape = (self.batch, len(centres), HEADS, len(levels), POINTS)
+        sizes = torch.tensor([(width, height) for height, width in levels]).view(len(levels), 1, 2)
+        locations = centres.view(-1, 1, 1, 1, 2) + 2 * torch.randn(*shape, 2, generator=generator) / sizes
+        value = torch.randn(self.batch, tokens, HEADS, CHANNELS, generator=generator)
+        weights = torch.randn(shape, generator=generator).flatten(3).softmax(-1).view(shape)
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        return value.to(device, dtype), levels, locations.to(device, exact), weights.to(device, dtype)
+
+
+def pixel_centres(height: int, width: int) -> Tensor:
+    """(x, y) of every pixel, [H*W, 2] in (0, 1)."""
+    y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
+    return torch.stack([x, y], -1).view(-1, 2)
+
+
+def composition(
+    value: Tensor, spatial_shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor, stack: bool
+) -> Tensor:
+    """The usual fall-back: ``grid_sample`` on every level, all samples stacked or the sum accumulated."""
+    batch, _, heads, channels = value.shape
+    queries = locations.shape[1]
+    grids = (2 * locations - 1).to(value.dtype).transpose(1, 2).flatten(0, 1)  # [B*M, Q, L, P, 2]
+    weights = weights.transpose(1, 2).reshape(batch * heads, 1, queries, *weights.shape[3:])
+    samples, output = [], torch.zeros((), dtype=value.dtype, device=value.device)
+    for level, tokens in enumerate(value.split([height * width for height, width in spatial_shapes], 1)):
+        features = tokens.flatten(2).transpose(1, 2).reshape(batch * heads, channels, *spatial_shapes[level])
+        sampled = grid_sample(features, grids[:, :, level], align_corners=False)  # [B*M, D, Q, P]
+        if stack:
+            samples.append(sampled)
+        else:
+            output = output + (sampled * weights[:, :, :, level]).sum(-1)
+    if stack:
+        output = (torch.stack(samples, -2).flatten(-2) * weights.flatten(-2)).sum(-1)
+    return output.view(batch, heads * channels, queries).transpose(1, 2).contiguous()
+
+
+def stacked(*arguments: Tensor) -> Tensor:
+    return composition(*arguments, stack=True)
+
+
+def accumulated(*arguments: Tensor) -> Tensor:
+    return composition(*arguments, stack=False)
+
+
+def median_time(run: Callable[[], object], device: str, repeat: int) -> float:
+    """Median milliseconds of one run after three for warming up."""
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(repeat):
+        if device == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+            begin = clock()
+            run()
+            times.append(1e3 * (clock() - begin))
+    return statistics.median(times)
+
+
+def peak_memory(run: Callable[[], object], device: str) -> float:
+    """MiB that one run takes at its peak beyond what was there before."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    if platform.system() != "Linux":
+        return float("nan")
+    libc = ctypes.CDLL(None)
+    m_mmap_threshold = -3
+    libc.mallopt(
+        m_mmap_threshold, 1 << 16
+    )  # give freed blocks back at once, so that the resident set is what is in use
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = resident("VmRSS")
+    run()
+    return (resident("VmHWM") - before) / 2**10
+
+
+def resident(field: str) -> int:
+    """A field of the process's status, in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Milliseconds, MiB, and the largest error of the output relative to its largest magnitude."""
+
+    forward: float
+    both: float
+    forward_memory: float
+    both_memory: float
+    error: float
+
+
+def measure(form: Callable[..., Tensor], case: Case, dtype: torch.dtype, device: str, repeat: int) -> Measurement:
+    arguments = case.make(dtype, device)
+    exact = [a.double() if isinstance(a, Tensor) else a for a in arguments]
+    with torch.no_grad():
+        expected = multi_scale_deformable_attention(*exact)
+        error = (form(*arguments).double() - expected).abs().max() / expected.abs().max()
+    del exact
+    leaves = [a.clone().requires_grad_() if isinstance(a, Tensor) else a for a in arguments]
+    grad_output = torch.randn_like(expected, dtype=dtype)
+    del expected
+
+    def forward() -> None:
+        with torch.no_grad():
+            form(*arguments)
+
+    def both() -> None:
+        torch.autograd.grad(form(*leaves), [a for a in leaves if isinstance(a, Tensor)], grad_output)
+
+    times = [median_time(run, device, repeat) for run in (forward, both)]
+    return Measurement(*times, peak_memory(forward, device), peak_memory(both, device), error.item())
+
+
+def bounds(case: Case, dtype: torch.dtype) -> str:
+    """Least times on an H200: each tensor moved once through HBM; every neighbour's channels read through L1."""
+    size = torch.empty(0, dtype=dtype).element_size()
+    tokens = sum(height * width for height, width in LEVELS[case.image])
+    queries = tokens if case.queries is None else case.queries
+    samples = case.batch * queries * HEADS * len(LEVELS[case.image]) * POINTS
+    rows = case.batch * (tokens + queries) * HEADS * CHANNELS  # of value and output
+    moved = rows * size + samples * (2 * max(size, 4) + size)
+    read = samples * 4 * CHANNELS * size
+    return f"bounds of the forward pass: HBM {1e3 * moved / HBM_RATE:.3f} ms, L1 {1e3 * read / L1_RATE:.3f} ms (H200)"
+
+
+def describe(device: str, dtype: torch.dtype, repeat: int) -> list[str]:
+    """What the numbers were measured on."""
+    if device == "cuda":
+        where = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo")
+        models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        where = f"{models[0] if models else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
+        clock = "CPU time" if torch.get_num_threads() == 1 else "wall time"
+        where += f", {torch.get_num_threads()} thread(s), {clock}"
+    built = EXTENSION.error or ", ".join(f"{key} {text}" for key, text in EXTENSION.build.items())
+    return [
+        f"{HEADS} heads of {CHANNELS} channels, 4 levels of {POINTS} points, {dtype}.",
+        f"Measured on: {where}. torch {torch.__version__}. Extension: {built}.",
+        f"Median of {repeat} runs; peak memory beyond the inputs; x: how many times less than the stacked composition.",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float16", "bfloat16", "float32", "float64"])
+    parser.add_argument("--threads", type=int, default=1, help="on the CPU")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--images", nargs="+", default=["400x533", "800x1066"], choices=list(LEVELS))
+    parser.add_argument("--queries", type=int, default=300, help="of the decoder")
+    parser.add_argument("--repeat", type=int, help="timed runs; default 50 on CUDA, 11 on the CPU")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile the accumulated composition")
+    parser.add_argument("--save", type=Path, help="write the tables to this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    dtype, device = getattr(torch, arguments.dtype), arguments.device
+    repeat = arguments.repeat or (50 if device == "cuda" else 11)
+    forms = {"grid_sample, stacked": stacked, "grid_sample, accumulated": accumulated}
+    if arguments.compile:
+        forms["grid_sample, torch.compile"] = torch.compile(accumulated)
+    forms["this operator"] = multi_scale_deformable_attention
+
+    lines = describe(device, dtype, repeat)
+    for image in arguments.images:
+        for queries in (None, arguments.queries):
+            case = Case(image, queries, arguments.batch)
+            lines += ["", f"## {case.name}", ""]
+            if device == "cuda":
+                lines += [bounds(case, dtype), ""]
+            lines += ["| form | forward ms | x | + backward ms | x | forward MiB | x | + backward MiB | x | error |"]
+            lines += ["|---|" + "---:|" * 9]
+            first = None
+            for name, form in forms.items():
+                result = measure(form, case, dtype, device, repeat)
+                first = first or result
+                cells = [name]
+                for field in ("forward", "both", "forward_memory", "both_memory"):
+                    number = getattr(result, field)
+                    cells += [f"{number:.4g}", f"{getattr(first, field) / max(number, 1e-3):.1f}"]
+                lines.append("| " + " | ".join([*cells, f"{result.error:.1e}"]) + " |")
+                print("\n".join(lines[-(1 if result is not first else 6) :]), flush=True)
+    text = "\n".join(["# Multi-scale deformable attention", "", "Written by `benchmarks/msda.py`.", "", *lines, ""])
+    if arguments.save:
+        arguments.save.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
