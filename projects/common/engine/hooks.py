@@ -3,7 +3,6 @@
 import logging
 import os
 
-import torch
 from detectron2.engine import HookBase, hooks
 
 logger = logging.getLogger(__name__)
@@ -15,21 +14,22 @@ class LRScheduler(hooks.LRScheduler):
     Detectron2 shows the group with the most tensors, which may be the backbone's.
     """
 
-    @staticmethod
-    def get_best_param_group_id(optimizer: torch.optim.Optimizer) -> int:
-        return 0
+    def before_train(self) -> None:
+        super().before_train()
+        self._best_param_group_id = 0
 
 
 class CurvePlotter(HookBase):
-    """Draws metrics.json as curves.png after training. To be registered after the writer of metrics.json."""
+    """Draws metrics.json as curves.png at the end of training. To be registered after the writer of metrics.json."""
 
     def __init__(self, output_dir: str) -> None:
         self._output_dir = output_dir
 
     def after_train(self) -> None:
+        if self.trainer.iter < self.trainer.max_iter:  # training failed; an error here would hide the reason
+            return
         from querymask.common.visualization import plot_curves  # matplotlib: only needed here
 
         metrics, picture = (os.path.join(self._output_dir, name) for name in ("metrics.json", "curves.png"))
-        if os.path.getsize(metrics):
-            plot_curves(metrics, picture)
-            logger.info(f"curves of losses and AP are in {picture}")
+        plot_curves(metrics, picture)
+        logger.info(f"curves of losses and AP are in {picture}")
