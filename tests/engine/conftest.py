@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from querymask import get_cfg  # isort: skip
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -18,6 +16,7 @@ from detectron2.utils import comm
 from PIL import Image
 from torch import nn
 
+from querymask import get_cfg
 from querymask.common.engine.trainer import distribute
 
 CATEGORIES = [{"id": 3, "name": "wide"}, {"id": 70, "name": "tall"}]

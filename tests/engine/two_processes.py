@@ -6,7 +6,8 @@ Arguments: a file with {model: (config as YAML, {case: batch of all processes to
 
 import sys
 
-import conftest  # first: makes Detectron2 importable and registers the tiny backbone
+import querymask  # noqa: F401  # isort: skip  (first: it makes Detectron2 importable)
+import conftest
 import torch
 from detectron2.utils import comm
 
