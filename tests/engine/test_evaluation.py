@@ -100,6 +100,15 @@ def test_no_ground_truth(val: Callable[..., str], tmp_path: Path, log: pytest.Lo
     assert "engine_changed has no ground truth: AP is skipped" in log.text
 
 
+def test_no_ground_truth_end_to_end(cfg: CfgNode, val: Callable[..., str], log: pytest.LogCaptureFixture) -> None:
+    cfg.DATASETS.TEST = (val(lambda content: content.pop("annotations")),)
+    cfg.VIS_NUM_IMAGES = 1
+    assert Trainer.evaluate(cfg) == {}
+    assert written(Path(cfg.OUTPUT_DIR) / "inference")
+    assert (Path(cfg.OUTPUT_DIR) / "predictions" / "0.png").is_file()
+    assert "AP is skipped" in log.text
+
+
 def test_no_predictions(val: Callable[..., str], tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     results = evaluate(val(), tmp_path, lambda entry: perfect({**entry, "annotations": []}))
     assert results["bbox"]["AP"] == results["segm"]["AP50"] == 0

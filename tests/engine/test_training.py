@@ -201,3 +201,18 @@ def test_logged_learning_rate_is_the_base_rate(cfg: CfgNode) -> None:
     assert len(trainer.optimizer.param_groups[0]["params"]) < len(trainer.optimizer.param_groups[2]["params"])
     trainer.train()
     assert [line["lr"] for line in metrics(cfg) if "lr" in line] == [pytest.approx(cfg.SOLVER.BASE_LR)]
+
+
+def test_detectron2_meta_architecture(cfg: CfgNode) -> None:
+    """The trainer is not only for this project's models."""
+    cfg.merge_from_list(
+        "MODEL.META_ARCHITECTURE GeneralizedRCNN MODEL.MASK_ON True MODEL.BACKBONE.NAME build_resnet_backbone "
+        "MODEL.RESNETS.STEM_OUT_CHANNELS 8 MODEL.RESNETS.RES2_OUT_CHANNELS 8 MODEL.RESNETS.WIDTH_PER_GROUP 4 "
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN 8 MODEL.RPN.POST_NMS_TOPK_TEST 8 MODEL.ROI_HEADS.NAME StandardROIHeads "
+        "MODEL.ROI_HEADS.NUM_CLASSES 2 MODEL.ROI_BOX_HEAD.NAME FastRCNNConvFCHead MODEL.ROI_BOX_HEAD.NUM_FC 1 "
+        "MODEL.ROI_BOX_HEAD.FC_DIM 8 MODEL.ROI_MASK_HEAD.NAME MaskRCNNConvUpsampleHead MODEL.ROI_MASK_HEAD.CONV_DIM 8 "
+        "INPUT.MASK_FORMAT bitmask SOLVER.MAX_ITER 2 SOLVER.STEPS () DATASETS.TEST ('engine_val',)".split()
+    )
+    default_setup(cfg, argparse.Namespace())
+    assert Trainer(cfg).train() is not None
+    assert {"loss_rpn_cls", "loss_mask", "total_loss"} <= set().union(*metrics(cfg))
