@@ -28,11 +28,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     groups = parameter_groups(cfg, model)
     if name == "ADAMW":
         # On CPU the fused step is one call for a whole group instead of a dozen for every tensor.
-        fused = all(
-            p.device.type in ("cpu", "cuda")
-            for group in groups
-            for p in group["params"]
-        )
+        fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
         optimizer_type, arguments = torch.optim.AdamW, {"fused": fused}
     elif name == "SGD":
         optimizer_type, arguments = (
@@ -43,14 +39,10 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         raise ValueError(f"SOLVER.OPTIMIZER is {name!r}; known are ADAMW and SGD")
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if clip.ENABLED and clip.CLIP_TYPE == "full_model":
-        optimizer_type = with_full_model_clipping(
-            optimizer_type, clip.CLIP_VALUE, clip.NORM_TYPE
-        )
+        optimizer_type = with_full_model_clipping(optimizer_type, clip.CLIP_VALUE, clip.NORM_TYPE)
     else:
         optimizer_type = maybe_add_gradient_clipping(cfg, optimizer_type)
-    return optimizer_type(
-        groups, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY, **arguments
-    )
+    return optimizer_type(groups, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY, **arguments)
 
 
 def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
@@ -86,9 +78,7 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
         group["params"].append(parameter)
     if not groups:
         raise ValueError("the model has no trainable parameters: nothing to optimise")
-    return sorted(
-        groups.values(), key=lambda group: list(multipliers).index(group["name"])
-    )
+    return sorted(groups.values(), key=lambda group: list(multipliers).index(group["name"]))
 
 
 def with_full_model_clipping(
@@ -98,9 +88,7 @@ def with_full_model_clipping(
 
     class FullModelClipping(optimizer_type):  # type: ignore[misc, valid-type]
         def step(self, closure: Any = None) -> Any:
-            parameters = itertools.chain.from_iterable(
-                group["params"] for group in self.param_groups
-            )
+            parameters = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
             nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
             return super().step(closure)
 
@@ -108,9 +96,7 @@ def with_full_model_clipping(
     return FullModelClipping
 
 
-def build_lr_scheduler(
-    cfg: CfgNode, optimizer: torch.optim.Optimizer
-) -> torch.optim.lr_scheduler.LRScheduler:
+def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     """Detectron2's schedule: ``WarmupMultiStepLR`` or ``WarmupCosineLR``; ``WARMUP_ITERS`` 0 means no warm-up."""
     return build_detectron2_lr_scheduler(cfg, optimizer)
 
