@@ -10,7 +10,8 @@ def instance_masks(instances: Instances) -> torch.Tensor:
     """Ground-truth masks of an image as (n, H, W) bool, from bitmasks or polygons."""
     if not instances.has("gt_masks"):
         raise ValueError(
-            "instances have no gt_masks: the mask branch needs them; set MODEL.MASK_ON: True for the mapper"
+            "instances have no gt_masks, which the mask branch needs: let the mapper give them, or switch the branch "
+            "off (for SOLQ: MODEL.SOLQ.MASK_ON False)"
         )
     masks = instances.gt_masks
     if not len(masks):  # Detectron2 0.5 cannot convert an empty list of polygons

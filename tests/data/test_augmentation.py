@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 from cases import load_document
 from detectron2.data import transforms as T
 from fvcore.transforms.transform import CropTransform, NoOpTransform
@@ -8,6 +9,7 @@ from PIL import Image
 from querymask import get_cfg
 from querymask.common.data.augmentation import (
     RandomCropOfRange,
+    Resize,
     ResizeShortestSide,
     build_augmentations,
     resized_size,
@@ -148,3 +150,10 @@ def test_other_flips(flip, kinds):
     augmentations = T.AugmentationList(build_augmentations(cfg, is_train=True))
     seen = {type(t) for _ in range(20) for t in augmentations(T.AugInput(np.zeros((480, 480, 3), np.uint8))).transforms}
     assert seen & {T.HFlipTransform, T.VFlipTransform} == kinds
+
+
+@pytest.mark.parametrize("old, new", [((37, 53), (90, 129)), ((480, 640), (600, 800)), ((90, 129), (37, 53))])
+def test_masks_are_resized_as_the_release_does(old: tuple[int, int], new: tuple[int, int]) -> None:
+    mask = np.random.default_rng(0).integers(0, 2, old).astype(np.uint8)
+    expected = torch.nn.functional.interpolate(torch.from_numpy(mask)[None, None].float(), size=new)[0, 0].numpy()
+    assert np.array_equal(Resize(*old, *new).apply_segmentation(mask), expected)

@@ -11,6 +11,7 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from fvcore.transforms.transform import CropTransform, NoOpTransform, Transform
+from PIL import Image
 
 
 def resized_size(width: int, height: int, shorter: int, longest: int | None) -> tuple[int, int]:
@@ -29,6 +30,22 @@ def resized_size(width: int, height: int, shorter: int, longest: int | None) -> 
     # The integer part, not the nearest integer: Detectron2's own resize differs here
     longer = int(shorter * high / low)
     return (shorter, longer) if width <= height else (longer, shorter)
+
+
+class Resize(T.ResizeTransform):
+    """Detectron2's resize with the release's nearest neighbour for masks: cell i takes pixel floor(i * old / new).
+
+    Pillow, which Detectron2 uses, takes the pixel at the cell's centre instead.
+    """
+
+    def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
+        """Resize a mask [H, W]."""
+        rows, columns = (
+            # float32 as in torch.nn.functional.interpolate, so that the rounding is the same
+            np.minimum(np.floor(np.arange(new, dtype=np.float32) * np.float32(old / new)).astype(np.int64), old - 1)
+            for old, new in ((self.h, self.new_h), (self.w, self.new_w))
+        )
+        return segmentation[rows[:, None], columns]
 
 
 class ResizeShortestSide(T.Augmentation):
@@ -62,7 +79,7 @@ class ResizeShortestSide(T.Augmentation):
         new_width, new_height = resized_size(width, height, int(size), self.longest)
         if (new_width, new_height) == (width, height):
             return NoOpTransform()
-        return T.ResizeTransform(height, width, new_height, new_width)
+        return Resize(height, width, new_height, new_width, Image.BILINEAR)
 
 
 class RandomCropOfRange(T.Augmentation):
