@@ -9,10 +9,11 @@ import argparse
 import json
 from pathlib import Path
 
-import querymask  # noqa: I001  (before Detectron2: makes it importable)
+import querymask  # isort: skip  (before Detectron2: makes it importable)
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+
 from querymask.common.engine import Trainer, choose_device, default_setup
 
 

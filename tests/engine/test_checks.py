@@ -1,5 +1,6 @@
 """Wrong class counts and checkpoints that do not fit stop a run at once, with the numbers."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,6 +58,17 @@ def test_data_set_that_defines_classes_by_metadata_only(
     MetadataCatalog.get(name).thing_classes = ["a", "b", "c"]
     with pytest.raises(ValueError, match="has 3 classes"):
         check_num_classes(cfg, [name])
+
+
+def test_other_names_of_classes_are_told(
+    cfg: CfgNode, register: Callable[..., str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("querymask"), "propagate", True)
+    check_num_classes(cfg, ["engine_train", "engine_val"])
+    assert "not those" not in caplog.text
+    MetadataCatalog.get(register("engine_swapped", Path("unused.json"))).thing_classes = ["tall", "wide"]
+    check_num_classes(cfg, ["engine_train", "engine_swapped"])
+    assert "classes of engine_swapped, ['tall', 'wide'], are not those of engine_train" in caplog.text
 
 
 def checkpoint(cfg: CfgNode, path: Path, **changes: int) -> str:

@@ -8,6 +8,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+logger = logging.getLogger(__name__)
+
 NUM_CLASSES_KEYS = {
     "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
     "PanopticFPN": "MODEL.ROI_HEADS.NUM_CLASSES",
@@ -23,7 +25,7 @@ def num_classes_key(cfg: CfgNode) -> str | None:
 
 
 def check_num_classes(cfg: CfgNode, dataset_names: Iterable[str]) -> None:
-    """Compare the model's number of classes with that of each data set.
+    """Compare the model's number of classes with that of each data set; warn where the classes' names differ.
 
     Raises:
         ValueError: they differ; with both numbers and the remedy.
@@ -31,6 +33,7 @@ def check_num_classes(cfg: CfgNode, dataset_names: Iterable[str]) -> None:
     key = num_classes_key(cfg)
     if key is None:
         return
+    first, first_classes = "", []
     for name in dataset_names:
         classes = dataset_classes(name)
         if classes and len(classes) != _get(cfg, key):
@@ -39,6 +42,10 @@ def check_num_classes(cfg: CfgNode, dataset_names: Iterable[str]) -> None:
                 f"{key} is {_get(cfg, key)}, but the data set {name} has {len(classes)} classes ({shown}). "
                 f"Set {key} {len(classes)}, or choose another data set with DATASETS.TRAIN and DATASETS.TEST"
             )
+        if first_classes and classes and classes != first_classes:
+            logger.warning(f"the classes of {name}, {classes}, are not those of {first}, {first_classes}")
+        elif classes:
+            first, first_classes = name, classes
 
 
 def dataset_classes(name: str) -> list[str]:
@@ -78,12 +85,13 @@ class StrictCheckpointer(DetectionCheckpointer):
         if len(shapes) > 8:
             lines += f"\n  ... and {len(shapes) - 8} more"
         message = f"{self._loading} does not fit the model: {len(shapes)} tensors have other shapes.\n{lines}\n"
+        remedy = "Use the config that the file was made with, or take these tensors out of the file."
         if key is None:
-            return message + "Use the config that the file was made with."
+            return message + remedy
         classes = _get(self._cfg, key)
         heads = [name for name, file, model in shapes if model[:1] == (classes,) and file[1:] == model[1:]]
         if len(heads) < len(shapes):
-            return message + "Use the config that the file was made with."
+            return message + remedy
         in_file = next(file[0] for _, file, _ in shapes)
         return message + (
             f"The file has {in_file} classes, {key} is {classes}. Set {key} {in_file} for the file's own classes. To "
@@ -99,6 +107,3 @@ def _get(cfg: CfgNode, key: str) -> Any:
             return None
         node = node[part]
     return node
-
-
-logger = logging.getLogger(__name__)
