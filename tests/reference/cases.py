@@ -73,4 +73,6 @@ def assert_close(actual: Any, expected: np.ndarray, name: str, tolerance: float 
         return
     scale = max(np.abs(expected).max(), 1e-12)
     error = np.abs(actual - expected).max() / scale
-    assert error <= tolerance, f"{name}: off by {error:.2e} of its largest magnitude {scale:.4g} (allowed {tolerance:.0e})"
+    assert error <= tolerance, (
+        f"{name}: off by {error:.2e} of its largest magnitude {scale:.4g} (allowed {tolerance:.0e})"
+    )
