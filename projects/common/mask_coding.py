@@ -41,6 +41,9 @@ class MaskCoding(nn.Module):
     def decode(self, vectors: torch.Tensor) -> torch.Tensor:
         """(n, length) -> (n, mask_size, mask_size) soft maps; the coding's documentation tells their range."""
 
+    def extra_repr(self) -> str:
+        return f"mask_size={self.mask_size}, length={self.length}"
+
 
 @lru_cache
 def zigzag_order(size: int) -> tuple[tuple[int, int], ...]:
