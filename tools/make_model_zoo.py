@@ -1,10 +1,10 @@
 """Write docs/model_zoo.md: one row per config, from the config itself.
 
-    python tools/make_model_zoo.py
+    python tools/make_model_zoo.py [--keep-gflops]
 
 What a config is and where its numbers come from stands in the comments at its head:
 
-    # One line that says what the model is
+    # One line whose first sentence says what the model is
     # Paper: row of the paper | numbers of its authors
     # Measured: numbers of this project
     # Weights: whose published file fits
@@ -13,8 +13,9 @@ What a config is and where its numbers come from stands in the comments at its h
 All but the first line may be missing. Parameters and FLOPs are measured. A file named Base... is no model of its own.
 """
 
+import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from querymask.common.flops import count_parameters, measure
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "docs" / "model_zoo.md"
+MISSING = "–"
 COLUMNS = ("Config", "Model", "Paper", "Measured here", "Parameters", "Trainable", "GFLOPs", "Weights")
 # FLOPs are those of one image of this size, COCO's usual 480x640 at a shorter side of 800
 HEIGHT, WIDTH = 800, 1066
@@ -127,7 +129,8 @@ def read_leaf(path: Path, projects: Path) -> Leaf:
         raise ValueError(f"{path}: its first line must be a comment that says what the model is")
     facts = dict(match.groups() for line in lines if (match := re.match(r"(Paper|Measured|Weights): (.*)", line)))
     method, _, name = path.relative_to(projects).with_suffix("").as_posix().partition("/configs/")
-    return Leaf(method, name, path, lines[0], facts)
+    title = lines[0].partition(". ")[0].rstrip(".")
+    return Leaf(method, name, path, title, facts)
 
 
 def _order(leaf: Leaf) -> tuple[object, ...]:
@@ -145,22 +148,19 @@ def build_on_meta(cfg: CfgNode) -> nn.Module:
         return build_model(cfg)
 
 
-def measure_gflops(leaves: Sequence[Leaf]) -> dict[str, str]:
-    """The cells of the GFLOPs column by name of the config; equal networks are measured once."""
+def measure_gflops(leaves: Sequence[Leaf]) -> Iterator[tuple[str, str]]:
+    """Names of configs with their cells of the GFLOPs column; equal networks are measured once."""
     pixels = torch.randint(256, (3, HEIGHT, WIDTH), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     by_network: dict[str, str] = {}
-    cells = {}
     for leaf in leaves:
-        cfg = leaf.config()
-        cfg.MODEL.DEVICE = "cpu"
         network = repr(build_on_meta(leaf.config()))
         if network not in by_network:
+            cfg = leaf.config()
+            cfg.MODEL.DEVICE = "cpu"
             torch.manual_seed(0)
             cost = measure(build_model(cfg), {"image": pixels, "height": HEIGHT, "width": WIDTH})
             by_network[network] = f"{cost.flops_by_module[''] / 1e9:.1f}"
-        cells[leaf.name] = by_network[network]
-        print(f"{leaf.name}: {cells[leaf.name]} GFLOPs", flush=True)
-    return cells
+        yield leaf.name, by_network[network]
 
 
 def row(leaf: Leaf, gflops: str) -> tuple[str, ...]:
@@ -168,7 +168,7 @@ def row(leaf: Leaf, gflops: str) -> tuple[str, ...]:
     parameters = count_parameters(build_on_meta(leaf.config()))[""]
     link = f"[{leaf.name}](../projects/{leaf.method}/configs/{leaf.name}.yaml)"
     paper, measured, weights = (
-        leaf.facts.get(key, "–").replace(" | ", "<br>") for key in ("Paper", "Measured", "Weights")
+        leaf.facts.get(key, MISSING).replace(" | ", "<br>") for key in ("Paper", "Measured", "Weights")
     )
     return (link, leaf.title, paper, measured, f"{parameters.total:,}", f"{parameters.trainable:,}", gflops, weights)
 
@@ -186,7 +186,7 @@ def render(leaves: Sequence[Leaf], gflops: Mapping[str, str]) -> str:
         sections.setdefault(f"{_heading(leaf.method)}{folder and ': '}{folder}", []).append(leaf)
     parts = [INTRODUCTION]
     for title, members in sections.items():
-        rows = [COLUMNS, ("---",) * len(COLUMNS), *(row(leaf, gflops.get(leaf.name, "–")) for leaf in members)]
+        rows = [COLUMNS, ("---",) * len(COLUMNS), *(row(leaf, gflops.get(leaf.name, MISSING)) for leaf in members)]
         parts.append(f"## {title}\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in rows))
     return "\n".join([*parts, USAGE])
 
@@ -198,16 +198,22 @@ def _heading(method: str) -> str:
 
 def read_gflops(page: str) -> dict[str, str]:
     """The cells of the GFLOPs column by name of the config, from a page that was written before."""
-    rows = [line.strip("| \n").split(" | ") for line in page.splitlines() if line.startswith("| [")]
-    return {
-        cells[0].partition("]")[0][1:]: cells[COLUMNS.index("GFLOPs")] for cells in rows if len(cells) == len(COLUMNS)
-    }
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| [")]
+    column = COLUMNS.index("GFLOPs")
+    return {cells[0][1:].partition("]")[0]: cells[column] for cells in rows if cells[column] != MISSING}
 
 
 def main() -> None:
     """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep-gflops", action="store_true", help="measure only what the page has no GFLOPs of")
+    args = parser.parse_args()
     leaves = find_leaves()
-    OUTPUT.write_text(render(leaves, measure_gflops(leaves)))
+    gflops = read_gflops(OUTPUT.read_text()) if args.keep_gflops else {}
+    for name, cell in measure_gflops([leaf for leaf in leaves if leaf.name not in gflops]):
+        print(f"{name}: {cell} GFLOPs", flush=True)
+        gflops[name] = cell
+    OUTPUT.write_text(render(leaves, gflops))
     print(f"{OUTPUT}: {len(leaves)} configs")
 
 

@@ -30,6 +30,8 @@ def load_tool() -> ModuleType:
 
 zoo = load_tool()
 LEAVES = {leaf.name: leaf for leaf in zoo.find_leaves() if leaf.method == "solq"}
+OWN = {"solq_shapes", "solq_shapes_quick", "solq_r50_overfit"}  # this project's, on other data than COCO
+COCO_LEAVES = {name: leaf for name, leaf in LEAVES.items() if name not in OWN}
 NUM_CLASSES = 5
 NUM_QUERIES = 12
 # Everything that makes a model slow, and nothing that makes it the model of its row
@@ -194,10 +196,8 @@ def test_published_size_of_each_part() -> None:
 
 def test_schedule_in_epochs() -> None:
     """50 epochs with a drop after 40, of all 118,287 images of train2017 in whole batches of 32."""
-    for name, leaf in LEAVES.items():
+    for name, leaf in COCO_LEAVES.items():
         cfg = leaf.config()
-        if "shapes" in name:
-            continue
         epoch = 118_287 // cfg.SOLVER.IMS_PER_BATCH
         assert (cfg.SOLVER.MAX_ITER, list(cfg.SOLVER.STEPS)) == (50 * epoch, [40 * epoch]), name
         assert not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, name
@@ -246,7 +246,7 @@ def test_names_of_ablations_say_their_setting() -> None:
 
 
 def test_backbone_as_torchvision_has_it() -> None:
-    for name, leaf in LEAVES.items():
+    for name, leaf in COCO_LEAVES.items():
         cfg = leaf.config()
         if cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone":
             assert "torchvision/R-" in cfg.MODEL.WEIGHTS, name
@@ -254,6 +254,20 @@ def test_backbone_as_torchvision_has_it() -> None:
             assert not cfg.MODEL.RESNETS.STRIDE_IN_1X1, name
             assert (cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.RESNETS.NORM) == (2, "FrozenBN"), name
         assert cfg.INPUT.FORMAT == "RGB" and cfg.MODEL.PIXEL_STD[0] == pytest.approx(0.229 * 255), name
+
+
+def test_swin_l() -> None:
+    """What neither the number of parameters nor a small run shows."""
+    keys = ("MIN_SIZE_TRAIN_SAMPLING", "MAX_SIZE_TRAIN", "MIN_SIZE_TEST", "MAX_SIZE_TEST")
+    sizes = {}
+    for name in ("solq_swin_l", "solq_swin_l_1536"):
+        cfg = LEAVES[name].config()
+        assert (cfg.MODEL.SWIN.WINDOW_SIZE, cfg.MODEL.SWIN.DROP_PATH_RATE) == (7, 0.3)
+        sizes[name] = (list(cfg.INPUT.MIN_SIZE_TRAIN), *(cfg.INPUT[key] for key in keys))
+    assert sizes == {
+        "solq_swin_l": (list(range(416, 1089, 32)), "choice", 1333, 1088, 1333),
+        "solq_swin_l_1536": ([400, 1200], "range", 1536, 1200, 1536),
+    }
 
 
 def test_model_zoo_is_in_step() -> None:
