@@ -16,7 +16,8 @@ from querymask.common.precision import full_precision
 
 @dataclass
 class Normalizers:
-    """Averages over the processes, at least 1, so that gradients averaged by DDP are those of the whole batch.
+    """Averages over the processes, where the whole batch counts as at least 1, so that gradients averaged by DDP are
+    those of the whole batch in one process.
 
     Attributes:
         targets: number of targets.
