@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from detectron2.modeling import build_backbone
 
 import querymask
 from querymask.common.backbones import SwinTransformer
@@ -198,8 +199,6 @@ def test_drop_path_rates_grow_linearly_with_depth() -> None:
 
 
 def test_config_and_output_shapes() -> None:
-    from detectron2.modeling import build_backbone  # after querymask, which makes Detectron2 importable
-
     cfg = querymask.get_cfg()
     cfg.MODEL.BACKBONE.NAME = "build_swin_backbone"
     cfg.MODEL.SWIN.EMBED_DIM = 8
@@ -245,6 +244,14 @@ def test_autocast_is_near_float32(dtype: torch.dtype) -> None:
         with torch.autocast("cpu", dtype=dtype):
             actual = model(images)["stage1"]
     assert F.cosine_similarity(actual.float(), expected, dim=1).min() > 0.98
+
+
+def test_compiles_in_one_graph() -> None:
+    model = tiny(depths=(2, 2))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    images = torch.randn(1, 3, 25, 43, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images), model(images))
 
 
 @pytest.mark.parametrize(
