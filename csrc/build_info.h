@@ -12,10 +12,11 @@
 #define QUERYMASK_TEXT_OF(...) #__VA_ARGS__
 #define QUERYMASK_TEXT(...) QUERYMASK_TEXT_OF(__VA_ARGS__)
 
-#ifndef QUERYMASK_CUDA_VERSION // set by setup.py: toolkit version and the architectures, "none" without CUDA
+#ifdef QUERYMASK_CUDA_VERSION // setup.py defines it and the architectures where it builds the CUDA kernels
+#define QUERYMASK_WITH_CUDA 1
+#else
+#define QUERYMASK_WITH_CUDA 0
 #define QUERYMASK_CUDA_VERSION none
-#endif
-#ifndef QUERYMASK_CUDA_ARCHITECTURES
 #define QUERYMASK_CUDA_ARCHITECTURES none
 #endif
 

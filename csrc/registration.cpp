@@ -61,7 +61,7 @@ TORCH_LIBRARY_IMPL(querymask, CPU, m) {
   m.impl("multi_scale_deformable_attention_backward", msda::backward_cpu);
 }
 
-#ifdef QUERYMASK_WITH_CUDA
+#if QUERYMASK_WITH_CUDA
 TORCH_LIBRARY_IMPL(querymask, CUDA, m) {
   m.impl("multi_scale_deformable_attention", msda::forward_cuda);
   m.impl("multi_scale_deformable_attention_backward", msda::backward_cuda);
