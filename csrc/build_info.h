@@ -34,6 +34,7 @@
 
 namespace querymask {
 
+// clang-format off
 inline constexpr char kBuildInfo[] =
     "querymask-build{"
     "\"torch\": \"" TORCH_VERSION "\", "
@@ -41,5 +42,8 @@ inline constexpr char kBuildInfo[] =
     "\"cuda_architectures\": \"" QUERYMASK_TEXT(QUERYMASK_CUDA_ARCHITECTURES) "\", "
     "\"compiler\": \"" QUERYMASK_COMPILER "\", "
     "\"threads\": \"" QUERYMASK_THREADS "\"}";
+// clang-format on
+
+inline constexpr char kCudaArchitectures[] = QUERYMASK_TEXT(QUERYMASK_CUDA_ARCHITECTURES);
 
 } // namespace querymask

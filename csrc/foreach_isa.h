@@ -1,13 +1,9 @@
 // Compiles the file named by QUERYMASK_ISA_SOURCE (relative to csrc/) once for every instruction set worth having, each
-// time with QUERYMASK_ISA naming the namespace for it. A binary built anywhere so runs well everywhere: `by_isa` picks
-// among the copies at run time. The file must hold loops over plain pointers only: whatever it includes would be
-// compiled for the wrong machine.
+// time with QUERYMASK_ISA naming the namespace for it. A binary built anywhere so runs well everywhere:
+// QUERYMASK_BY_ISA picks among the copies at run time. The file must hold loops over plain pointers only: whatever it
+// includes would be compiled for the wrong machine.
 
-#if (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
-#define QUERYMASK_X86_ISAS 1
-#else
-#define QUERYMASK_X86_ISAS 0
-#endif
+#include "isa.h"
 
 #define QUERYMASK_ISA baseline
 #include QUERYMASK_ISA_SOURCE
@@ -32,7 +28,8 @@
 
 #ifdef __clang__
 #pragma clang attribute push( \
-    __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))), apply_to = function)
+    __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")

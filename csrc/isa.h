@@ -6,6 +6,12 @@
 
 #include <ATen/Version.h>
 
+#if (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
+#define QUERYMASK_X86_ISAS 1 // where there is more than the compiler's own choice
+#else
+#define QUERYMASK_X86_ISAS 0
+#endif
+
 namespace querymask {
 
 enum class Isa { baseline, avx2, avx512 };
@@ -22,9 +28,9 @@ inline Isa isa() {
 } // namespace querymask
 
 // The function of that name from the namespace of the instruction set in use.
-#if (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
+#if QUERYMASK_X86_ISAS
 #define QUERYMASK_BY_ISA(...) \
-  (::querymask::isa() == ::querymask::Isa::avx512 ? avx512::__VA_ARGS__   \
+  (::querymask::isa() == ::querymask::Isa::avx512     ? avx512::__VA_ARGS__ \
        : ::querymask::isa() == ::querymask::Isa::avx2 ? avx2::__VA_ARGS__ \
                                                       : baseline::__VA_ARGS__)
 #else

@@ -32,13 +32,12 @@ at::Tensor msda_autocast(
   const at::DeviceType device = value.device().type();
   const c10::impl::ExcludeDispatchKeyGuard guard(at::autocast::get_autocast_dispatch_key_from_device_type(device));
   const at::ScalarType type = at::autocast::get_autocast_dtype(device);
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("querymask::multi_scale_deformable_attention", "")
-                             .typed<at::Tensor(
-                                 const at::Tensor&, c10::SymIntArrayRef, const at::Tensor&, const at::Tensor&)>();
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("querymask::multi_scale_deformable_attention", "")
+          .typed<at::Tensor(const at::Tensor&, c10::SymIntArrayRef, const at::Tensor&, const at::Tensor&)>();
   return op.call(
-      at::autocast::cached_cast(type, value, device),
-      spatial_shapes,
+      at::autocast::cached_cast(type, value, device), spatial_shapes,
       at::autocast::cached_cast(at::kFloat, sampling_locations, device),
       at::autocast::cached_cast(type, attention_weights, device));
 }

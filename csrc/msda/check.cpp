@@ -21,12 +21,10 @@ Sizes check(
   TORCH_CHECK_VALUE(value.dim() == 4, "value must be [B, S, M, D], got shape ", value.sizes());
   TORCH_CHECK_VALUE(
       sampling_locations.dim() == 6 && sampling_locations.size(5) == 2,
-      "sampling_locations must be [B, Q, M, L, P, 2], got shape ",
-      sampling_locations.sizes());
+      "sampling_locations must be [B, Q, M, L, P, 2], got shape ", sampling_locations.sizes());
   TORCH_CHECK_VALUE(
       spatial_shapes.size() % 2 == 0 && !spatial_shapes.empty(),
-      "spatial_shapes must hold a height and a width for each of one or more levels, got ",
-      spatial_shapes);
+      "spatial_shapes must hold a height and a width for each of one or more levels, got ", spatial_shapes);
   const Sizes sizes{
       value.size(0),
       value.size(1),
@@ -40,16 +38,16 @@ Sizes check(
   for (int64_t level = 0; level < sizes.L; ++level) {
     const int64_t height = spatial_shapes[2 * level], width = spatial_shapes[2 * level + 1];
     TORCH_CHECK_VALUE(
-        height > 0 && width > 0, "level ", level, " of spatial_shapes is ", height, " x ", width, ": both must be positive");
+        height > 0 && width > 0, "level ", level, " of spatial_shapes is ", height, " x ", width,
+        ": both must be positive");
     // Kernels count the rows and columns of a level in 32 bits, a border around it included.
     TORCH_CHECK_VALUE(
-        height < INT32_MAX / 4 && width < INT32_MAX / 4 && (height + 2) * (width + 2) < INT32_MAX / 4,
-        "level ", level, " of spatial_shapes is ", height, " x ", width, ": too large");
+        height < INT32_MAX / 4 && width < INT32_MAX / 4 && (height + 2) * (width + 2) < INT32_MAX / 4, "level ", level,
+        " of spatial_shapes is ", height, " x ", width, ": too large");
     tokens += height * width;
   }
   TORCH_CHECK_VALUE(
-      tokens == sizes.S,
-      "value has ", sizes.S, " tokens but spatial_shapes ", spatial_shapes, " add up to ", tokens,
+      tokens == sizes.S, "value has ", sizes.S, " tokens but spatial_shapes ", spatial_shapes, " add up to ", tokens,
       ": give the shapes of the levels that were concatenated into value");
   TORCH_CHECK_VALUE(
       sampling_locations.size(0) == sizes.B && sampling_locations.size(2) == sizes.M &&
@@ -66,16 +64,15 @@ Sizes check(
       "all tensors must be on one device, got value on ", value.device(), ", sampling_locations on ",
       sampling_locations.device(), ", attention_weights on ", attention_weights.device());
   TORCH_CHECK_TYPE(
-      is_floating_type(value.scalar_type()),
-      "value must be float16, bfloat16, float32 or float64, got ", value.scalar_type());
+      is_floating_type(value.scalar_type()), "value must be float16, bfloat16, float32 or float64, got ",
+      value.scalar_type());
   TORCH_CHECK_TYPE(
       sampling_locations.scalar_type() == at::kFloat || sampling_locations.scalar_type() == at::kDouble,
       "sampling_locations must be float32 or float64, got ", sampling_locations.scalar_type(),
       ": fewer digits displace the samples by a good part of a pixel; compute the locations in float32");
   TORCH_CHECK_TYPE(
-      attention_weights.scalar_type() == value.scalar_type(),
-      "attention_weights must have value's type ", value.scalar_type(), ", got ", attention_weights.scalar_type(),
-      ": convert one of them with .to()");
+      attention_weights.scalar_type() == value.scalar_type(), "attention_weights must have value's type ",
+      value.scalar_type(), ", got ", attention_weights.scalar_type(), ": convert one of them with .to()");
   return sizes;
 }
 
@@ -86,11 +83,11 @@ void check_grad_output(const at::Tensor& grad_output, const at::Tensor& value, c
       "grad_output must be [B, Q, M * D] = [", sizes.B, ", ", sizes.Q, ", ", sizes.M * sizes.D, "], got shape ",
       grad_output.sizes());
   TORCH_CHECK_VALUE(
-      grad_output.device() == value.device(),
-      "grad_output must be on value's device ", value.device(), ", got ", grad_output.device());
+      grad_output.device() == value.device(), "grad_output must be on value's device ", value.device(), ", got ",
+      grad_output.device());
   TORCH_CHECK_TYPE(
-      grad_output.scalar_type() == value.scalar_type(),
-      "grad_output must have value's type ", value.scalar_type(), ", got ", grad_output.scalar_type());
+      grad_output.scalar_type() == value.scalar_type(), "grad_output must have value's type ", value.scalar_type(),
+      ", got ", grad_output.scalar_type());
 }
 
 } // namespace querymask::msda

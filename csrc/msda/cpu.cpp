@@ -1,7 +1,7 @@
 // Multi-scale deformable attention on the CPU.
 //
-// The work is split by head: a head's values are first packed into rows that lie next to each other and have a border of
-// zeros, then every query gathers from (or scatters to) the packed rows, which fit a core's cache for ordinary maps.
+// The work is split by head: a head's values are first packed into rows that lie next to each other and have a border
+// of zeros, then every query gathers from (or scatters to) the packed rows, which fit a core's cache for ordinary maps.
 // Each gradient is summed by one thread in the order of the queries, so nothing is atomic and the result is the same to
 // the last bit for any number of threads.
 
@@ -180,11 +180,11 @@ void forward(const Plan<T>& plan, const T* value, const T* locations, const T* a
     Rows<T> rows(plan.rows, plan.width); // borders and padding stay zero from one head to the next
     Samples<T> samples(plan);
     for_each_pair(begin, end, plan.queries, [&](int64_t pair, int64_t first, int64_t last) {
-      const int64_t at = plan.weight_offset(pair, first);
+      const int64_t offset = plan.weight_offset(pair, first);
       by_width(plan.width, [&](auto width) {
         QUERYMASK_BY_ISA(pack<T, decltype(width)::value>)(plan, value + plan.value_offset(pair), rows.data());
         QUERYMASK_BY_ISA(forward<T, decltype(width)::value>)
-        (plan, rows.data(), locations + 2 * at, attention + at, last - first, samples,
+        (plan, rows.data(), locations + 2 * offset, attention + offset, last - first, samples,
          output + plan.output_offset(pair, first));
       });
     });
@@ -204,24 +204,19 @@ void backward_samples(
     Rows<T> rows(plan.rows, plan.width); // borders and padding stay zero from one head to the next
     Samples<T> samples(plan);
     for_each_pair(begin, end, plan.queries, [&](int64_t pair, int64_t first, int64_t last) {
-      const int64_t at = plan.weight_offset(pair, first);
+      const int64_t offset = plan.weight_offset(pair, first);
       by_width(plan.width, [&](auto width) {
         QUERYMASK_BY_ISA(pack<T, decltype(width)::value>)(plan, value + plan.value_offset(pair), rows.data());
         QUERYMASK_BY_ISA(backward_samples<T, decltype(width)::value>)
-        (plan, rows.data(), locations + 2 * at, attention + at, grad_output + plan.output_offset(pair, first), last - first,
-         samples, grad_locations + 2 * at, grad_attention + at);
+        (plan, rows.data(), locations + 2 * offset, attention + offset, grad_output + plan.output_offset(pair, first),
+         last - first, samples, grad_locations + 2 * offset, grad_attention + offset);
       });
     });
   });
 }
 
 template <typename T>
-void backward_value(
-    const Plan<T>& plan,
-    const T* locations,
-    const T* attention,
-    const T* grad_output,
-    T* grad_value) {
+void backward_value(const Plan<T>& plan, const T* locations, const T* attention, const T* grad_output, T* grad_value) {
   const int64_t blocks = plan.width / kBlock;
   at::parallel_for(0, plan.pairs() * blocks, 1, [&](int64_t begin, int64_t end) {
     Rows<T> rows(plan.rows, plan.width);
@@ -229,12 +224,12 @@ void backward_value(
     for_each_pair(begin, end, blocks, [&](int64_t pair, int64_t first, int64_t last) {
       const int64_t channel = first * kBlock, padded = (last - first) * kBlock;
       const int64_t channels = std::min(plan.channels - channel, padded);
-      const int64_t at = plan.weight_offset(pair, 0);
+      const int64_t offset = plan.weight_offset(pair, 0);
       rows.clear(plan.rows * padded);
       by_width(padded, [&](auto width) {
         QUERYMASK_BY_ISA(backward_value<T, decltype(width)::value>)
-        (plan, locations + 2 * at, attention + at, grad_output + plan.output_offset(pair, 0) + channel, channels,
-         padded, samples, rows.data());
+        (plan, locations + 2 * offset, attention + offset, grad_output + plan.output_offset(pair, 0) + channel,
+         channels, padded, samples, rows.data());
         QUERYMASK_BY_ISA(unpack<T, decltype(width)::value>)
         (plan, rows.data(), padded, channels, grad_value + plan.value_offset(pair) + channel);
       });
@@ -263,11 +258,8 @@ at::Tensor forward_cpu(
   if (output.numel() > 0) {
     AT_DISPATCH_FLOATING_TYPES(type, "multi_scale_deformable_attention", [&] {
       forward<scalar_t>(
-          Plan<scalar_t>(sizes, spatial_shapes),
-          v.const_data_ptr<scalar_t>(),
-          locations.const_data_ptr<scalar_t>(),
-          attention.const_data_ptr<scalar_t>(),
-          output.mutable_data_ptr<scalar_t>());
+          Plan<scalar_t>(sizes, spatial_shapes), v.const_data_ptr<scalar_t>(), locations.const_data_ptr<scalar_t>(),
+          attention.const_data_ptr<scalar_t>(), output.mutable_data_ptr<scalar_t>());
     });
   }
   return output.to(value.scalar_type());
@@ -296,13 +288,8 @@ Gradients backward_cpu(
     const scalar_t* grad_data = grad.const_data_ptr<scalar_t>();
     if (grad_attention.numel() > 0) {
       backward_samples<scalar_t>(
-          plan,
-          v.const_data_ptr<scalar_t>(),
-          locations_data,
-          attention_data,
-          grad_data,
-          grad_locations.mutable_data_ptr<scalar_t>(),
-          grad_attention.mutable_data_ptr<scalar_t>());
+          plan, v.const_data_ptr<scalar_t>(), locations_data, attention_data, grad_data,
+          grad_locations.mutable_data_ptr<scalar_t>(), grad_attention.mutable_data_ptr<scalar_t>());
     }
     if (grad_value.numel() > 0) {
       backward_value<scalar_t>(
@@ -310,8 +297,7 @@ Gradients backward_cpu(
     }
   });
   return {
-      grad_value.to(value.scalar_type()),
-      grad_locations.to(sampling_locations.scalar_type()),
+      grad_value.to(value.scalar_type()), grad_locations.to(sampling_locations.scalar_type()),
       grad_attention.to(attention_weights.scalar_type())};
 }
 

@@ -147,7 +147,7 @@ __device__ void add(C* address, const C (&channels)[kVector]) {
 // The part of shared memory for one group's samples: one more than there are, so that groups lie in different banks.
 template <typename C, int kGroup>
 struct SharedSamples {
-  Sample<C> samples[kGroup > 0 ? kThreads / kGroup * (kGroup + 1) : 2 * kThreads];
+  Sample<C> samples[kGroup > 0 ? (kThreads / kGroup) * (kGroup + 1) : 2 * kThreads];
 };
 
 // kGroup: geometry.group as a constant, or 0.
@@ -326,8 +326,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
 
 Geometry make_geometry(const Sizes& sizes, at::IntArrayRef spatial_shapes, int vector) {
   TORCH_CHECK_VALUE(
-      sizes.L <= kMaxLevels,
-      "the CUDA operator takes at most ", kMaxLevels, " levels, got ", sizes.L,
+      sizes.L <= kMaxLevels, "the CUDA operator takes at most ", kMaxLevels, " levels, got ", sizes.L,
       ": use multi_scale_deformable_attention_reference");
   TORCH_CHECK_VALUE(
       sizes.S < (1 << 27) && sizes.samples() < INT32_MAX / 2 && sizes.M < INT32_MAX && sizes.D < INT32_MAX / 2,
@@ -389,8 +388,8 @@ void by_vector(const Sizes& sizes, at::IntArrayRef spatial_shapes, uintptr_t poi
 void check_launch() {
   const cudaError_t error = cudaGetLastError();
   TORCH_CHECK(
-      error != cudaErrorNoKernelImageForDevice,
-      "QueryMask's extension was built for the GPU architectures " QUERYMASK_TEXT(QUERYMASK_CUDA_ARCHITECTURES)
+      error != cudaErrorNoKernelImageForDevice, "QueryMask's extension was built for the GPU architectures ",
+      kCudaArchitectures,
       ", which this GPU is not one of: build it again with TORCH_CUDA_ARCH_LIST set to the GPU's compute capability "
       "(docs/installation.md)");
   C10_CUDA_CHECK(error);
@@ -424,13 +423,11 @@ at::Tensor forward_cuda(
     using C = Compute<scalar_t>;
     const scalar_t* v_data = v.const_data_ptr<scalar_t>();
     by_vector<scalar_t>(
-        sizes, spatial_shapes, reinterpret_cast<uintptr_t>(v_data), [&](auto vector, auto group, const Geometry& geometry) {
+        sizes, spatial_shapes, reinterpret_cast<uintptr_t>(v_data),
+        [&](auto vector, auto group, const Geometry& geometry) {
           forward_kernel<scalar_t, C, decltype(vector)::value, decltype(group)::value>
               <<<grid_of(geometry), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-                  geometry,
-                  v_data,
-                  locations.const_data_ptr<C>(),
-                  attention.const_data_ptr<scalar_t>(),
+                  geometry, v_data, locations.const_data_ptr<C>(), attention.const_data_ptr<scalar_t>(),
                   output.mutable_data_ptr<scalar_t>());
           check_launch();
         });
@@ -467,13 +464,8 @@ Gradients backward_cuda(
           by_vector<scalar_t>(sizes, spatial_shapes, pointers, [&](auto vector, auto group, const Geometry& geometry) {
             backward_kernel<scalar_t, C, decltype(vector)::value, decltype(group)::value>
                 <<<grid_of(geometry), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-                    geometry,
-                    grad_data,
-                    v_data,
-                    locations.const_data_ptr<C>(),
-                    attention.const_data_ptr<scalar_t>(),
-                    grad_value.mutable_data_ptr<C>(),
-                    grad_locations.mutable_data_ptr<C>(),
+                    geometry, grad_data, v_data, locations.const_data_ptr<C>(), attention.const_data_ptr<scalar_t>(),
+                    grad_value.mutable_data_ptr<C>(), grad_locations.mutable_data_ptr<C>(),
                     grad_attention.mutable_data_ptr<C>());
             check_launch();
           });
@@ -483,8 +475,7 @@ Gradients backward_cuda(
     grad_attention.zero_();
   }
   return {
-      grad_value.to(value.scalar_type()),
-      grad_locations.to(sampling_locations.scalar_type()),
+      grad_value.to(value.scalar_type()), grad_locations.to(sampling_locations.scalar_type()),
       grad_attention.to(attention_weights.scalar_type())};
 }
 

@@ -22,8 +22,8 @@ struct Sizes {
 };
 
 // Raises ValueError or TypeError, naming the argument and the remedy, unless the arguments fit together:
-// value [B, S, M, D], spatial_shapes [h0, w0, h1, w1, ...], sampling_locations [B, Q, M, L, P, 2] in float32 or float64,
-// attention_weights [B, Q, M, L, P] in value's type; all on one device.
+// value [B, S, M, D], spatial_shapes [h0, w0, h1, w1, ...], sampling_locations [B, Q, M, L, P, 2] in float32 or
+// float64, attention_weights [B, Q, M, L, P] in value's type; all on one device.
 Sizes check(
     const at::Tensor& value,
     at::IntArrayRef spatial_shapes,
