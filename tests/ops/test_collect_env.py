@@ -40,7 +40,7 @@ def test_cuda_build(capsys, monkeypatch):
 
 def test_missing_parts(capsys, monkeypatch):
     """Neither Detectron2 nor a compiler nor a package."""
-    monkeypatch.setattr(collect_env.compat, "detectron2_available", lambda: False)
+    monkeypatch.setattr("querymask.common.compat.detectron2_available", lambda: False)
     monkeypatch.setattr(collect_env, "PACKAGES", ("querymask-has-no-such-package",))
     monkeypatch.setenv("CXX", "no-such-compiler -flag")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
