@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
+AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")  # torch.amp.is_autocast_available cannot be exported before 2.7
 VALUE_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -105,7 +106,7 @@ def multi_scale_deformable_attention_reference(
     """
     shapes = flatten_shapes(spatial_shapes)
     device = value.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         if value.dtype != torch.float64:
             value = value.to(torch.get_autocast_dtype(device))
         if sampling_locations.dtype != torch.float64:
