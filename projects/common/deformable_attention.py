@@ -98,17 +98,25 @@ class DeformableAttention(nn.Module):
         value = self.value_proj(value)
         if padding_mask is not None:
             value = value.masked_fill(padding_mask[..., None], 0)
-        offsets = self.sampling_offsets(query).view(batch, num_queries, heads, levels, points, 2)
+        # Broadcasting over the last axis of 2 is slow: points and their coordinates are one axis here.
+        offsets = self.sampling_offsets(query).view(batch, num_queries, heads, levels * points * 2)
         weights = self.attention_weights(query).view(batch, num_queries, heads, levels * points)
         weights = weights.softmax(-1).view(batch, num_queries, heads, levels, points)
         offsets = offsets.to(reference.dtype)  # under autocast: positions stay in float32
-        reference = reference[:, :, None, :, None, :]
+
+        def per_point(x: torch.Tensor) -> torch.Tensor:  # (..., L, 2) -> (..., L * P * 2)
+            return x[..., None, :].expand(*x.shape[:-1], points, 2).flatten(-3)
+
         if reference.shape[-1] == 2:
-            offsets = offsets / _level_sizes(shapes, offsets)[:, None]
+            offsets = offsets / per_point(_level_sizes(shapes, offsets))
         else:
-            offsets = offsets * (reference[..., 2:] * (0.5 / points))
+            offsets = offsets * per_point(reference[..., 2:] * (0.5 / points))[:, :, None]
+        locations = per_point(reference[..., :2])[:, :, None] + offsets
         output = multi_scale_deformable_attention(
-            value.view(batch, -1, heads, value.shape[-1] // heads), shapes, reference[..., :2] + offsets, weights
+            value.view(batch, -1, heads, value.shape[-1] // heads),
+            shapes,
+            locations.view(batch, num_queries, heads, levels, points, 2),
+            weights,
         )
         return self.output_proj(output)
 
