@@ -4,6 +4,7 @@ from detectron2.config import CfgNode
 from detectron2.config import get_cfg as get_detectron2_cfg
 
 from querymask.common.config import add_common_config
+from querymask.isda.config import add_isda_config
 from querymask.solq.config import add_solq_config
 
 
@@ -11,6 +12,7 @@ def add_querymask_config(cfg: CfgNode) -> None:
     """Add the keys of every QueryMask method to a Detectron2 config, in place."""
     add_common_config(cfg)
     add_solq_config(cfg)
+    add_isda_config(cfg)
 
 
 def get_cfg() -> CfgNode:

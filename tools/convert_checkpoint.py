@@ -82,7 +82,7 @@ def convert(args: argparse.Namespace, cfg: CfgNode) -> None:
         CheckpointError: the file cannot be read, is of another model, or does not fit the config.
     """
     state = read_checkpoint(args.input)
-    format = recognise(state)
+    format = recognise(state, cfg.MODEL.META_ARCHITECTURE)
     if format is None:
         known = ", ".join(format.name for format in FORMATS if format.convert)
         raise CheckpointError(

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from querymask.common.checkpoint import (
-    Change,
     CheckpointError,
     Copy,
     Drop,
@@ -25,6 +24,7 @@ from querymask.common.checkpoint import (
     Rule,
     State,
     apply_rules,
+    pick_classes,
     register_format,
 )
 from querymask.common.checkpoint.formats import resnet_rules, resnet_settings, swin_rules, swin_settings
@@ -76,26 +76,13 @@ def convert(
     if drop_classes:
         rules.append(Drop(r"^class_embed\.", "class head, not asked for"))
     elif class_ids is not None:
-        rules.append(_pick_classes(state, class_ids))
+        rows = _detector(state)["class_embed.0.bias"].shape[0]
+        rules.append(pick_classes(r"^class_embed\.\d+\.(weight|bias)$", rows, class_ids))
     if _is_swin(state):
         rules += [Rename(r"^backbone\.0\.body\.", "backbone."), *swin_rules("backbone.")]
     else:
         rules += resnet_rules(r"^backbone\.0\.body\.", "backbone.")
     return apply_rules(state, rules)
-
-
-def _pick_classes(state: State, class_ids: Sequence[int]) -> Change:
-    """The rule that keeps the rows ``class_ids`` of every class head."""
-    rows = _detector(state)["class_embed.0.bias"].shape[0]
-    if not class_ids or min(class_ids) < 0 or max(class_ids) >= rows:
-        raise CheckpointError(
-            f"Rows up to {max(class_ids, default=None)} of the class head are asked for, the file's has {rows}: it was "
-            "not trained with raw COCO category ids. Use --keep-classes if its rows are the model's classes already, "
-            "or --drop-classes to train them anew."
-        )
-    index = torch.as_tensor(list(class_ids))
-    note = f"{len(class_ids)} of {rows} rows"
-    return Change(r"^class_embed\.\d+\.(weight|bias)$", lambda value: value[index], note)
 
 
 # ---- What a file holds --------------------------------------------------------------------------------------------
@@ -221,7 +208,7 @@ register_format(
 register_format(
     Format(
         "SOLQ or Deformable DETR in QueryMask's own names",
-        (r"^transformer\.level_embed$", r"^backbone\.(stem|patch_embed)\."),
+        (r"^transformer\.level_embed$", r"^bbox_embed\.0\.", r"^backbone\.(stem|patch_embed)\."),
         convert=_convert_own,
         new_keys=_new_keys,
     )

@@ -24,11 +24,12 @@ from torch import nn
 from querymask.common.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from querymask.common.compat import has_event_storage
 from querymask.common.deformable_transformer import DeformableTransformer, TransformerOutput, refine_box
-from querymask.common.images import batch_images, padding_mask, resize_mask
+from querymask.common.images import padding_mask, resize_mask
 from querymask.common.layers import MLP, LevelProjections
 from querymask.common.mask_coding import DCTMaskCoding, MaskCoding, binarize_at_half_range
 from querymask.common.masks import crop_masks, instance_masks, paste_masks
 from querymask.common.matching import Targets
+from querymask.common.meta_arch import QuerySegmenter, feature_channels, image_names
 from querymask.common.postprocessing import select_top_scores
 from querymask.common.precision import full_precision
 from querymask.common.set_criterion import cardinality_error, class_error
@@ -39,7 +40,7 @@ LOG_PERIOD = 20  # iterations between the statistics that are only logged
 
 
 @META_ARCH_REGISTRY.register()
-class SOLQ(nn.Module):
+class SOLQ(QuerySegmenter):
     """The meta-architecture.
 
     Args:
@@ -77,8 +78,7 @@ class SOLQ(nn.Module):
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
     ) -> None:
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(backbone, pixel_mean, pixel_std, backbone.size_divisibility)
         self.in_features = list(in_features)
         self.transformer = transformer
         self.box_refine = box_refine
@@ -89,14 +89,7 @@ class SOLQ(nn.Module):
 
         width = transformer.embed_dim
         two_stage = transformer.num_proposals > 0
-        shapes = backbone.output_shape()
-        missing = [name for name in self.in_features if name not in shapes]
-        if missing:
-            raise ValueError(
-                f"IN_FEATURES names {missing}, but the backbone gives {sorted(shapes)}: name some of these, or have it "
-                "give more by its OUT_FEATURES"
-            )
-        self.input_proj = LevelProjections([shapes[name].channels for name in self.in_features], width, num_levels)
+        self.input_proj = LevelProjections(feature_channels(backbone, self.in_features), width, num_levels)
         self.query_embed = None if two_stage else nn.Embedding(num_queries, 2 * width)
 
         # With refinement one copy per layer, and one for the proposals; else one for all.
@@ -105,9 +98,6 @@ class SOLQ(nn.Module):
         self.bbox_embed = nn.ModuleList(MLP(width, width, 4, 3) for _ in range(copies))
         self.vector_embed = None if coding is None else MLP(width, vector_hidden_dim, coding.length, 3)
         self._reset_heads(two_stage)
-
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
 
     def _reset_heads(self, two_stage: bool) -> None:
         for head in self.class_embed:
@@ -170,28 +160,18 @@ class SOLQ(nn.Module):
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.pixel_mean.device
-
-    def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor] | list[dict[str, Instances]]:
-        """Detectron2's contract: weighted losses in training, ``{"instances": Instances}`` per image otherwise."""
-        images = self.preprocess(batched_inputs)
+    def training_losses(
+        self, images: ImageList, batched_inputs: Sequence[Mapping[str, Any]]
+    ) -> dict[str, torch.Tensor]:
+        """Weighted losses of a batch of normalised images."""
         decoded, outputs = self.predict(images)
-        if self.training:
-            targets = self.encode_targets(batched_inputs, outputs.boxes.dtype)
-            self._log_statistics(decoded, outputs, targets)
-            return self.criterion.weigh(self.losses(decoded, outputs, targets))
-        sizes = [
-            (item.get("height", size[0]), item.get("width", size[1]))
-            for item, size in zip(batched_inputs, images.image_sizes, strict=True)
-        ]
-        return [{"instances": instances} for instances in self.detect(outputs, sizes)]
+        targets = self.encode_targets(batched_inputs, outputs.boxes.dtype)
+        self._log_statistics(decoded, outputs, targets)
+        return self.criterion.weigh(self.losses(decoded, outputs, targets))
 
-    def preprocess(self, batched_inputs: Sequence[Mapping[str, Any]]) -> ImageList:
-        """Normalise, then pad with zeros at the right and the bottom to the largest height and width."""
-        return batch_images(batched_inputs, self.pixel_mean, self.pixel_std, self.backbone.size_divisibility)
+    def inference(self, images: ImageList, sizes: Sequence[tuple[int, int]]) -> list[Instances]:
+        """Detections of every image, scaled to (height, width) of ``sizes``."""
+        return self.detect(self.predict(images)[1], sizes)
 
     def predict(self, images: ImageList) -> tuple[TransformerOutput, SOLQOutput]:
         """Run the network on a batch of normalised images."""
@@ -234,8 +214,7 @@ class SOLQ(nn.Module):
         fields = {"boxes": torch.cat(boxes)}
         if self.coding is not None:
             fields["vectors"] = torch.cat(vectors)
-        names = [str(item.get("file_name", f"image {i} of the batch")) for i, item in enumerate(batched_inputs)]
-        return Targets(counts, torch.cat(labels), fields, names)
+        return Targets(counts, torch.cat(labels), fields, image_names(batched_inputs))
 
     def losses(self, decoded: TransformerOutput, outputs: SOLQOutput, targets: Targets) -> dict[str, torch.Tensor]:
         """Losses of all decoder layers and, in the two-stage form, of the proposals (suffix ``_enc``), unweighted."""

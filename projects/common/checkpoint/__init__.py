@@ -1,7 +1,7 @@
 """Checkpoints in the formats of others: safe reading, renaming by rules, a report key by key, recognition."""
 
 from querymask.common.checkpoint.files import read_checkpoint, write_checkpoint
-from querymask.common.checkpoint.formats import FORMATS, Format, Options, recognise, register_format
+from querymask.common.checkpoint.formats import FORMATS, Format, Options, pick_classes, recognise, register_format
 from querymask.common.checkpoint.rules import (
     Change,
     CheckpointError,
@@ -31,6 +31,7 @@ __all__ = [
     "State",
     "apply_rules",
     "fit_to_model",
+    "pick_classes",
     "read_checkpoint",
     "recognise",
     "register_format",

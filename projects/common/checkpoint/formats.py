@@ -7,7 +7,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from querymask.common.checkpoint.rules import CheckpointError, Drop, Rename, Report, Rule, State, apply_rules
+import torch
+
+from querymask.common.checkpoint.rules import Change, CheckpointError, Drop, Rename, Report, Rule, State, apply_rules
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Format:
         name: of the model, for messages.
         signature: patterns of which each must be found in some key.
         excluded: patterns of which none may be found.
+        meta_architecture: the only model that it converts for, for formats that others start from in another way.
         describe: the name with what the shapes tell.
         settings: the config keys that a file demands, with their values.
         convert: the conversion; None where the format is only recognised.
@@ -45,6 +48,7 @@ class Format:
     name: str
     signature: tuple[str, ...]
     excluded: tuple[str, ...] = ()
+    meta_architecture: str | None = None
     describe: Callable[[State], str] | None = None
     settings: Callable[[State, Options], dict[str, Any]] | None = None
     convert: Callable[[State, Options], tuple[State, Report]] | None = None
@@ -73,9 +77,34 @@ def register_format(format: Format) -> Format:
     return format
 
 
-def recognise(state: State) -> Format | None:
-    """The format of a file with these tensors, or None."""
-    return next((format for format in FORMATS if format.matches(state)), None)
+def recognise(state: State, meta_architecture: str | None = None) -> Format | None:
+    """The format of a file with these tensors, or None.
+
+    Args:
+        meta_architecture: of the model to convert for; formats made for it come before the general ones.
+    """
+    matching = [format for format in FORMATS if format.matches(state)]
+    for wanted in (meta_architecture, None):
+        for format in matching:
+            if format.meta_architecture == wanted:
+                return format
+    return None
+
+
+def pick_classes(pattern: str, rows: int, class_ids: Sequence[int]) -> Change:
+    """The rule that keeps the rows ``class_ids`` of the class heads that ``pattern`` matches.
+
+    Raises:
+        CheckpointError: a head of ``rows`` rows has not all of them.
+    """
+    if not class_ids or min(class_ids) < 0 or max(class_ids) >= rows:
+        raise CheckpointError(
+            f"Rows up to {max(class_ids, default=None)} of the class head are asked for, the file's has {rows}: it was "
+            "not trained with raw COCO category ids. Use --keep-classes if its rows are the model's classes already, "
+            "or --drop-classes to train them anew."
+        )
+    index = torch.as_tensor(list(class_ids))
+    return Change(pattern, lambda value: value[index], f"{len(class_ids)} of {rows} rows")
 
 
 # ---- Backbones ----------------------------------------------------------------------------------------------------
@@ -228,7 +257,6 @@ for _format in (
         (r"(^bbox_head\.transformer|^)\.?decoder\.layers\.0\..*sampling_offsets\.", r"^bbox_head\.reg_branches\."),
         excluded=(r"^bbox_head\.kernel_branches\.", r"dn_query_generator|denoising"),
     ),
-    Format("ISDA", (r"^bbox_head\.kernel_branches\.", r"^mask_feat_head\.")),
     Format("ISTR", (r"^head\.head_series\.0\.mask_logits\.", r"^mask_encoding\.")),
     Format("ISTR v2", (r"^head\.head_series\.0\.mask_module\.",), excluded=(r"^head\.head_series\.0\.mask_logits\.",)),
     Format("Sparse R-CNN", (r"^head\.head_series\.0\.inst_interact\.", r"^init_proposal_features\.")),

@@ -1,0 +1,54 @@
+"""Config keys of ISDA."""
+
+from detectron2.config import CfgNode
+
+
+def add_isda_config(cfg: CfgNode) -> None:
+    """Add ``MODEL.ISDA`` to a Detectron2 config, in place. The defaults are the release's model."""
+    cfg.MODEL.ISDA = CfgNode()
+    # The only key for the number of classes; must equal the data set's
+    cfg.MODEL.ISDA.NUM_CLASSES = 80
+    cfg.MODEL.ISDA.NUM_QUERIES = 300
+
+    # Backbone features, fine to coarse: the first one goes to the mask features only, the others to the transformer too
+    cfg.MODEL.ISDA.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    # Levels of the transformer; those beyond the backbone's are made by stride-2 convolutions from its last map
+    cfg.MODEL.ISDA.NUM_FEATURE_LEVELS = 4
+
+    # Transformer (Deformable DETR, one-stage, without box refinement)
+    cfg.MODEL.ISDA.HIDDEN_DIM = 256
+    cfg.MODEL.ISDA.NUM_HEADS = 8
+    cfg.MODEL.ISDA.ENC_LAYERS = 6
+    cfg.MODEL.ISDA.DEC_LAYERS = 6
+    cfg.MODEL.ISDA.DIM_FEEDFORWARD = 1024
+    cfg.MODEL.ISDA.DROPOUT = 0.1
+    # Sampling points per head and level
+    cfg.MODEL.ISDA.ENC_POINTS = 4
+    cfg.MODEL.ISDA.DEC_POINTS = 4
+    # Recompute encoder layers in the backward pass instead of storing them
+    cfg.MODEL.ISDA.USE_CHECKPOINT = False
+
+    # Hidden layers of the kernel head
+    cfg.MODEL.ISDA.KERNEL_FCS = 2
+    # What the last two entries of a kernel are ("KP"): "logit" of its reference point (the release), the "point" itself
+    # (the paper's text), or "none": the kernel head makes all entries
+    cfg.MODEL.ISDA.KERNEL_POSITIONS = "logit"
+
+    # Mask features: image size over their size (2, 4 or 8), width inside the head, coordinate channels ("MP")
+    cfg.MODEL.ISDA.MASK_STRIDE = 4
+    cfg.MODEL.ISDA.MASK_FEATURE_DIM = 128
+    cfg.MODEL.ISDA.MASK_POSITIONS = True
+
+    # A mask's score is the mean of its probabilities above this: 0.5 in the release's first head, 1e-6 in its second
+    cfg.MODEL.ISDA.MASKNESS_THRESHOLD = 0.5
+    # Foreground of the final masks
+    cfg.MODEL.ISDA.MASK_THRESHOLD = 0.5
+
+    # Matching costs and loss weights
+    cfg.MODEL.ISDA.COST_CLASS = 2.0
+    cfg.MODEL.ISDA.COST_MASK = 3.0
+    cfg.MODEL.ISDA.CLASS_WEIGHT = 2.0
+    cfg.MODEL.ISDA.MASK_WEIGHT = 3.0
+    # "dice" with squared denominators (the release), or "iou": 1 - soft IoU (the paper's text)
+    cfg.MODEL.ISDA.MASK_LOSS = "dice"
+    cfg.MODEL.ISDA.FOCAL_ALPHA = 0.25

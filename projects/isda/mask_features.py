@@ -1,0 +1,85 @@
+"""The mask feature head: one map that all kernels of an image are applied to (section 3.2 of the paper)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+GROUPS = 32
+
+
+def coordinate_channels(like: torch.Tensor) -> torch.Tensor:
+    """x, then y, each from -1 in the first to 1 in the last cell, padding included: (B, C, H, W) -> (B, 2, H, W)."""
+    batch, _, height, width = like.shape
+    x = torch.linspace(-1, 1, width, dtype=like.dtype, device=like.device)
+    y = torch.linspace(-1, 1, height, dtype=like.dtype, device=like.device)
+    grid = torch.stack((x.expand(height, width), y[:, None].expand(height, width)))
+    return grid.expand(batch, -1, -1, -1)
+
+
+def conv_unit(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
+    """Convolution without bias, GroupNorm, ReLU."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+    nn.init.normal_(conv.weight, std=0.01)
+    return nn.Sequential(conv, nn.GroupNorm(GROUPS, out_channels), nn.ReLU())
+
+
+class MaskFeatureHead(nn.Module):
+    """Sum of a pyramid's levels, each brought to one resolution step by step.
+
+    A level that is to be enlarged by 2^i has i units, each followed by bilinear upsampling by 2; one that has the
+    resolution already has one unit. The coarsest level is given two coordinate channels, so that what lies behind it
+    knows where in the image it is.
+
+    Args:
+        in_channels: of every level.
+        strides: of the levels, fine to coarse.
+        stride: of the result; at most that of the finest level.
+        width: channels of the units.
+        out_channels: channels of the result.
+        positions: coordinate channels at the coarsest level.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        strides: Sequence[int],
+        stride: int,
+        width: int = 128,
+        out_channels: int = 256,
+        positions: bool = True,
+    ) -> None:
+        super().__init__()
+        if stride > strides[0]:
+            raise ValueError(f"mask features of stride {stride} cannot be made of levels of strides {list(strides)}")
+        for name, channels in {"MASK_FEATURE_DIM": width, "HIDDEN_DIM": out_channels}.items():
+            if channels % GROUPS:
+                raise ValueError(f"{name} is {channels}; it must be a multiple of {GROUPS} (GroupNorm)")
+        self.stride = stride
+        self.positions = positions
+        self.upsamplings = [(level // stride).bit_length() - 1 for level in strides]
+        self.branches = nn.ModuleList()
+        for level, upsamplings in enumerate(self.upsamplings):
+            first = in_channels + (2 if positions and level == len(strides) - 1 else 0)
+            units = max(upsamplings, 1)
+            self.branches.append(nn.ModuleList(conv_unit(first if i == 0 else width, width, 3) for i in range(units)))
+        self.output = conv_unit(width, out_channels, 1)
+
+    def forward(self, levels: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Levels (B, in_channels, H_l, W_l) -> mask features (B, out_channels, h, w), none negative.
+
+        Every level's size must be the finest one's divided by its stride, so images are padded to a multiple of the
+        coarsest stride.
+        """
+        levels = list(levels)
+        if self.positions:
+            levels[-1] = torch.cat((levels[-1], coordinate_channels(levels[-1])), dim=1)
+        total: torch.Tensor | int = 0
+        for x, branch, upsamplings in zip(levels, self.branches, self.upsamplings, strict=True):
+            for unit in branch:
+                x = unit(x)
+                if upsamplings:
+                    x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+            total = total + x
+        return self.output(total)

@@ -1,0 +1,94 @@
+"""From kernels and mask features to masks, and from ground-truth masks to targets."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+# Elements of the largest intermediate map while masks are resized: bounds the memory
+CHUNK_ELEMENTS = 2**24
+
+
+def mask_logits(kernels: torch.Tensor, mask_features: torch.Tensor) -> torch.Tensor:
+    """Dynamic 1x1 convolution without bias (equation 4 of the paper).
+
+    Args:
+        kernels: (..., C) of one image.
+        mask_features: (C, h, w) of this image.
+
+    Returns:
+        (..., h, w).
+    """
+    return (kernels @ mask_features.flatten(1)).unflatten(-1, mask_features.shape[1:])
+
+
+def maskness(probabilities: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Mean of the probabilities above a threshold: how sure a mask is of its foreground. 0 where there are none.
+
+    Args:
+        probabilities: (n, h, w), padding included.
+
+    Returns:
+        (n,)
+    """
+    above = probabilities > threshold
+    return (probabilities * above).sum((1, 2)) / (above.sum((1, 2)) + 1e-5)
+
+
+def resize_masks(
+    probabilities: torch.Tensor,
+    stride: int,
+    image_size: tuple[int, int],
+    size: tuple[int, int],
+    threshold: float,
+) -> torch.Tensor:
+    """Enlarge to the padded image, cut the padding off, resize to the original image, threshold; a few at a time.
+
+    Probabilities are interpolated, not logits.
+
+    Args:
+        probabilities: (n, h, w).
+        stride: size of the padded image over that of the maps.
+        image_size: (height, width) of the image in the batch.
+        size: (height, width) of the result.
+
+    Returns:
+        (n, height, width) bool.
+    """
+    masks = torch.empty((len(probabilities), *size), dtype=torch.bool, device=probabilities.device)
+    for rows in _chunks(probabilities, stride, size):
+        maps = F.interpolate(probabilities[rows, None], scale_factor=stride, mode="bilinear", align_corners=False)
+        maps = maps[..., : image_size[0], : image_size[1]]
+        if tuple(image_size) != tuple(size):
+            maps = F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+        torch.gt(maps[:, 0], threshold, out=masks[rows])
+    return masks
+
+
+def _chunks(probabilities: torch.Tensor, stride: int, size: tuple[int, int]) -> Iterator[slice]:
+    count, height, width = probabilities.shape
+    largest = max(height * width * stride**2, size[0] * size[1])
+    step = max(CHUNK_ELEMENTS // largest, 1)
+    for start in range(0, count, step):
+        yield slice(start, start + step)
+
+
+def reduce_masks(masks: torch.Tensor, stride: int, size: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Soft targets at the resolution of the mask features: bilinear reduction without antialiasing.
+
+    For an even stride that is the mean of the four pixels in the middle of each ``stride x stride`` block.
+
+    Args:
+        masks: (n, H, W) bool; zero beyond, at the right and the bottom.
+        stride: an even number.
+        size: (h, w), with h * stride >= H.
+        dtype: of the result.
+
+    Returns:
+        (n, h, w) of 0, 1/4, 1/2, 3/4 and 1.
+    """
+    height, width = size
+    masks = F.pad(masks, (0, width * stride - masks.shape[2], 0, height * stride - masks.shape[1]))
+    middle = stride // 2
+    corners = [masks[:, row::stride, column::stride] for row in (middle - 1, middle) for column in (middle - 1, middle)]
+    return sum(corner.to(dtype) for corner in corners) / 4
