@@ -22,6 +22,11 @@ def add_common_config(cfg: CfgNode) -> None:
     # SOLQ's release resizes once more before the choice of the branch
     cfg.INPUT.DETR_CROP.RESIZE_FIRST = False
 
+    # A training image that augmentation leaves without instances is replaced by another, random one
+    cfg.INPUT.REPLACE_EMPTY = False
+    # Images with a shorter side are left out of training
+    cfg.DATALOADER.MIN_IMAGE_SIDE = 0
+
     # At most this many instances of a training image are used, a random choice of them (0: all); bounds the memory
     cfg.INPUT.MAX_INSTANCES = 0
 

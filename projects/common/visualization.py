@@ -9,7 +9,7 @@ import colorsys
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,14 @@ class _Item:
     colour: tuple[int, int, int]
     box: np.ndarray | None
     mask: np.ndarray | None
+
+    @cached_property
+    def extent(self) -> np.ndarray | None:
+        """XYXY of the box, of the mask where there is no box; None for an empty mask."""
+        if self.box is not None or self.mask is None:
+            return self.box
+        x, y, w, h = cv2.boundingRect(self.mask.astype(np.uint8))
+        return np.array([x, y, x + w, y + h]) if w else None
 
 
 def class_colour(index: int) -> tuple[int, int, int]:
@@ -81,7 +89,7 @@ def draw_instances(
     canvas = cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC)
 
     # Large ones first, so that small ones stay visible
-    items.sort(key=lambda item: 0.0 if item.box is None else -float(np.prod(item.box[2:] - item.box[:2])))
+    items.sort(key=lambda item: 0.0 if item.extent is None else -float(np.prod(item.extent[2:] - item.extent[:2])))
     for item in items:
         if item.mask is not None:
             _draw_mask(canvas, item)
@@ -304,11 +312,11 @@ def _draw_labels(canvas: np.ndarray, items: Sequence[_Item], scale: float) -> np
     font = _font(14)
     taken: list[tuple[float, float, float, float]] = []
     for item in items:
-        if item.box is None or not item.label:
+        if item.extent is None or not item.label:
             continue
         _, top, text_width, bottom = draw.textbbox((0, 0), item.label, font=font)
         width, height = text_width + 8, bottom - top + 6
-        x0, y0, x1 = (float(v) * scale for v in item.box[:3])
+        x0, y0, x1 = (float(v) * scale for v in item.extent[:3])
         places = []
         for rows in (-1, 0, -2, 1, -3, 2, 3, 4):  # above the box is best
             for x in (x0, x1 - width):

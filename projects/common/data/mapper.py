@@ -40,6 +40,7 @@ class InstanceMapper:
         use_masks: bool = True,
         max_instances: int = 0,
         num_classes: int | None = None,
+        skip_empty: bool = False,
     ) -> None:
         """
         Args:
@@ -49,6 +50,7 @@ class InstanceMapper:
             use_masks: whether ``instances`` have ``gt_masks``.
             max_instances: use a random choice of at most this many instances of an image; 0: all.
             num_classes: of the model, for a check of the annotations; None: no check.
+            skip_empty: give None for a training image without instances after augmentation: the loader takes another.
         """
         self.is_train = is_train
         self.augmentations = T.AugmentationList(augmentations)
@@ -56,6 +58,7 @@ class InstanceMapper:
         self.use_masks = use_masks
         self.max_instances = max_instances
         self.num_classes = num_classes
+        self.skip_empty = skip_empty
         # Annotations dropped so far for a degenerate box
         self.num_degenerate = 0
 
@@ -70,9 +73,10 @@ class InstanceMapper:
             "use_masks": method.get("MASK_ON", cfg.MODEL.MASK_ON),
             "max_instances": cfg.INPUT.MAX_INSTANCES,
             "num_classes": method.get("NUM_CLASSES"),
+            "skip_empty": cfg.INPUT.REPLACE_EMPTY,
         }
 
-    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
         """
         Args:
             dataset_dict: an entry in Detectron2's standard format, left unchanged. Segmentations may be polygons,
@@ -80,7 +84,8 @@ class InstanceMapper:
 
         Returns:
             The entry without its annotations and with ``image``, uint8 [3, H, W]; when training also ``instances``
-            with ``gt_boxes`` (XYXY, pixels of ``image``), ``gt_classes`` int64 and ``gt_masks`` (BitMasks).
+            with ``gt_boxes`` (XYXY, pixels of ``image``), ``gt_classes`` int64 and ``gt_masks`` (BitMasks). None for
+            an image to be skipped.
 
         Raises:
             RuntimeError: the image is missing or cannot be decoded.
@@ -94,6 +99,8 @@ class InstanceMapper:
         output["image"] = torch.from_numpy(np.ascontiguousarray(aug_input.image.transpose(2, 0, 1)))
         if self.is_train:
             output["instances"] = self._instances(dataset_dict, image.shape[:2], transforms, aug_input.image.shape[:2])
+            if self.skip_empty and not len(output["instances"]):
+                return None
         return output
 
     def _read_image(self, dataset_dict: dict[str, Any]) -> np.ndarray:

@@ -42,10 +42,17 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-class SeededDataset(Dataset):
-    """A mapped data set whose element (index, position) has randomness of its own, whoever computes it and when."""
+REPLACEMENTS = 1000
+"""How many other images are tried where the mapper skips one."""
 
-    def __init__(self, dataset: Sequence[dict], mapper: Callable[[dict], dict], seed: int) -> None:
+
+class SeededDataset(Dataset):
+    """A mapped data set whose element (index, position) has randomness of its own, whoever computes it and when.
+
+    Where the mapper gives None, a random other element takes the place.
+    """
+
+    def __init__(self, dataset: Sequence[dict], mapper: Callable[[dict], dict | None], seed: int) -> None:
         self.dataset = dataset
         self.mapper = mapper
         self.seed = seed
@@ -56,7 +63,14 @@ class SeededDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         index, position = key
         with seeded(mix_seed(self.seed, SAMPLE, position)):
-            return self.mapper(self.dataset[index])
+            for _ in range(REPLACEMENTS):
+                if (item := self.mapper(self.dataset[index])) is not None:
+                    return item
+                index = np.random.randint(len(self.dataset))
+        raise RuntimeError(
+            f"the mapper skipped {REPLACEMENTS} images in a row: the data set has hardly any instances that augmentation "
+            "leaves. Check its annotations, or set INPUT.REPLACE_EMPTY False"
+        )
 
 
 class TrainingBatchSampler(Sampler):
@@ -147,7 +161,7 @@ class TrainLoader:
     def __init__(
         self,
         dataset: Sequence[dict],
-        mapper: Callable[[dict], dict],
+        mapper: Callable[[dict], dict | None],
         batch_size: int,
         num_workers: int = 0,
         seed: int = 0,

@@ -163,6 +163,8 @@ class Trainer(DefaultTrainer):
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
         """Endless batches of ``SOLVER.IMS_PER_BATCH`` images (of all processes together)."""
         dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+        if least := cfg.DATALOADER.MIN_IMAGE_SIDE:
+            dicts = [d for d in dicts if min(d["width"], d["height"]) >= least]
         return TrainLoader(
             DatasetFromList(dicts),
             InstanceMapper(cfg, is_train=True),

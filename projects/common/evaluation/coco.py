@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.file_io import PathManager
 from pycocotools import mask as mask_util
 
@@ -15,7 +16,7 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 class InstanceEvaluator(COCOEvaluator):
-    """Detectron2's COCO evaluator for boxes and, where the model gives them, masks.
+    """Detectron2's COCO evaluator for what the model gives: boxes, masks or both.
 
     - Without ground truth in the file, results are written, AP is skipped and a line says so.
     - Without any prediction, AP is 0 (NaN where nothing could have been found) and a line says so.
@@ -37,17 +38,35 @@ class InstanceEvaluator(COCOEvaluator):
 
     def reset(self) -> None:
         super().reset()
-        self._has_masks = False
+        self._has_masks = self._has_boxes = False
 
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
-        self._has_masks |= any(output["instances"].has("pred_masks") for output in outputs)
-        super().process(inputs, outputs)
+        for record, output in zip(inputs, outputs, strict=True):
+            instances = output["instances"]
+            self._has_masks |= instances.has("pred_masks")
+            self._has_boxes |= instances.has("pred_boxes")
+            if instances.has("pred_boxes"):
+                super().process([record], [output])
+            else:
+                self._process_without_boxes(record, instances)
+
+    def _process_without_boxes(self, record: dict, instances: Instances) -> None:
+        """Detectron2's evaluator needs boxes: it is given some, and they are taken out of its results."""
+        boxes = Boxes(instances.scores.new_zeros(len(instances), 4))
+        boxed = Instances(instances.image_size, **instances.get_fields(), pred_boxes=boxes)
+        super().process([record], [{"instances": boxed}])
+        for result in self._predictions[-1]["instances"]:
+            del result["bbox"]
 
     def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: Any = None) -> None:
-        tasks = ("bbox", "segm") if self._has_masks and self._has_true_masks else ("bbox",)
+        tasks = [] if self._has_masks and not self._has_boxes else ["bbox"]
+        if self._has_masks and self._has_true_masks:
+            tasks.append("segm")
         if any(prediction["instances"] for prediction in predictions):
             self._tasks = tasks
+            has_truth, self._do_evaluation = self._do_evaluation, self._do_evaluation and bool(tasks)
             super()._eval_predictions(predictions, img_ids)
+            self._do_evaluation = has_truth
         else:
             self._no_predictions(tasks, len(predictions))
         if self._has_masks and not self._has_true_masks:
