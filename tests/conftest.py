@@ -1,3 +1,35 @@
-"""Importing the package first lets every test import Detectron2, whatever version is installed."""
+"""What tests of several folders use. Importing the package first lets every test import Detectron2 of any version."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
 
 import querymask  # noqa: F401
+
+
+@pytest.fixture
+def make_batch() -> Callable[..., list[dict[str, Any]]]:
+    """Function (numbers of instances, sizes of the images) that gives model inputs with ellipses in random boxes."""
+    from detectron2.structures import BitMasks, Boxes, Instances  # the tests of the operators do without Detectron2
+
+    def make(counts: Sequence[int], sizes: Sequence[tuple[int, int]] | None = None) -> list[dict[str, Any]]:
+        generator = torch.Generator().manual_seed(0)
+        items = []
+        for index, (count, size) in enumerate(zip(counts, sizes or [(64, 96)] * len(counts), strict=True)):
+            extent = torch.tensor([size[1], size[0]])
+            low = torch.rand(count, 2, generator=generator) * extent * 0.6
+            high = low + (torch.rand(count, 2, generator=generator) * 0.3 + 0.1) * extent
+            y, x = torch.meshgrid(torch.arange(size[0]) + 0.5, torch.arange(size[1]) + 0.5, indexing="ij")
+            position = torch.stack((x, y), dim=-1)
+            center, half = ((low + high) / 2)[:, None, None], ((high - low) / 2)[:, None, None]
+            instances = Instances(size)
+            instances.gt_boxes = Boxes(torch.cat((low, high), dim=1))
+            instances.gt_classes = torch.randint(0, 5, (count,), generator=generator)
+            instances.gt_masks = BitMasks((((position - center) / half) ** 2).sum(-1) < 1)
+            image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
+            items.append({"image": image, "instances": instances, "file_name": f"{index}.jpg"})
+        return items
+
+    return make

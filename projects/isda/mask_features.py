@@ -18,6 +18,16 @@ def coordinate_channels(like: torch.Tensor) -> torch.Tensor:
     return grid.expand(batch, -1, -1, -1)
 
 
+def append_coordinates(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) -> (B, C + 2, H, W), in x's memory format: concatenation would lose it."""
+    joined = torch.cat((x, coordinate_channels(x)), dim=1)
+    return joined.contiguous(memory_format=torch.channels_last) if _is_channels_last(x) else joined
+
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
 def conv_unit(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
     """Convolution without bias, GroupNorm, ReLU."""
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
@@ -74,7 +84,7 @@ class MaskFeatureHead(nn.Module):
         """
         levels = list(levels)
         if self.positions:
-            levels[-1] = torch.cat((levels[-1], coordinate_channels(levels[-1])), dim=1)
+            levels[-1] = append_coordinates(levels[-1])
         total: torch.Tensor | int = 0
         for x, branch, upsamplings in zip(levels, self.branches, self.upsamplings, strict=True):
             for unit in branch:

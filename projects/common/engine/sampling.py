@@ -68,8 +68,8 @@ class SeededDataset(Dataset):
                     return item
                 index = np.random.randint(len(self.dataset))
         raise RuntimeError(
-            f"the mapper skipped {REPLACEMENTS} images in a row: the data set has hardly any instances that augmentation "
-            "leaves. Check its annotations, or set INPUT.REPLACE_EMPTY False"
+            f"the mapper skipped {REPLACEMENTS} images in a row: augmentation leaves hardly any instances of the data "
+            "set. Check its annotations, or set INPUT.REPLACE_EMPTY False"
         )
 
 

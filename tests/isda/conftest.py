@@ -1,0 +1,63 @@
+"""An ISDA that makes a training step in a fraction of a second."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import nn
+
+from querymask import get_cfg
+
+
+@pytest.fixture
+def make_cfg() -> Callable[..., CfgNode]:
+    """Function (keys of MODEL.ISDA) that gives the config of a tiny model with all parts."""
+
+    def make(**overrides: Any) -> CfgNode:
+        cfg = get_cfg()
+        cfg.MODEL.DEVICE = "cpu"
+        cfg.MODEL.META_ARCHITECTURE = "ISDA"
+        cfg.MODEL.WEIGHTS = ""
+        cfg.MODEL.BACKBONE.NAME = "build_basic_resnet_backbone"
+        cfg.MODEL.BACKBONE.FREEZE_AT = 0
+        cfg.MODEL.RESNETS.DEPTH = 18
+        cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 8
+        cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+        cfg.TEST.DETECTIONS_PER_IMAGE = 9
+        settings = {
+            "NUM_CLASSES": 5,
+            "NUM_QUERIES": 6,
+            "HIDDEN_DIM": 64,
+            "NUM_HEADS": 4,
+            "ENC_LAYERS": 2,
+            "DEC_LAYERS": 2,
+            "DIM_FEEDFORWARD": 48,
+            "DROPOUT": 0.0,
+            "MASK_FEATURE_DIM": 64,
+            **overrides,
+        }
+        for key, value in settings.items():
+            assert key in cfg.MODEL.ISDA, f"MODEL.ISDA has no key {key}"
+            cfg.MODEL.ISDA[key] = value
+        return cfg
+
+    return make
+
+
+@pytest.fixture
+def make_model(make_cfg: Callable[..., CfgNode]) -> Callable[..., nn.Module]:
+    """Function (keys of MODEL.ISDA) that gives a model in training mode, with weights that leave no term negligible."""
+
+    def make(**overrides: Any) -> nn.Module:
+        torch.manual_seed(0)
+        model = build_model(make_cfg(**overrides)).train()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() >= 2:
+                    parameter.normal_(std=parameter[0].numel() ** -0.5)
+        return model
+
+    return make
