@@ -60,6 +60,12 @@ def class_colour(index: int) -> tuple[int, int, int]:
     return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.8, value))
 
 
+def drawing_scale(height: int, width: int) -> float:
+    """By how much an image is enlarged for drawing, so that its longer side is in LONGER_SIDE_RANGE."""
+    low, high = LONGER_SIDE_RANGE
+    return min(max(1.0, low / max(height, width)), high / max(height, width))
+
+
 def draw_instances(
     image: np.ndarray,
     instances: Instances | Sequence[dict[str, Any]],
@@ -82,8 +88,7 @@ def draw_instances(
         raise ValueError(f"draw_instances needs a uint8 image [H, W, 3], not {image.dtype} {list(image.shape)}")
     height, width = image.shape[:2]
     items = _items(instances, class_names, score_threshold, height, width)
-    low, high = LONGER_SIDE_RANGE
-    scale = min(max(1.0, low / max(height, width)), high / max(height, width))
+    scale = drawing_scale(height, width)
     size = (max(round(width * scale), 1), max(round(height * scale), 1))
     shrinking = scale < 1
     canvas = cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC)

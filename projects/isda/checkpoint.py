@@ -1,4 +1,4 @@
-"""ISDA's own checkpoints, and COCO Deformable DETRs as its start (section 4.1 of the paper).
+"""ISDA's own checkpoints, and COCO Deformable DETRs as its start.
 
 The release stores the class and the kernel head six times, once for each decoder layer; the model has each once, so
 the copies are checked and left out. Class rows are in the order of the data set's classes.

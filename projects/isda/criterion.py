@@ -1,4 +1,4 @@
-"""ISDA's matching costs and losses (section 3.4 of the paper)."""
+"""ISDA's matching costs and losses."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class ISDACriterion(SetCriterion):
         weights: weights of ``loss_cls`` and ``loss_mask``.
         focal_alpha: alpha of the focal loss and of the class cost.
         mask_loss: "dice" with squared denominators (the release), or "iou": one minus the IoU that the matching uses
-            (equation 7 of the paper).
+            (the text of the paper).
     """
 
     def __init__(

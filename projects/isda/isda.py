@@ -184,7 +184,7 @@ class ISDA(QuerySegmenter):
         return decoded, ISDAOutput(self.class_embed(decoded.hidden), kernels, mask_features, references)
 
     def make_kernels(self, hidden: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-        """Position-aware kernels (section 3.3 of the paper).
+        """Position-aware kernels.
 
         Gradients reach the reference points through the kernels, too.
 

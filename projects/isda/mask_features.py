@@ -1,4 +1,4 @@
-"""The mask feature head: one map that all kernels of an image are applied to (section 3.2 of the paper)."""
+"""The mask feature head: one map that all kernels of an image are applied to."""
 
 from collections.abc import Sequence
 

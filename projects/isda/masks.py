@@ -10,7 +10,7 @@ CHUNK_ELEMENTS = 2**24
 
 
 def mask_logits(kernels: torch.Tensor, mask_features: torch.Tensor) -> torch.Tensor:
-    """Dynamic 1x1 convolution without bias (equation 4 of the paper).
+    """Dynamic 1x1 convolution without bias.
 
     Args:
         kernels: (..., C) of one image.
