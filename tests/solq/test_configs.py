@@ -1,10 +1,7 @@
 """Every config: it loads, has the size that the paper's model has, trains and detects; the model zoo names it."""
 
 import copy
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,23 +9,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
+from tool_loader import load_tool
 
 from querymask.common.flops import count_parameters
 from querymask.common.solver import build_lr_scheduler, build_optimizer
 
-ROOT = Path(__file__).parents[2]
-
-
-def load_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_model_zoo", ROOT / "tools" / "make_model_zoo.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-zoo = load_tool()
+zoo = load_tool("make_model_zoo")
 LEAVES = {leaf.name: leaf for leaf in zoo.find_leaves() if leaf.method == "solq"}
 OWN = {"solq_shapes", "solq_shapes_quick", "solq_r50_overfit"}  # this project's, on other data than COCO
 COCO_LEAVES = {name: leaf for name, leaf in LEAVES.items() if name not in OWN}

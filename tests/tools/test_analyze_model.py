@@ -1,25 +1,16 @@
 """The analysis tool, on the project's own configs."""
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from tool_loader import load_tool
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "projects" / "solq" / "configs"
 
 
-def load_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("analyze_model", ROOT / "tools" / "analyze_model.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
+tool = load_tool("analyze_model")
 
 
 def tables(text: str) -> dict[str, dict[str, list[str]]]:

@@ -1,10 +1,8 @@
 """The tool that draws the results of several models side by side."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -12,19 +10,9 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from PIL import Image
+from tool_loader import load_tool
 
-ROOT = Path(__file__).parents[2]
-
-
-def load_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_results", ROOT / "tools" / "compare_results.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
+tool = load_tool("compare_results")
 
 
 @pytest.fixture

@@ -1,19 +1,18 @@
 """Conversion of published SOLQ and Deformable DETR files, through the rules and through the tool."""
 
 import argparse
-import importlib.util
 import json
 import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from tool_loader import load_tool
 
 from querymask import get_cfg
 from querymask.common.checkpoint import CheckpointError, fit_to_model, read_checkpoint
@@ -24,15 +23,7 @@ GOLDEN = ROOT / "tests" / "reference" / "golden" / "solq"
 CONFIGS = ROOT / "projects" / "solq" / "configs"
 
 
-def load_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", ROOT / "tools" / "convert_checkpoint.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
+tool = load_tool("convert_checkpoint")
 COCO = tool.coco_class_ids()
 
 
