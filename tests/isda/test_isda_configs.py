@@ -1,0 +1,174 @@
+"""Every config of ISDA: its model has the size of its row, trains and detects; schedules and optimiser."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from tool_loader import load_tool
+
+from querymask.common.flops import count_parameters
+from querymask.common.solver import build_lr_scheduler, build_optimizer
+
+zoo = load_tool("make_model_zoo")
+LEAVES = {leaf.name: leaf for leaf in zoo.find_leaves() if leaf.method == "isda"}
+COCO_LEAVES = {name: leaf for name, leaf in LEAVES.items() if "shapes" not in name}
+# Everything that makes a model slow, and nothing that makes it the model of its row
+REDUCED = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.WEIGHTS": "",
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
+    "MODEL.ISDA.NUM_CLASSES": 5,
+    "MODEL.ISDA.NUM_QUERIES": 12,
+    "MODEL.ISDA.HIDDEN_DIM": 64,
+    "MODEL.ISDA.NUM_HEADS": 4,
+    "MODEL.ISDA.ENC_LAYERS": 1,
+    "MODEL.ISDA.DEC_LAYERS": 2,
+    "MODEL.ISDA.DIM_FEEDFORWARD": 32,
+    "MODEL.ISDA.MASK_FEATURE_DIM": 64,
+}
+
+# Values of a R50 model, batch norms' affine parameters (53,120, frozen) included, as measured on the release
+FROZEN_NORMS = 53_120
+PUBLISHED_SIZES = {
+    "isda_r50": 41_908_624,
+    "ablations/mask_stride_8": 41_318_032,
+    "ablations/mask_stride_2": 42_351_760,
+    "ablations/positions_kernel": 41_906_320,
+    "ablations/positions_mask": 41_909_138,
+}
+R50_PARTS = {
+    "backbone": 23_508_032 - FROZEN_NORMS,
+    "projections": 5_704_192,
+    "mask feature head": 1_659_392,
+    "encoder": 4_541_184,
+    "decoder": 6_123_264,
+    "reference layer": 514,
+    "level embedding": 1_024,
+    "class head": 20_560,
+    "kernel head": 196_862,
+    "queries": 153_600,
+}
+
+
+def size(module: torch.nn.Module) -> tuple[int, int]:
+    """All parameters, and those that are trained."""
+    counts = count_parameters(module)[""]
+    return counts.total, counts.trainable
+
+
+def reduced_config(name: str) -> CfgNode:
+    cfg = LEAVES[name].config()
+    cfg.merge_from_list([item for pair in REDUCED.items() for item in pair])
+    return cfg
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_training_step(name: str, make_batch: Callable[..., list[dict[str, Any]]]) -> None:
+    """The losses reach every trained parameter, and one step of the row's optimiser changes all."""
+    torch.manual_seed(0)
+    cfg = reduced_config(name)
+    model = build_model(cfg).train()
+    optimizer = build_optimizer(cfg, model)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    with torch.no_grad():  # offsets and weights of attention start at zero, which holds gradients back
+        for parameter in model.parameters():
+            if parameter.dim() >= 2 and parameter.requires_grad:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+    before = copy.deepcopy(model.state_dict())
+    sum(model(make_batch([3, 0], [(64, 90), (70, 60)])).values()).backward()
+    optimizer.step()
+    scheduler.step()
+    for key, parameter in model.named_parameters():
+        moved = not torch.equal(parameter, before[key])
+        assert moved == parameter.requires_grad, f"{key}: moved is {moved}"
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_inference(name: str, make_batch: Callable[..., list[dict[str, Any]]]) -> None:
+    torch.manual_seed(0)
+    cfg = reduced_config(name)
+    model = build_model(cfg).eval()
+    with torch.no_grad():
+        (result,) = model([{**make_batch([0], [(64, 90)])[0], "height": 32, "width": 45}])
+    instances = result["instances"]
+    assert len(instances) == min(cfg.TEST.DETECTIONS_PER_IMAGE, 12 * 5)
+    assert instances.pred_masks.shape[1:] == (32, 45) and torch.isfinite(instances.scores).all()
+
+
+@pytest.mark.parametrize("name", PUBLISHED_SIZES)
+def test_published_size(name: str) -> None:
+    assert size(zoo.build_on_meta(LEAVES[name].config()))[0] == PUBLISHED_SIZES[name] - FROZEN_NORMS
+
+
+def test_published_size_of_each_part() -> None:
+    model = zoo.build_on_meta(LEAVES["isda_r50"].config())
+    modules = {
+        "backbone": [model.backbone],
+        "projections": [model.fine_proj, model.input_proj],
+        "mask feature head": [model.mask_features],
+        "encoder": [model.transformer.encoder],
+        "decoder": [model.transformer.decoder],
+        "reference layer": [model.transformer.reference_points],
+        "class head": [model.class_embed],
+        "kernel head": [model.kernel_embed],
+        "queries": [model.query_embed],
+    }
+    sizes = {part: sum(size(module)[0] for module in those) for part, those in modules.items()}
+    sizes["level embedding"] = model.transformer.level_embed.numel()
+    assert sizes == R50_PARTS
+    assert sum(sizes.values()) == size(model)[0], "a part is missing from the list"
+    assert size(model)[1] == 41_633_104
+
+
+def test_published_optimiser() -> None:
+    """253 tensors with 17,610,574 values at the full rate, 68 with 24,022,530 at a tenth; decay on all of them."""
+    cfg = LEAVES["isda_r50"].config()
+    optimizer = build_optimizer(cfg, zoo.build_on_meta(cfg))
+    groups: dict[float, list[int]] = {}
+    for group in optimizer.param_groups:
+        groups.setdefault(round(group["lr"] / cfg.SOLVER.BASE_LR, 6), []).extend(p.numel() for p in group["params"])
+    assert {rate: (len(sizes), sum(sizes)) for rate, sizes in groups.items()} == {
+        1.0: (253, 17_610_574),
+        0.1: (68, 24_022_530),
+    }
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {1e-4}
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    assert (clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE, cfg.SOLVER.WARMUP_ITERS) == (True, "full_model", 0.1, 0)
+
+
+def test_schedules_in_epochs() -> None:
+    """Of the 117,266 images of train2017 with annotations, in whole batches."""
+    epochs = {"isda_r50": (42, [27, 33, 35, 36, 37]), "isda_r50_paper": (24, [16, 22])}
+    epochs["isda_r50_second_head"] = epochs["isda_r50"]
+    for name, leaf in COCO_LEAVES.items():
+        cfg = leaf.config()
+        epoch = 117_266 // cfg.SOLVER.IMS_PER_BATCH
+        total, steps = epochs.get(name, (12, [9, 11]))
+        assert (cfg.SOLVER.MAX_ITER, list(cfg.SOLVER.STEPS)) == (total * epoch, [s * epoch for s in steps]), name
+        rate = 1.25e-4 if name in ("isda_r50", "isda_r50_second_head") else 1.87e-5
+        assert cfg.SOLVER.BASE_LR == rate, name
+        # Deformable DETR's rate for a batch of 32, scaled
+        assert cfg.SOLVER.BASE_LR == pytest.approx(2e-4 * cfg.SOLVER.IMS_PER_BATCH / 32, rel=0.005), name
+
+
+def test_names_of_ablations_say_their_setting() -> None:
+    nodes = {name: leaf.config().MODEL.ISDA for name, leaf in LEAVES.items() if name.startswith("ablations/")}
+    found = {name: (n.MASK_STRIDE, n.MASK_POSITIONS, n.KERNEL_POSITIONS) for name, n in nodes.items()}
+    assert found == {
+        "ablations/mask_stride_8": (8, True, "logit"),
+        "ablations/mask_stride_4": (4, True, "logit"),
+        "ablations/mask_stride_2": (2, True, "logit"),
+        "ablations/positions_none": (4, False, "none"),
+        "ablations/positions_mask": (4, True, "none"),
+        "ablations/positions_kernel": (4, False, "logit"),
+        "ablations/positions_both": (4, True, "logit"),
+    }
+    paper = LEAVES["isda_r50_paper"].config().MODEL.ISDA
+    assert (paper.MASK_LOSS, paper.CLASS_WEIGHT, paper.MASK_WEIGHT, paper.KERNEL_POSITIONS) == ("iou", 1, 3, "point")
+    assert LEAVES["isda_r50_second_head"].config().MODEL.ISDA.MASKNESS_THRESHOLD == 1e-6
