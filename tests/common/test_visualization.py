@@ -64,6 +64,19 @@ def test_masks_boxes_and_labels_are_drawn_where_they_are():
     assert (label == class_colour(0)).all(axis=-1).mean() > 0.3
 
 
+def test_labels_stand_at_masks_where_there_are_no_boxes():
+    """No rectangle is drawn; the label is where that of the mask's bounding box would be."""
+    named, plain = (
+        draw_instances(IMAGE, predictions("pred_masks", *f, scores=(0.9,)), ["cat"]) for f in (["pred_classes"], [])
+    )
+    label = (named != plain).any(-1)[:45]  # above the mask
+    columns = np.flatnonzero(label.any(0))
+    assert columns.min() >= 98 and columns.max() < 200
+    empty = predictions("pred_masks", "pred_classes", scores=(0.9,))
+    empty.pred_masks[:] = False
+    assert not changed(draw_instances(IMAGE, empty, ["cat"])).any()
+
+
 def test_score_threshold():
     drawn = draw_instances(IMAGE, predictions(scores=(0.5, 0.25)), score_threshold=0.5)
     np.testing.assert_array_equal(drawn, draw_instances(IMAGE, predictions(scores=(0.5,))))

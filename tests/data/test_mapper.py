@@ -314,3 +314,16 @@ def test_result_depends_on_the_seed_alone(entry):
     assert outputs[0]["image"].equal(outputs[1]["image"])
     assert outputs[0]["instances"].gt_masks.tensor.equal(outputs[1]["instances"].gt_masks.tensor)
     assert outputs[0]["image"].shape != outputs[2]["image"].shape
+
+
+def test_skip_empty(entry):
+    """Only where it is asked for, and only in training."""
+    cfg = get_cfg()
+    cfg.MODEL.META_ARCHITECTURE = "ISDA"
+    cfg.MODEL.MASK_ON = True
+    empty = {**entry, "annotations": []}
+    assert len(InstanceMapper(cfg, True)(empty)["instances"]) == 0
+    cfg.INPUT.REPLACE_EMPTY = True
+    assert InstanceMapper(cfg, True)(empty) is None
+    assert InstanceMapper(cfg, True)(entry) is not None
+    assert InstanceMapper(cfg, False)(empty) is not None

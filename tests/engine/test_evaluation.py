@@ -83,6 +83,43 @@ def test_boxes_only(val: Callable[..., str], tmp_path: Path) -> None:
     assert list(evaluate(val(), tmp_path, lambda entry: perfect(entry, masks=False))) == ["bbox"]
 
 
+def without_boxes(entry: dict) -> Instances:
+    instances = perfect(entry)
+    instances.remove("pred_boxes")
+    return instances
+
+
+def test_masks_only(val: Callable[..., str], tmp_path: Path) -> None:
+    """The same mask AP as with boxes, no box AP, and results without boxes; order of scores does not matter."""
+
+    def shuffled(entry: dict) -> Instances:
+        instances = without_boxes(entry)
+        return instances[torch.arange(len(instances)).flip(0)]
+
+    name = val()
+    results = evaluate(name, tmp_path, shuffled)
+    assert list(results) == ["segm"]
+    assert results["segm"]["AP"] == pytest.approx(100)
+    assert all(set(result) == {"image_id", "category_id", "score", "segmentation"} for result in written(tmp_path))
+    nothing = evaluate(name, tmp_path, lambda entry: without_boxes({**entry, "annotations": []}))
+    assert nothing["segm"]["AP"] == 0 and "bbox" not in nothing
+
+
+def test_masks_only_without_true_masks(val: Callable[..., str], tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    def strip(content: dict) -> None:
+        for annotation in content["annotations"]:
+            del annotation["segmentation"], annotation["area"]
+
+    def predict(entry: dict) -> Instances:
+        instances = perfect(entry, masks=False)
+        instances.pred_masks = torch.ones(len(instances), entry["height"], entry["width"], dtype=torch.bool)
+        instances.remove("pred_boxes")
+        return instances
+
+    assert evaluate(val(strip), tmp_path, predict) == {}
+    assert "without segmentation: no mask AP" in log.text and written(tmp_path)
+
+
 @pytest.mark.parametrize("how", ["missing", "empty"])
 def test_no_ground_truth(val: Callable[..., str], tmp_path: Path, log: pytest.LogCaptureFixture, how: str) -> None:
     def strip(content: dict) -> None:

@@ -114,3 +114,33 @@ def test_mixed_seeds_differ() -> None:
     seeds = {mix_seed(seed, purpose, n) for seed in range(5) for purpose in range(4) for n in range(50)}
     assert len(seeds) == 1000
     assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_skipped_images_are_replaced_by_random_others() -> None:
+    """The replacement, too, is a function of seed and position; what is not skipped stays as it was."""
+
+    def skip_even(entry: dict) -> dict | None:
+        return mapper(entry) if entry["index"] % 2 else None
+
+    def run(start: int = 0, num_workers: int = 0) -> list[list[dict]]:
+        loader = TrainLoader([{"index": i} for i in range(7)], skip_even, 3, num_workers=num_workers, seed=1)
+        loader.start_at(start, 1)
+        return list(itertools.islice(loader, 9))[: 9 - start]
+
+    whole = run()
+    assert run(start=4) == whole[4:]
+    plain = batches(9)
+    chosen = Counter()
+    for replaced, kept in zip(itertools.chain(*whole), itertools.chain(*plain), strict=True):
+        assert replaced["index"] % 2
+        if kept["index"] % 2:
+            assert replaced == kept
+        else:
+            chosen[replaced["index"]] += 1
+    assert len(chosen) == 3  # all odd entries take their turn
+
+
+def test_data_set_without_usable_images() -> None:
+    loader = TrainLoader([{"index": 0}], lambda entry: None, 1)
+    with pytest.raises(RuntimeError, match="skipped 1000 images in a row.*REPLACE_EMPTY False"):
+        next(iter(loader))
