@@ -123,7 +123,7 @@ def convert_mmdetection_detector(
 def convert_original_detector(
     state: Mapping[str, Tensor | np.ndarray], class_ids: Sequence[int] | None, *, drop_classes: bool = False
 ) -> tuple[State, Report]:
-    """Turn a Deformable DETR of its authors' release into the start of an ISDA.
+    """Turn a Deformable DETR, of its authors' release or of this project, into the start of an ISDA.
 
     Args:
         class_ids: rows of the class head to keep, in the order of the model's classes. Published heads have 91 rows,
@@ -135,7 +135,9 @@ def convert_original_detector(
     state = {key: torch.as_tensor(value) for key, value in state.items()}
     if "query_embed.weight" not in state:
         raise CheckpointError("This is a two-stage Deformable DETR. " + _WANTED)
-    if any(key.startswith("transformer.decoder.bbox_embed.") for key in state):
+    own = not any(key.startswith("backbone.0.") for key in state)
+    # With refinement the release's decoder has the box heads, and this project's model one for every layer
+    if any(re.match(r"bbox_embed\.1\." if own else r"transformer\.decoder\.bbox_embed\.", key) for key in state):
         raise CheckpointError("This is a Deformable DETR with box refinement. " + _WANTED)
     rules: list[Rule] = [
         Drop(r"(^|\.)total_(params|ops)$", "left over by a profiler"),
@@ -143,7 +145,7 @@ def convert_original_detector(
         Drop(r"^input_proj\.\d+\.0\.bias$", "ISDA's projections have no bias"),
         Copy(r"^class_embed\.[1-9]\d*\.(.*)", r"class_embed.0.\1"),
         Rename(r"^class_embed\.0\.", "class_embed."),
-        *resnet_rules(r"^backbone\.0\.body\.", "backbone."),
+        *([] if own else resnet_rules(r"^backbone\.0\.body\.", "backbone.")),
     ]
     if drop_classes:
         rules.append(_CLASS_HEAD)
@@ -264,6 +266,15 @@ register_format(
         convert=lambda state, options: convert_original_detector(
             state, options.class_ids, drop_classes=options.drop_classes
         ),
+        new_keys=_new_keys_of_start,
+    )
+)
+register_format(
+    Format(
+        "Deformable DETR in QueryMask's own names, as the start of an ISDA",
+        (r"^transformer\.level_embed$", r"^bbox_embed\.0\.", r"^backbone\.stem\."),
+        meta_architecture="ISDA",
+        convert=lambda state, options: convert_original_detector(state, None, drop_classes=options.drop_classes),
         new_keys=_new_keys_of_start,
     )
 )

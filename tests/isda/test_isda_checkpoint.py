@@ -177,7 +177,28 @@ def test_other_forms_of_deformable_detr_are_refused() -> None:
             convert_mmdetection_detector(state)
 
 
-@pytest.mark.parametrize("source", [isda, mmdetection, original])
+def own_detector() -> State:
+    """A Deformable DETR as this project saves it."""
+    cfg = querymask.get_cfg()
+    cfg.merge_from_file(str(ROOT / "projects" / "solq" / "configs" / "deformable_detr_r50_width256.yaml"))
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        shapes = {key: list(value.shape) for key, value in build_model(cfg).state_dict().items()}
+    return fill(shapes)
+
+
+def test_start_from_an_own_detector() -> None:
+    state = own_detector()
+    converted, report = convert_original_detector(state, None)
+    fitted, report = fit_to_model(converted, report, model_shapes(), r"^(fine_proj|mask_features|kernel_embed)\.")
+    assert report.fits, report.details(*Report.MISFITS)
+    assert fitted["class_embed.bias"].flatten()[0] == state["class_embed.0.bias"].flatten()[0]
+    assert {line.source.partition(".")[0] for line in report.of("dropped")} == {"bbox_embed", "input_proj"}
+    with pytest.raises(CheckpointError, match="with box refinement"):
+        convert_original_detector({**state, "bbox_embed.1.layers.0.bias": torch.zeros(256)}, None)
+
+
+@pytest.mark.parametrize("source", [isda, mmdetection, original, own_detector])
 @pytest.mark.parametrize("drop", [False, True])
 def test_through_the_tool(
     source: Callable[[], State], drop: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
