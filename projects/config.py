@@ -4,12 +4,14 @@ from detectron2.config import CfgNode
 from detectron2.config import get_cfg as get_detectron2_cfg
 
 from querymask.common.config import add_common_config
+from querymask.istr.config import add_istr_config
 from querymask.solq.config import add_solq_config
 
 
 def add_querymask_config(cfg: CfgNode) -> None:
     """Add the keys of every QueryMask method to a Detectron2 config, in place."""
     add_common_config(cfg)
+    add_istr_config(cfg)
     add_solq_config(cfg)
 
 
