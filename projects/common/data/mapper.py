@@ -39,6 +39,7 @@ class InstanceMapper:
         image_format: str = "RGB",
         use_masks: bool = True,
         max_instances: int = 0,
+        drop_empty_masks: bool = False,
         num_classes: int | None = None,
     ) -> None:
         """
@@ -48,6 +49,7 @@ class InstanceMapper:
             image_format: "RGB" or "BGR", or another that ``detectron2.data.detection_utils.read_image`` knows.
             use_masks: whether ``instances`` have ``gt_masks``.
             max_instances: use a random choice of at most this many instances of an image; 0: all.
+            drop_empty_masks: leave out instances of which the augmentations left no pixel.
             num_classes: of the model, for a check of the annotations; None: no check.
         """
         self.is_train = is_train
@@ -55,6 +57,7 @@ class InstanceMapper:
         self.image_format = image_format
         self.use_masks = use_masks
         self.max_instances = max_instances
+        self.drop_empty_masks = drop_empty_masks
         self.num_classes = num_classes
         # Annotations dropped so far for a degenerate box
         self.num_degenerate = 0
@@ -69,6 +72,7 @@ class InstanceMapper:
             "image_format": cfg.INPUT.FORMAT,
             "use_masks": method.get("MASK_ON", cfg.MODEL.MASK_ON),
             "max_instances": cfg.INPUT.MAX_INSTANCES,
+            "drop_empty_masks": cfg.INPUT.DROP_EMPTY_MASKS,
             "num_classes": method.get("NUM_CLASSES"),
         }
 
@@ -144,6 +148,8 @@ class InstanceMapper:
             for mask, i in zip(masks, kept):
                 mask[:] = transforms.apply_segmentation(_bitmask(annotations[i], size, dataset_dict))
             instances.gt_masks = BitMasks(torch.from_numpy(masks))
+            if self.drop_empty_masks:
+                instances = instances[instances.gt_masks.nonempty()]
         return instances
 
     def _category(self, annotation: dict[str, Any], dataset_dict: dict[str, Any]) -> int:

@@ -92,7 +92,9 @@ class AutoencoderMaskCoding(LearnedMaskCoding):
         """
         self.require_basis()
         if not len(vectors):
-            unused = sum(parameter.sum() for parameter in self.decoder.parameters())
+            # Connected all the same, so that every trained parameter gets a gradient, of zeros
+            unused = sum(parameter.sum() for parameter in self.decoder.parameters()) + vectors.sum()
+            unused = unused if context is None else unused + context.sum()
             return vectors.new_zeros((0, self.mask_size, self.mask_size)) * unused
         with without_autocast(vectors.device):
             x = vectors
