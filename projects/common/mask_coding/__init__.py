@@ -1,7 +1,13 @@
 """Masks as short vectors: one interface, ``encode(masks) -> vectors`` and ``decode(vectors) -> maps``."""
 
 from querymask.common.mask_coding.autoencoder import AutoencoderMaskCoding
-from querymask.common.mask_coding.base import LearnedMaskCoding, MaskCoding, MissingBasisError, binarize_at_half_range
+from querymask.common.mask_coding.base import (
+    LearnedMaskCoding,
+    MaskCoding,
+    MissingBasisError,
+    binarize_at_half_range,
+    fill_missing_bases,
+)
 from querymask.common.mask_coding.build import MASK_CODINGS, build_mask_coding
 from querymask.common.mask_coding.dct import DCTMaskCoding, zigzag_order
 from querymask.common.mask_coding.flatten import FlattenMaskCoding
@@ -19,6 +25,7 @@ __all__ = [
     "PCAMaskCoding",
     "binarize_at_half_range",
     "build_mask_coding",
+    "fill_missing_bases",
     "mask_logits",
     "zigzag_order",
 ]

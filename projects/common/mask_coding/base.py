@@ -80,3 +80,11 @@ class LearnedMaskCoding(MaskCoding):
                 "checkpoint that has one with MODEL.WEIGHTS."
             )
         self._checked = True
+
+
+def fill_missing_bases(model: nn.Module) -> None:
+    """Put ones where a learned coding has no basis yet: for measuring what a model costs, never for its results."""
+    for module in model.modules():
+        if isinstance(module, LearnedMaskCoding) and not torch.isfinite(module._witness()).all():
+            for parameter in module.parameters():
+                nn.init.ones_(parameter)
