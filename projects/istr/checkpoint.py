@@ -104,16 +104,15 @@ def settings(state: State) -> dict[str, Any]:
 def _mask_settings(state: State) -> dict[str, Any]:
     """Those of the mask branch."""
     if _FIRST + "mask_logits.weight" in state:
-        length, head, scored, target = state[_FIRST + "mask_logits.weight"].shape[0], "vector", -1, "ground_truth"
+        length, head, scored = state[_FIRST + "mask_logits.weight"].shape[0], "vector", -1
     else:
         last = state[_FIRST + "mask_module.6.weight"]
-        length, head, scored, target = last.shape[0], "convolution", 2, "predicted"
+        length, head, scored = last.shape[0], "convolution", 2
     result = {
         "MODEL.ISTR.MASK_ON": True,
         "MODEL.ISTR.MASK_HEAD": head,
         "MODEL.ISTR.VECTOR_LENGTH": length,
         "MODEL.ISTR.FIRST_SCORED_STAGE": scored,
-        "MODEL.ISTR.MASK_TARGET": target,
     }
     if head == "convolution":
         result["MODEL.ISTR.MASK_POOL_SIZE"] = 4 * last.shape[-1]

@@ -82,6 +82,33 @@ def test_inference(make_model: MakeModel, make_batch: MakeBatch, form: str) -> N
             assert instances.pred_masks.shape == (len(instances), *size) and instances.pred_masks.dtype == torch.bool
 
 
+@pytest.mark.parametrize("form", ["paper", "second release, autoencoder", "attention"])
+def test_autocast(make_model: MakeModel, make_batch: MakeBatch, form: str) -> None:
+    """Losses and detections in bfloat16 are near those in float32."""
+    results = []
+    for enabled in (False, True):
+        model, batch = make_model(**FORMS[form]), make_batch([2, 1])
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            losses = model(batch)
+            with torch.no_grad():
+                found = model.eval()(batch)
+        total = sum(losses.values())
+        assert total.dtype == torch.float32 and found[0]["instances"].pred_boxes.tensor.dtype == torch.float32
+        total.backward()
+        results.append(float(total.detach()))
+    assert results[1] == pytest.approx(results[0], rel=0.05)
+
+
+def test_diverged_predictions_are_named(make_model: MakeModel, make_batch: MakeBatch) -> None:
+    model = make_model()
+    torch.nn.init.constant_(model.stages[0].bboxes_delta.bias, float("nan"))
+    with pytest.raises(
+        FloatingPointError, match=r"layer 0 for 0\.jpg .*L1 box cost: the predictions of 6 of 6 queries"
+    ):
+        model(make_batch([2, 1]))
+
+
 def test_padding_counts_in_the_image_feature_only(make_model: MakeModel, make_batch: MakeBatch) -> None:
     model = make_model().eval()
     with torch.no_grad():

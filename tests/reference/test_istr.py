@@ -1,5 +1,6 @@
 """ISTR against its official implementations: network, detections, matching, losses, gradients, strict loading."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,14 +40,11 @@ SETTINGS = {
     "num_classes": "NUM_CLASSES",
     "use_image_feature": "USE_IMAGE_FEATURE",
     "image_feature": "USE_IMAGE_FEATURE",
-    "use_position": "USE_POSITION",
-    "position": "USE_POSITION",
-    "position_embedding": "USE_POSITION",
-    "position_embeddings": "USE_POSITION",
-    "pos_embedding": "USE_POSITION",
-    "pos_embeddings": "USE_POSITION",
     "deep_supervision": "DEEP_SUPERVISION",
 }
+# Names that the two switches of table 1e may have: pooling of the image feature, and the position embedding
+POOLING_NAME = r"(image_|feature_|image_feature_|query_|spatial_)?pool(ing)?(_type)?"
+POSITION_NAME = r"(use_|with_)?pos(ition)?(al)?(_embed(ding)?s?)?"
 POOLING = {"max": "max", "maximum": "max", "avg": "mean", "average": "mean", "mean": "mean"}
 V2 = {
     "MASK_HEAD": "convolution",
@@ -76,19 +74,17 @@ def configure(settings: Mapping[str, Any]) -> CfgNode:
             if value == "v2":
                 for key, changed in V2.items():
                     istr[key] = changed
-            else:
-                cfg.MODEL.BACKBONE.FREEZE_AT = 2
             cfg.MODEL.BACKBONE.FREEZE_AT = 2 if value == "paper" else 0
         elif name == "backbone_depth":
             cfg.MODEL.RESNETS.DEPTH = value
         elif name == "mask_encoding":
             assert value in CODINGS, f"unknown mask encoding {value}"
             istr.MASK_CODING = CODINGS[value]
-        elif name in ("pooling", "query_pooling", "feature_pooling", "image_feature_pooling", "image_pooling"):
+        elif re.fullmatch(POOLING_NAME, name):
             assert value in POOLING, f"unknown pooling {value}"
             istr.QUERY_POOLING = POOLING[value]
-        elif name in SETTINGS:
-            key = SETTINGS[name]
+        elif name in SETTINGS or re.fullmatch(POSITION_NAME, name):
+            key = SETTINGS.get(name, "USE_POSITION")
             assert isinstance(value, type(istr[key])), f"{name} = {value!r}"
             istr[key] = value
         else:
