@@ -318,9 +318,8 @@ class ISTR(nn.Module):
         if stage is not None:
             logits = outputs.logits[stage]
         else:
-            first = min(
-                self.first_scored_stage % number if self.first_scored_stage < 0 else self.first_scored_stage, number - 1
-            )
+            first = self.first_scored_stage
+            first = max(number + first, 0) if first < 0 else min(first, number - 1)
             logits = full_precision(outputs.logits[first:]).mean(0)
         logits = full_precision(logits)
         return logits.sigmoid() if self.criterion.classifier == "sigmoid" else logits.softmax(-1)[..., :-1]

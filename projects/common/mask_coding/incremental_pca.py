@@ -1,6 +1,6 @@
 """PCA of more rows than fit into memory (Ross et al. 2008), one batch after the other."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -96,13 +96,3 @@ def fit(rows: np.ndarray, num_components: int, batch_size: int) -> PCABasis:
     for part in batch_slices(len(rows), batch_size, num_components):
         pca.update(rows[part])
     return pca.basis()
-
-
-def pixel_iou(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
-    """IoU of foreground and of background over all pixels of all pairs of (decoded, true) bool masks."""
-    both = either = total = 0
-    for decoded, truth in pairs:
-        both += int((decoded & truth).sum())
-        either += int((decoded | truth).sum())
-        total += truth.size
-    return both / max(either, 1), (total - either) / max(total - both, 1)
