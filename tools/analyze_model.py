@@ -25,6 +25,7 @@ from tabulate import tabulate
 from querymask.common.data.mapper import InstanceMapper
 from querymask.common.engine import choose_device
 from querymask.common.flops import Cost, Parameters, count_parameters, measure
+from querymask.common.mask_coding import fill_missing_bases
 
 GIGA = 1e9
 MEGA = 1e6
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(parameter_table(count_parameters(model), args.depth))
     if args.load_weights:
         DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    fill_missing_bases(model)
     costs = []
     for item in inputs(args, cfg):
         costs.append(measure(model, item))

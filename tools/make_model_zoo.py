@@ -28,6 +28,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from querymask.common.flops import count_parameters, measure
+from querymask.common.mask_coding import fill_missing_bases
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "docs" / "model_zoo.md"
@@ -67,10 +68,14 @@ uv run train_net.py --config-file $CONFIG --eval-only MODEL.WEIGHTS weights/solq
 
 - "release": files of SOLQ's authors, linked from the read-me of
   [megvii-research/SOLQ](https://github.com/megvii-research/SOLQ) (Google Drive).
+- "release of May 2021", "release of March 2022": files of ISTR's authors. The second ones are linked from the page of
+  [hujiecpp/ISTR](https://github.com/hujiecpp/ISTR), where they took the place of the first; the two are of different
+  models.
 - "Deformable DETR's release": linked from the read-me of
   [fundamentalvision/Deformable-DETR](https://github.com/fundamentalvision/Deformable-DETR) (Google Drive).
 
-Both hold `.pth` files with a class head of 91 rows, indexed by COCO's raw category ids; conversion picks COCO's 80.
+SOLQ's and Deformable DETR's are `.pth` files with a class head of 91 rows, indexed by COCO's raw category ids;
+conversion picks COCO's 80. ISTR's have 80 rows, in the order of COCO's categories.
 
 Training starts from a backbone:
 
@@ -83,6 +88,11 @@ Training starts from a backbone:
 uv run tools/convert_checkpoint.py --config-file projects/solq/configs/solq_swin_l.yaml \\
     swin_large_patch4_window7_224_22k.pth weights/swin_large_patch4_window7_224_22k.pth
 ```
+
+  ISTR's Swin-L starts from the file for 384 pixels and window 12, `swin_large_patch4_window12_384_22k.pth`, in the same
+  way.
+- ISTR's PCA and autoencoder need a basis to be trained from a backbone: `MASK_BASIS`, see
+  [its page](../projects/istr/README.md).
 """
 
 
@@ -158,9 +168,22 @@ def measure_gflops(leaves: Sequence[Leaf]) -> Iterator[tuple[str, str]]:
             cfg = leaf.config()
             cfg.MODEL.DEVICE = "cpu"
             torch.manual_seed(0)
-            cost = measure(build_model(cfg), {"image": pixels, "height": HEIGHT, "width": WIDTH})
+            model = build_model(cfg)
+            prepare_for_measurement(model)
+            cost = measure(model, {"image": pixels, "height": HEIGHT, "width": WIDTH})
             by_network[network] = f"{cost.flops_by_module[''] / 1e9:.1f}"
         yield leaf.name, by_network[network]
+
+
+def prepare_for_measurement(model: nn.Module) -> None:
+    """Let a model with random weights do what a trained one does: have a mask basis, and find objects in the image.
+
+    Boxes that stages of random weights move would soon leave the image, and no mask is made outside of it.
+    """
+    fill_missing_bases(model)
+    for name, parameter in model.named_parameters():
+        if "bboxes_delta" in name:
+            nn.init.zeros_(parameter)
 
 
 def row(leaf: Leaf, gflops: str) -> tuple[str, ...]:

@@ -19,6 +19,8 @@ def add_common_config(cfg: CfgNode) -> None:
     cfg.INPUT.DETR_CROP.MIN_SIZES = [400, 500, 600]
     # Width and height of the crop are uniform integers of this range, limited by the image
     cfg.INPUT.DETR_CROP.CROP_RANGE = [384, 600]
+    # Height and width of the crop as parts of the image's, instead of CROP_RANGE (empty: CROP_RANGE counts)
+    cfg.INPUT.DETR_CROP.RELATIVE_SIZE = []
     # SOLQ's release resizes once more before the choice of the branch
     cfg.INPUT.DETR_CROP.RESIZE_FIRST = False
 
@@ -29,6 +31,9 @@ def add_common_config(cfg: CfgNode) -> None:
 
     # At most this many instances of a training image are used, a random choice of them (0: all); bounds the memory
     cfg.INPUT.MAX_INSTANCES = 0
+
+    # Leave out instances of which augmentation left no pixel of the mask
+    cfg.INPUT.DROP_EMPTY_MASKS = False
 
     # How float32 matrix products may be rounded inside (torch.set_float32_matmul_precision): highest, high (TF32) or
     # medium (bfloat16 where the processor has it, twice as fast there)

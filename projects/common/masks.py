@@ -5,6 +5,8 @@ from detectron2.layers.mask_ops import paste_masks_in_image
 from detectron2.structures import BitMasks, Instances
 from torchvision.ops import roi_align
 
+from querymask.common.precision import full_precision
+
 
 def instance_masks(instances: Instances) -> torch.Tensor:
     """Ground-truth masks of an image as (n, H, W) bool, from bitmasks or polygons."""
@@ -21,25 +23,28 @@ def instance_masks(instances: Instances) -> torch.Tensor:
     return masks.tensor.to(instances.gt_classes.device)
 
 
-def crop_masks(masks: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:
+def crop_masks(masks: torch.Tensor, boxes: torch.Tensor, size: int, index: torch.Tensor | None = None) -> torch.Tensor:
     """Cut every mask out at its box and resize it to a square.
 
-    RoIAlign with half-pixel shift and ceil(side / size) samples per bin and axis, then a threshold of 0.5, in float32:
-    the same as Detectron2's ``BitMasks.crop_and_resize``.
+    RoIAlign with half-pixel shift and ceil(side / size) samples per bin and axis, then a threshold of 0.5, in the
+    boxes' precision: in float32 the same as Detectron2's ``BitMasks.crop_and_resize``.
 
     Args:
         masks: (n, H, W) bool.
-        boxes: (n, 4) XYXY in pixels of the masks.
+        boxes: (m, 4) XYXY in pixels of the masks.
         size: side of the result.
+        index: (m,) the mask of each box; None: one box a mask, m = n.
 
     Returns:
-        (n, size, size) bool.
+        (m, size, size) bool.
     """
-    if not len(masks):
+    if not len(boxes):
         return masks.new_zeros((0, size, size), dtype=torch.bool)
-    index = torch.arange(len(boxes), dtype=torch.float32, device=boxes.device)
-    rois = torch.cat((index[:, None], boxes.to(torch.float32)), dim=1)
-    crops = roi_align(masks[:, None].to(torch.float32), rois, size, spatial_scale=1.0, sampling_ratio=0, aligned=True)
+    if index is None:
+        index = torch.arange(len(boxes), device=boxes.device)
+    boxes = full_precision(boxes)
+    rois = torch.cat((index[:, None].to(boxes.dtype), boxes), dim=1)
+    crops = roi_align(masks[:, None].to(boxes.dtype), rois, size, spatial_scale=1.0, sampling_ratio=0, aligned=True)
     return crops[:, 0] >= 0.5
 
 

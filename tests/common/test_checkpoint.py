@@ -283,8 +283,6 @@ def expanded(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
 
 FOREIGN = {
     "ISDA": ["bbox_head.kernel_branches.0.0.weight", "mask_feat_head.conv_pred.0.conv.weight", "bbox_head.transformer"],
-    "ISTR": ["head.head_series.0.mask_logits.weight", "head.head_series.0.mask_module.0.weight", "mask_encoding.means"],
-    "ISTR v2": ["head.head_series.0.mask_module.0.weight", "mask_E.encoder.0.weight"],
     "EffSeg or FQDet (DetSeg)": ["heads.gvd.heads.2.qry.0.weight", "backbone.body.conv1.weight"],
     "Deformable DETR of mmdetection": [
         "bbox_head.transformer.decoder.layers.0.attentions.1.sampling_offsets.weight",
@@ -313,6 +311,13 @@ def test_published_solq_models_have_one_format(path: Path) -> None:
     manifest = json.loads(path.read_text())
     names = [format.name for format in FORMATS if format.matches(manifest) and format.meta_architecture is None]
     assert names == ([] if path.stem.startswith("checkpoint_swin_t") else ["SOLQ or Deformable DETR"])
+
+
+@pytest.mark.parametrize("path", sorted((GOLDEN / "istr").glob("checkpoint*.json")), ids=lambda path: path.stem)
+def test_published_istr_models_have_one_format(path: Path) -> None:
+    manifest = json.loads(path.read_text())
+    names = [format.name for format in FORMATS if format.matches(manifest)]
+    assert names == ["ISTR v2" if "v2" in path.stem else "ISTR"]
 
 
 def test_unknown_models_have_none() -> None:

@@ -105,6 +105,21 @@ def test_branches_of_the_recipe(resize_first):
         assert min(last.new_h, last.new_w) in (480, 512, 544) or max(last.new_h, last.new_w) <= 800
 
 
+def test_crop_of_a_part_of_the_image():
+    """ISTR's: 0.7 of height and of width, anywhere."""
+    image = np.zeros((300, 400, 3), np.uint8)
+    np.random.seed(0)
+    cfg = train_cfg(ENABLED=True, PROBABILITY=1.0, RELATIVE_SIZE=[0.7, 0.5])
+    corners = set()
+    for _ in range(20):
+        before, crop, last = steps(cfg, image)
+        assert (crop.h, crop.w) == (int(before.new_h * 0.7 + 0.5), int(before.new_w * 0.5 + 0.5))
+        corners.add((crop.x0 / before.new_w, crop.y0 / before.new_h))
+    assert len(corners) > 15 and max(corners)[0] > 0.3 and max(y for _, y in corners) > 0.2
+    with pytest.raises(ValueError, match=r"RELATIVE_SIZE is \[0\.7\]: give parts of height and width"):
+        build_augmentations(train_cfg(ENABLED=True, RELATIVE_SIZE=[0.7]), is_train=True)
+
+
 def test_the_branch_with_the_crop_has_no_limit_on_the_longer_side():
     image = np.zeros((30, 150, 3), np.uint8)
     np.random.seed(0)

@@ -158,6 +158,18 @@ def test_instances_outside_the_crop_are_dropped_and_without_a_mask_kept(entry):
     assert instances.gt_boxes.tensor.tolist() == [[0, 0, 8, 20]] and not instances.gt_masks.tensor.any()
 
 
+def test_instances_without_a_pixel_are_dropped_if_asked(entry):
+    entry["annotations"].insert(0, annotation(bbox=[112, 110, 20, 20], segmentation=[[112, 110, 132, 110, 132, 130]]))
+    entry["annotations"][0]["category_id"] = 0
+    instances = make_mapper(FixedCrop(112, 110, 20, 20), drop_empty_masks=True)(entry)["instances"]
+    assert instances.gt_classes.tolist() == [0]
+    assert len(instances.gt_boxes) == len(instances.gt_masks) == 1 and instances.gt_masks.tensor.any()
+    cfg = get_cfg()
+    assert not InstanceMapper(cfg).drop_empty_masks
+    cfg.INPUT.DROP_EMPTY_MASKS = True
+    assert InstanceMapper(cfg).drop_empty_masks
+
+
 @pytest.mark.parametrize("form", ["polygon", "arrays", "compressed", "bytes", "uncompressed", "uint8", "bool"])
 def test_forms_of_segmentation(entry, form):
     mask = polygon_mask()

@@ -33,6 +33,8 @@ def load_cases(subject: str, kind: str | None = None) -> dict[str, dict[str, Any
     if not (reference_dir() / subject / "cases.json").exists():
         return {}
     cases = load_document(subject)["cases"]
+    if isinstance(cases, list):
+        cases = {case["name"]: case for case in cases}
     return {name: case for name, case in cases.items() if kind is None or case.get("kind") == kind}
 
 

@@ -16,7 +16,12 @@ from querymask.common.solver import build_lr_scheduler, build_optimizer
 
 zoo = load_tool("make_model_zoo")
 LEAVES = {leaf.name: leaf for leaf in zoo.find_leaves() if leaf.method == "solq"}
-OWN = {"solq_shapes", "solq_shapes_quick", "solq_r50_overfit", "deformable_detr_shapes"}  # this project's, on other data than COCO
+OWN = {
+    "solq_shapes",
+    "solq_shapes_quick",
+    "solq_r50_overfit",
+    "deformable_detr_shapes",
+}  # this project's, on other data than COCO
 COCO_LEAVES = {name: leaf for name, leaf in LEAVES.items() if name not in OWN}
 NUM_CLASSES = 5
 NUM_QUERIES = 12

@@ -1,6 +1,13 @@
 """Backbones that Detectron2 lacks."""
 
 from querymask.common.backbones.basic_resnet import build_basic_resnet_backbone
+from querymask.common.backbones.fpn import build_basic_resnet_fpn_backbone, build_swin_fpn_backbone
 from querymask.common.backbones.swin import SwinTransformer, build_swin_backbone
 
-__all__ = ["build_basic_resnet_backbone", "SwinTransformer", "build_swin_backbone"]
+__all__ = [
+    "SwinTransformer",
+    "build_basic_resnet_backbone",
+    "build_basic_resnet_fpn_backbone",
+    "build_swin_backbone",
+    "build_swin_fpn_backbone",
+]

@@ -257,8 +257,6 @@ for _format in (
         (r"(^bbox_head\.transformer|^)\.?decoder\.layers\.0\..*sampling_offsets\.", r"^bbox_head\.reg_branches\."),
         excluded=(r"^bbox_head\.kernel_branches\.", r"dn_query_generator|denoising"),
     ),
-    Format("ISTR", (r"^head\.head_series\.0\.mask_logits\.", r"^mask_encoding\.")),
-    Format("ISTR v2", (r"^head\.head_series\.0\.mask_module\.",), excluded=(r"^head\.head_series\.0\.mask_logits\.",)),
     Format("Sparse R-CNN", (r"^head\.head_series\.0\.inst_interact\.", r"^init_proposal_features\.")),
     Format("EffSeg or FQDet (DetSeg)", (r"^heads\.gvd\.",)),
     Format("vision transformer of timm", (r"^patch_embed\.proj\.weight$", r"^blocks\.0\.attn\.qkv\.weight$")),

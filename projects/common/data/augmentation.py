@@ -126,7 +126,20 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     if crop.ENABLED:
         if crop.RESIZE_FIRST:
             augmentations.append(resize)
-        branch = T.AugmentationList([ResizeShortestSide(crop.MIN_SIZES), RandomCropOfRange(*crop.CROP_RANGE)])
+        branch = T.AugmentationList([ResizeShortestSide(crop.MIN_SIZES), _crop(crop)])
         augmentations.append(T.RandomApply(branch, crop.PROBABILITY))
     augmentations.append(resize)
     return augmentations
+
+
+def _crop(keys: CfgNode) -> T.Augmentation:
+    """The crop of the second branch: of a size from a range, or of a part of the image."""
+    relative = list(keys.RELATIVE_SIZE)
+    if not relative:
+        return RandomCropOfRange(*keys.CROP_RANGE)
+    if len(relative) != 2 or not all(0 < part <= 1 for part in relative):
+        raise ValueError(
+            f"INPUT.DETR_CROP.RELATIVE_SIZE is {relative}: give parts of height and width in (0, 1], as [0.7, 0.7], or "
+            "[] for a crop of CROP_RANGE."
+        )
+    return T.RandomCrop("relative", relative)

@@ -39,6 +39,7 @@ class InstanceMapper:
         image_format: str = "RGB",
         use_masks: bool = True,
         max_instances: int = 0,
+        drop_empty_masks: bool = False,
         num_classes: int | None = None,
         skip_empty: bool = False,
     ) -> None:
@@ -49,6 +50,7 @@ class InstanceMapper:
             image_format: "RGB" or "BGR", or another that ``detectron2.data.detection_utils.read_image`` knows.
             use_masks: whether ``instances`` have ``gt_masks``.
             max_instances: use a random choice of at most this many instances of an image; 0: all.
+            drop_empty_masks: leave out instances of which the augmentations left no pixel.
             num_classes: of the model, for a check of the annotations; None: no check.
             skip_empty: give None for a training image without instances after augmentation: the loader takes another.
         """
@@ -57,6 +59,7 @@ class InstanceMapper:
         self.image_format = image_format
         self.use_masks = use_masks
         self.max_instances = max_instances
+        self.drop_empty_masks = drop_empty_masks
         self.num_classes = num_classes
         self.skip_empty = skip_empty
         # Annotations dropped so far for a degenerate box
@@ -72,6 +75,7 @@ class InstanceMapper:
             "image_format": cfg.INPUT.FORMAT,
             "use_masks": method.get("MASK_ON", cfg.MODEL.MASK_ON),
             "max_instances": cfg.INPUT.MAX_INSTANCES,
+            "drop_empty_masks": cfg.INPUT.DROP_EMPTY_MASKS,
             "num_classes": method.get("NUM_CLASSES"),
             "skip_empty": cfg.INPUT.REPLACE_EMPTY,
         }
@@ -151,6 +155,8 @@ class InstanceMapper:
             for mask, i in zip(masks, kept):
                 mask[:] = transforms.apply_segmentation(_bitmask(annotations[i], size, dataset_dict))
             instances.gt_masks = BitMasks(torch.from_numpy(masks))
+            if self.drop_empty_masks:
+                instances = instances[instances.gt_masks.nonempty()]
         return instances
 
     def _category(self, annotation: dict[str, Any], dataset_dict: dict[str, Any]) -> int:

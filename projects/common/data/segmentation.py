@@ -1,5 +1,6 @@
 """COCO's forms of segmentation as bitmasks."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -40,3 +41,20 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarra
             "equal to the image's."
         )
     return mask
+
+
+def crop_polygons(polygons: Sequence[Sequence[float]], box: Sequence[float], size: int) -> np.ndarray:
+    """The part of an instance inside a box, as a square mask: vertices are moved and scaled, then rasterised.
+
+    Args:
+        polygons: each x0, y0, x1, y1, ... in pixels; their union counts.
+        box: XYXY in the same pixels. Sides below 0.1 count as 0.1.
+        size: side of the result.
+
+    Returns:
+        bool [size, size].
+    """
+    origin = np.asarray(box[:2], dtype=np.float64)
+    scale = size / np.maximum(np.asarray(box[2:], dtype=np.float64) - origin, 0.1)
+    moved = [((np.asarray(p, dtype=np.float64).reshape(-1, 2) - origin) * scale).reshape(-1).tolist() for p in polygons]
+    return mask_util.decode(mask_util.merge(mask_util.frPyObjects(moved, size, size))).astype(bool)

@@ -1,48 +1,11 @@
-"""Masks as short vectors: one interface, ``encode(masks) -> vectors`` and ``decode(vectors) -> maps``."""
+"""The two-dimensional cosine transform of masks."""
 
-from abc import abstractmethod
 from functools import lru_cache
 
 import torch
-from torch import nn
 
+from querymask.common.mask_coding.base import MaskCoding
 from querymask.common.precision import without_autocast
-
-
-def binarize_at_half_range(maps: torch.Tensor) -> torch.Tensor:
-    """Foreground is what lies above the middle between a map's minimum and maximum; a constant map is empty.
-
-    Args:
-        maps: (n, size, size).
-
-    Returns:
-        (n, size, size) bool.
-    """
-    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    return maps > (low + high) / 2
-
-
-class MaskCoding(nn.Module):
-    """A code of square masks.
-
-    Attributes:
-        mask_size: side of the masks.
-        length: entries K of a vector.
-    """
-
-    mask_size: int
-    length: int
-
-    @abstractmethod
-    def encode(self, masks: torch.Tensor) -> torch.Tensor:
-        """(n, mask_size, mask_size) bool or float -> (n, length)."""
-
-    @abstractmethod
-    def decode(self, vectors: torch.Tensor) -> torch.Tensor:
-        """(n, length) -> (n, mask_size, mask_size) soft maps; the coding's documentation tells their range."""
-
-    def extra_repr(self) -> str:
-        return f"mask_size={self.mask_size}, length={self.length}"
 
 
 @lru_cache

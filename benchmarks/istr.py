@@ -1,0 +1,173 @@
+"""Images per second of ISTR beside Detectron2's Mask R-CNN: same backbone, image size and batch, one process.
+
+    python benchmarks/istr.py --save benchmarks/results/istr_cpu.md
+    python benchmarks/istr.py --device cuda --height 800 --width 1066 --config projects/istr/configs/istr_r50.yaml
+
+The models have random weights, but both give 100 detections an image: Mask R-CNN's score threshold is 0, and ISTR's
+boxes stay where they start, as boxes that random weights move would leave the image. One thread on the CPU is timed in
+CPU time, which other jobs of the machine disturb little; a GPU in wall time.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import querymask  # before Detectron2, which it makes importable on current libraries
+
+# isort: split
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+from tabulate import tabulate
+from torch import nn
+
+from querymask.common.flops import count_parameters
+from querymask.common.mask_coding import fill_missing_bases
+from querymask.common.solver import build_optimizer
+
+SHAPES = "projects/istr/configs/istr_shapes.yaml"
+
+
+def istr_config(args: argparse.Namespace) -> CfgNode:
+    """The config to measure, on the device."""
+    cfg = querymask.get_cfg()
+    cfg.merge_from_file(args.config)
+    cfg.merge_from_list(["MODEL.DEVICE", args.device, "MODEL.WEIGHTS", "", "TEST.DETECTIONS_PER_IMAGE", 100])
+    return cfg
+
+
+def mask_rcnn_config(istr: CfgNode) -> CfgNode:
+    """Mask R-CNN as in Detectron2's model zoo, on the same backbone and pyramid."""
+    cfg = istr.clone()
+    cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    cfg.MODEL.MASK_ON = True
+    levels = list(istr.MODEL.ISTR.IN_FEATURES)
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[8 * 4 * 2**level] for level in range(len(levels))]
+    cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [[0.5, 1.0, 2.0]]
+    cfg.MODEL.RPN.IN_FEATURES = levels
+    cfg.MODEL.RPN.PRE_NMS_TOPK_TRAIN = 2000
+    cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = 1000
+    cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 1000
+    heads = cfg.MODEL.ROI_HEADS
+    heads.NAME, heads.IN_FEATURES = "StandardROIHeads", levels
+    heads.NUM_CLASSES, heads.SCORE_THRESH_TEST = istr.MODEL.ISTR.NUM_CLASSES, 0.0
+    box, mask = cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD
+    box.NAME, box.NUM_FC, box.POOLER_RESOLUTION = "FastRCNNConvFCHead", 2, 7
+    mask.NAME, mask.NUM_CONV, mask.POOLER_RESOLUTION = "MaskRCNNConvUpsampleHead", 4, 14
+    return cfg
+
+
+def make_model(cfg: CfgNode) -> nn.Module:
+    """With random weights that give the full number of detections."""
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    fill_missing_bases(model)
+    for name, parameter in model.named_parameters():
+        if "bboxes_delta" in name:
+            nn.init.zeros_(parameter)
+    return model
+
+
+def make_batch(args: argparse.Namespace, num_classes: int) -> list[dict[str, Any]]:
+    """Random images with discs."""
+    generator = torch.Generator().manual_seed(0)
+    size = (args.height, args.width)
+    y, x = torch.meshgrid(*(torch.arange(side) + 0.5 for side in size), indexing="ij")
+    batch = []
+    for _ in range(args.batch):
+        radius = (torch.rand(args.instances, generator=generator) * 0.15 + 0.08) * min(size)
+        center = torch.rand(args.instances, 2, generator=generator) * 0.5 + 0.25
+        center = center * torch.tensor([args.width, args.height])
+        distance = (x - center[:, 0, None, None]) ** 2 + (y - center[:, 1, None, None]) ** 2
+        instances = Instances(size)
+        instances.gt_boxes = Boxes(torch.cat((center - radius[:, None], center + radius[:, None]), dim=1))
+        instances.gt_classes = torch.randint(num_classes, (args.instances,), generator=generator)
+        instances.gt_masks = BitMasks(distance < radius[:, None, None] ** 2)
+        image = torch.randint(256, (3, *size), generator=generator, dtype=torch.uint8)
+        batch.append({"image": image, "instances": instances, "height": args.height, "width": args.width})
+    return batch
+
+
+def seconds(run: Callable[[], object], args: argparse.Namespace) -> float:
+    """Median time of a call."""
+    cuda = args.device.startswith("cuda")
+    clock = time.perf_counter if cuda or torch.get_num_threads() > 1 else time.process_time
+    times = []
+    for _ in range(args.repeats + 1):  # the first is for warming up
+        if cuda:
+            torch.cuda.synchronize()
+        start = clock()
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(clock() - start)
+    return statistics.median(times[1:])
+
+
+def measure(cfg: CfgNode, args: argparse.Namespace) -> tuple[str, ...]:
+    """A row of the table."""
+    model = make_model(cfg)
+    istr = cfg.MODEL.META_ARCHITECTURE == "ISTR"
+    batch = make_batch(args, cfg.MODEL.ISTR.NUM_CLASSES)
+    optimizer = build_optimizer(cfg, model)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # the weights stay what they are
+
+    def train() -> None:
+        loss = sum(model(batch).values())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    with EventStorage():
+        training = seconds(train, args)
+    model.eval()
+    with torch.no_grad():
+        found = [len(output["instances"]) for output in model(batch)]
+        inference = seconds(lambda: model(batch), args)
+    parameters = count_parameters(model)[""].total
+    name = "ISTR" if istr else "Mask R-CNN (Detectron2)"
+    print(f"{name}: {training:.2f} s a training step, {inference:.2f} s an inference", flush=True)
+    rates = (f"{args.batch / value:.2f}" for value in (training, inference))
+    return (name, f"{parameters:,}", *rates, f"{min(found)} to {max(found)}")
+
+
+def main() -> None:
+    """Measure both models, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=SHAPES, help=f"of the ISTR; its backbone is Mask R-CNN's too ({SHAPES})")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--height", type=int, default=128)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--instances", type=int, default=5, help="in every image")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the table to this file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    cfg = istr_config(args)
+    rows = [measure(config, args) for config in (mask_rcnn_config(cfg), cfg)]
+    headers = ["model", "parameters", "training images/s", "inference images/s", "detections"]
+    clock = "wall time" if args.device != "cpu" or args.threads > 1 else "CPU time"
+    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{platform.processor() or 'CPU'}"
+    text = (
+        "# ISTR beside Mask R-CNN\n\nWritten by `benchmarks/istr.py`.\n\n"
+        f"Backbone, pyramid and number of classes of `{args.config}`, {args.height}x{args.width} pixels, batch "
+        f"{args.batch}, {args.instances} instances an image; random weights. Training is a whole step with the "
+        f"optimiser.\nMeasured on: {device}, {args.threads} thread(s), {clock}, median of {args.repeats}. "
+        f"torch {torch.__version__}.\n\n" + tabulate(rows, headers, tablefmt="pipe", disable_numparse=True) + "\n"
+    )
+    print(text)
+    if args.save:
+        args.save.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

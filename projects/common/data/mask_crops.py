@@ -1,0 +1,58 @@
+"""The masks of data sets cut out at their boxes, for what learns a mask coding. No image is read."""
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.structures import BoxMode
+from torch.utils.data import Dataset
+
+from querymask.common.data.segmentation import crop_polygons, decode_segmentation
+from querymask.common.masks import crop_masks
+
+
+class MaskCrops(Dataset):
+    """Every annotation that is no crowd, in the order of the data sets, as a square mask inside its own box.
+
+    Polygons are moved and scaled, then rasterised; other segmentations are cut out of the image's bitmask as training
+    targets are.
+
+    Args:
+        names: registered data sets with segmentations.
+        size: side of the masks.
+        limit: take the first so many only; 0: all.
+
+    Raises:
+        KeyError: a data set is not registered.
+        ValueError: there are no masks.
+    """
+
+    def __init__(self, names: Sequence[str], size: int, limit: int = 0) -> None:
+        self.size = size
+        self.entries = []
+        for name in names:
+            if name not in DatasetCatalog:
+                raise KeyError(
+                    f"there is no data set {name!r}; registered are {', '.join(sorted(DatasetCatalog.keys()))}"
+                )
+            for image in DatasetCatalog.get(name):
+                for annotation in image["annotations"]:
+                    if not annotation.get("iscrowd", 0) and annotation.get("segmentation"):
+                        self.entries.append((annotation, image["height"], image["width"]))
+        if limit:
+            self.entries = self.entries[:limit]
+        if not self.entries:
+            raise ValueError(f"the data sets {', '.join(names)} have no masks: name some with segmentations")
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """(size, size) bool."""
+        annotation, height, width = self.entries[index]
+        box = BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS)
+        segmentation = annotation["segmentation"]
+        if isinstance(segmentation, list):
+            return torch.from_numpy(crop_polygons(segmentation, box, self.size))
+        mask = torch.from_numpy(decode_segmentation(segmentation, height, width)).to(torch.bool)
+        return crop_masks(mask[None], torch.tensor([box], dtype=torch.float64), self.size)[0]

@@ -1,0 +1,31 @@
+"""Masks as short vectors: one interface, ``encode(masks) -> vectors`` and ``decode(vectors) -> maps``."""
+
+from querymask.common.mask_coding.autoencoder import AutoencoderMaskCoding
+from querymask.common.mask_coding.base import (
+    LearnedMaskCoding,
+    MaskCoding,
+    MissingBasisError,
+    binarize_at_half_range,
+    fill_missing_bases,
+)
+from querymask.common.mask_coding.build import MASK_CODINGS, build_mask_coding
+from querymask.common.mask_coding.dct import DCTMaskCoding, zigzag_order
+from querymask.common.mask_coding.flatten import FlattenMaskCoding
+from querymask.common.mask_coding.pca import PCABasis, PCAMaskCoding, mask_logits
+
+__all__ = [
+    "MASK_CODINGS",
+    "AutoencoderMaskCoding",
+    "DCTMaskCoding",
+    "FlattenMaskCoding",
+    "LearnedMaskCoding",
+    "MaskCoding",
+    "MissingBasisError",
+    "PCABasis",
+    "PCAMaskCoding",
+    "binarize_at_half_range",
+    "build_mask_coding",
+    "fill_missing_bases",
+    "mask_logits",
+    "zigzag_order",
+]

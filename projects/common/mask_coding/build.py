@@ -1,0 +1,49 @@
+"""The coding that a config names."""
+
+import torch
+
+from querymask.common.checkpoint import read_checkpoint
+from querymask.common.mask_coding.autoencoder import AutoencoderMaskCoding
+from querymask.common.mask_coding.base import MaskCoding
+from querymask.common.mask_coding.dct import DCTMaskCoding
+from querymask.common.mask_coding.flatten import FlattenMaskCoding
+from querymask.common.mask_coding.pca import PCABasis, PCAMaskCoding
+
+MASK_CODINGS = ("pca", "dct", "autoencoder", "flatten", "flatten_logits")
+
+
+def build_mask_coding(
+    name: str, mask_size: int, length: int, *, section: str, basis: str = "", label_noise: bool = True
+) -> MaskCoding:
+    """Build a coding by its name in a config.
+
+    Args:
+        name: one of ``MASK_CODINGS``.
+        mask_size, length: side of the masks and entries of a vector.
+        section: of the config, for errors: ``"MODEL.ISTR"``.
+        basis: file with the basis of "pca" or the weights of "autoencoder"; "": they come with a checkpoint.
+        label_noise: "pca" draws noise on the labels in every call of ``encode``.
+
+    Raises:
+        ValueError: the name is unknown, or another value does not go with it.
+    """
+    if name == "pca":
+        noise = torch.rand_like if label_noise else None
+        return PCAMaskCoding(mask_size, length, PCABasis.load(basis) if basis else None, noise)
+    if name == "autoencoder":
+        coding = AutoencoderMaskCoding(mask_size, length)
+        if basis:
+            coding.load_state_dict(read_checkpoint(basis))
+        return coding
+    if basis:
+        raise ValueError(f"{section}.MASK_BASIS is {basis!r}, but {section}.MASK_CODING {name!r} needs none: set it ''")
+    if name == "dct":
+        return DCTMaskCoding(mask_size, length)
+    if name in ("flatten", "flatten_logits"):
+        if length != mask_size**2:
+            raise ValueError(
+                f"{section}.MASK_CODING is {name!r}, whose vectors for {mask_size}x{mask_size} masks have "
+                f"{mask_size**2} entries: set VECTOR_LENGTH to that, not {length}"
+            )
+        return FlattenMaskCoding(mask_size, logits=name == "flatten_logits")
+    raise ValueError(f"{section}.MASK_CODING is {name!r}: choose one of {', '.join(MASK_CODINGS)}")

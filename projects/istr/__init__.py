@@ -1,0 +1,7 @@
+"""ISTR: end-to-end instance segmentation with transformers (Hu et al. 2021)."""
+
+from querymask.istr import checkpoint
+from querymask.istr.config import add_istr_config
+from querymask.istr.istr import ISTR
+
+__all__ = ["ISTR", "add_istr_config", "checkpoint"]

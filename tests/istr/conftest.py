@@ -1,0 +1,89 @@
+"""A tiny ISTR."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import nn
+
+from querymask import get_cfg
+from querymask.common.mask_coding import AutoencoderMaskCoding, MaskCoding, PCABasis, PCAMaskCoding
+
+
+def give_basis(coding: MaskCoding | None) -> None:
+    """Give a learned coding a random basis."""
+    if isinstance(coding, PCAMaskCoding):
+        rng = np.random.default_rng(0)
+        components = np.linalg.qr(rng.standard_normal((coding.mask_size**2, coding.length)))[0].T
+        mean, variance = rng.standard_normal(coding.mask_size**2), np.geomspace(100, 1, coding.length)
+        values = PCAMaskCoding(coding.mask_size, coding.length, PCABasis(components, mean, variance, variance))
+        coding.load_state_dict(values.state_dict())
+    elif isinstance(coding, AutoencoderMaskCoding):
+        values = AutoencoderMaskCoding(coding.mask_size, coding.length, initialise=True)
+        coding.load_state_dict(values.state_dict())
+
+
+@pytest.fixture
+def make_cfg() -> Callable[..., CfgNode]:
+    """Function (keys of MODEL.ISTR) that gives the config of a tiny model with DCT vectors."""
+
+    def make(**overrides: Any) -> CfgNode:
+        cfg = get_cfg()
+        cfg.MODEL.DEVICE = "cpu"
+        cfg.MODEL.META_ARCHITECTURE = "ISTR"
+        cfg.MODEL.WEIGHTS = ""
+        cfg.MODEL.BACKBONE.NAME = "build_basic_resnet_fpn_backbone"
+        cfg.MODEL.BACKBONE.FREEZE_AT = 0
+        cfg.MODEL.RESNETS.DEPTH = 18
+        cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 8
+        cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+        cfg.MODEL.FPN.OUT_CHANNELS = 16
+        cfg.TEST.DETECTIONS_PER_IMAGE = 9
+        settings = {
+            "NUM_CLASSES": 5,
+            "NUM_QUERIES": 6,
+            "NUM_STAGES": 2,
+            "HIDDEN_DIM": 16,
+            "NUM_HEADS": 4,
+            "DIM_FEEDFORWARD": 24,
+            "DIM_DYNAMIC": 4,
+            "POOL_SIZE": 3,
+            "HEAD_LAYERS": 1,
+            "MASK_CODING": "dct",
+            "MASK_SIZE": 16,
+            "VECTOR_LENGTH": 20,
+            "MASK_POOL_SIZE": 8,
+            **overrides,
+        }
+        for key, value in settings.items():
+            assert key in cfg.MODEL.ISTR, f"MODEL.ISTR has no key {key}"
+            cfg.MODEL.ISTR[key] = value
+        return cfg
+
+    return make
+
+
+@pytest.fixture
+def make_model(make_cfg: Callable[..., CfgNode]) -> Callable[..., nn.Module]:
+    """Function (keys of MODEL.ISTR) that gives a model in training mode whose queries have boxes of their own."""
+
+    def make(**overrides: Any) -> nn.Module:
+        torch.manual_seed(0)
+        model = build_model(make_cfg(**overrides)).train()
+        give_basis(model.coding)
+        with torch.no_grad():
+            model.init_proposal_boxes.weight[:, :2] = torch.rand(model.num_queries, 2) * 0.6 + 0.2
+            model.init_proposal_boxes.weight[:, 2:] = torch.rand(model.num_queries, 2) * 0.4 + 0.2
+        return model
+
+    return make
+
+
+@pytest.fixture(name="give_basis")
+def give_basis_fixture() -> Callable[[MaskCoding | None], None]:
+    """Function that gives a learned coding a random basis."""
+    return give_basis

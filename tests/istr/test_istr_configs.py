@@ -1,0 +1,205 @@
+"""Every config of ISTR: it loads, has the size that the paper's model has, trains and detects."""
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from tool_loader import load_tool
+
+from querymask.common.flops import count_parameters
+from querymask.common.solver import build_lr_scheduler, build_optimizer
+
+zoo = load_tool("make_model_zoo")
+LEAVES = {leaf.name: leaf for leaf in zoo.find_leaves() if leaf.method == "istr"}
+OWN = {name for name in LEAVES if name.startswith("istr_shapes")}  # on other data than COCO
+# Everything that makes a model slow, and nothing that makes it the model of its row
+REDUCED = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.WEIGHTS": "",
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
+    "MODEL.SWIN.EMBED_DIM": 8,
+    "MODEL.SWIN.DEPTHS": [2, 2, 2, 2],
+    "MODEL.SWIN.NUM_HEADS": [1, 2, 4, 8],
+    "MODEL.SWIN.WINDOW_SIZE": 4,
+    "MODEL.SWIN.DROP_PATH_RATE": 0.0,
+    "MODEL.FPN.OUT_CHANNELS": 16,
+    "MODEL.ISTR.NUM_CLASSES": 5,
+    "MODEL.ISTR.NUM_QUERIES": 6,
+    "MODEL.ISTR.HIDDEN_DIM": 16,
+    "MODEL.ISTR.NUM_HEADS": 4,
+    "MODEL.ISTR.DIM_FEEDFORWARD": 24,
+    "MODEL.ISTR.DIM_DYNAMIC": 4,
+}
+# All parameters and trained ones with 80 classes, those of the backbone that are trained, of the head, of a stage,
+# and entries of the state dict, as measured on the releases
+PUBLISHED_SIZES = {
+    "istr_r50": (108_411_612, 108_141_328, 26_799_296, 81_486_432, 13_581_072, 628),
+    "istr_r101": (127_351_516, 127_081_232, 45_739_200, 81_486_432, 13_581_072, 883),
+    "istr_v2_pca_r50": (142_167_656, 138_943_592, 26_799_296, 112_066_296, 18_677_716, 658),
+    "istr_v2_dct_r50": (138_943_592, 138_943_592, 26_799_296, 112_066_296, 18_677_716, 655),
+    "istr_v2_smt_r50": (143_703_241, 141_924_345, 26_799_296, 113_341_560, 18_890_260, 890),
+    "istr_v2_pca_r101": (161_107_560, 157_883_496, 45_739_200, 112_066_296, 18_677_716, 913),
+    "istr_v2_smt_r101": (162_643_145, 160_864_249, 45_739_200, 113_341_560, 18_890_260, 1145),
+    "istr_v2_smt_swin_l": (315_203_773, 313_424_877, 198_299_828, 113_341_560, 18_890_260, 982),
+}
+# A batch norm takes these out again, so they get no gradient but for rounding
+BIAS_BEFORE_BATCH_NORM = r"(mask_module|ret_roi_layer_\d)\.[03]\.bias|coding\.decoder\.(1|\d\.1)\.bias"
+SWIN_L_INDEX_BUFFERS = 24  # the published file stores what the model computes
+
+
+@pytest.mark.parametrize("name", PUBLISHED_SIZES)
+def test_published_size(name: str) -> None:
+    model = zoo.build_on_meta(LEAVES[name].config())
+    counts = count_parameters(model)
+    backbone = sum(p.numel() for p in model.backbone.parameters() if p.requires_grad or "v2" in name)
+    if "v2" not in name:  # the release counts stem and res2, which are frozen, to the trained ones in this column
+        backbone = sum(p.numel() for p in model.backbone.parameters())
+    entries = len(model.state_dict()) + (SWIN_L_INDEX_BUFFERS if "swin_l" in name else 0)
+    measured = (
+        counts[""].total,
+        counts[""].trainable,
+        backbone,
+        counts["stages"].total,
+        counts["stages.0"].total,
+        entries,
+    )
+    assert measured == PUBLISHED_SIZES[name]
+
+
+def batch(make_batch: Callable[..., list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return make_batch([2, 0], [(64, 96), (80, 50)])
+
+
+def reduced_config(name: str) -> CfgNode:
+    cfg = LEAVES[name].config()
+    for key, value in REDUCED.items():
+        cfg.merge_from_list([key, value])
+    return cfg
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_training_step_and_inference(name: str, make_batch: Any, give_basis: Any) -> None:
+    """One step of the row's optimiser changes every trained parameter and no other; then the model detects."""
+    torch.manual_seed(0)
+    cfg = reduced_config(name)
+    cfg.SOLVER.WARMUP_ITERS = 0
+    model = build_model(cfg).train()
+    give_basis(model.coding)
+    for stage in model.stages:  # so that boxes stay in the image
+        stage.bboxes_delta.weight.data *= 0.05
+        stage.bboxes_delta.bias.data.zero_()
+    optimizer = build_optimizer(cfg, model)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    before = copy.deepcopy(dict(model.named_parameters()))
+
+    losses = model(batch(make_batch))
+    istr = cfg.MODEL.ISTR
+    kinds = ("loss_ce", "loss_bbox", "loss_giou", "loss_vector", "loss_dice")
+    suffixes = ["", *(f"_{stage}" for stage in range(istr.NUM_STAGES - 1))]
+    assert set(losses) == {kind + suffix for kind in kinds for suffix in suffixes}
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    sum(losses.values()).backward()
+    optimizer.step()
+    scheduler.step()
+    for key, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, key
+        # Levels at which no box happens to lie are read by the image feature alone
+        unread = not istr.USE_IMAGE_FEATURE and key.startswith("backbone.fpn_output")
+        if not unread and not re.search(BIAS_BEFORE_BATCH_NORM, key):
+            assert torch.equal(parameter, before[key]) != parameter.requires_grad, key
+
+    inputs = [{key: value for key, value in item.items() if key != "instances"} for item in batch(make_batch)]
+    with torch.no_grad():
+        results = [output["instances"] for output in model.eval()(inputs)]
+    for item, instances in zip(inputs, results, strict=True):
+        assert 0 < len(instances) <= min(cfg.TEST.DETECTIONS_PER_IMAGE, istr.NUM_QUERIES * istr.NUM_CLASSES)
+        assert instances.pred_masks.shape == (len(instances), *item["image"].shape[1:])
+
+
+def test_published_schedule() -> None:
+    """Of the releases: 36.8 epochs with drops after 28.6 and 34.1, one learning rate, clipping of the whole norm."""
+    for name, leaf in LEAVES.items():
+        if name in OWN:
+            continue
+        cfg = leaf.config()
+        steps = (cfg.SOLVER.MAX_ITER, *cfg.SOLVER.STEPS)
+        expected = (87_960, 65_970, 80_630) if name.startswith("ablations/") else (270_000, 210_000, 250_000)
+        assert steps == expected, name
+        assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.IMS_PER_BATCH) == (2.5e-5, 16), name
+        assert (cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.WARMUP_FACTOR) == (1000, 0.01), name
+        clip = cfg.SOLVER.CLIP_GRADIENTS
+        assert (clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE) == (True, "full_model", 1.0), name
+        assert cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and cfg.INPUT.DROP_EMPTY_MASKS, name
+        assert cfg.DATASETS.TRAIN == ("coco_2017_train",) and cfg.DATASETS.TEST == ("coco_2017_val",), name
+        v2 = name.startswith("istr_v2")
+        assert list(cfg.INPUT.DETR_CROP.RELATIVE_SIZE) == ([] if v2 else [0.7, 0.7]), name
+        assert list(cfg.INPUT.MIN_SIZE_TRAIN) == list(range(416, 1089, 32) if v2 else range(480, 801, 32)), name
+        assert cfg.MODEL.BACKBONE.FREEZE_AT == (0 if v2 else 2), name
+        assert cfg.SEED == (2333333 if v2 else 40244023), name
+        if "swin" not in name:
+            assert cfg.MODEL.WEIGHTS.endswith(f"torchvision/R-{cfg.MODEL.RESNETS.DEPTH}.pkl"), name
+            assert not cfg.MODEL.RESNETS.STRIDE_IN_1X1 and cfg.MODEL.RESNETS.NORM == "FrozenBN", name
+
+
+def test_published_optimiser() -> None:
+    cfg = LEAVES["istr_r50"].config()
+    cfg.SOLVER.WARMUP_ITERS = 0
+    optimizer = build_optimizer(cfg, zoo.build_on_meta(cfg))
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert {(group["lr"], group["weight_decay"]) for group in optimizer.param_groups} == {(2.5e-5, 1e-4)}
+
+
+# Entries of MODEL.ISTR that the row has, where they differ from the published model's
+ROWS = {
+    "length_40": {"VECTOR_LENGTH": 40},
+    "length_60": {},
+    "length_80": {"VECTOR_LENGTH": 80},
+    "length_784": {"VECTOR_LENGTH": 784, "MASK_CODING": "flatten"},
+    "mask_pixels": {
+        "VECTOR_LENGTH": 784,
+        "MASK_CODING": "flatten_logits",
+        "MASK_HEAD": "pixel",
+        "MASK_POOL_SIZE": 14,
+        "MASK_COST": "none",
+        "VECTOR_WEIGHT": 0.0,
+    },
+    "mask_cost_none": {"MASK_COST": "none"},
+    "mask_cost_dice": {"MASK_COST": "dice"},
+    "mask_cost_l1": {"MASK_COST": "l1"},
+    "mask_cost_cosine": {},
+    "mask_loss_dice": {"VECTOR_WEIGHT": 0.0},
+    "mask_loss_l2": {"DICE_WEIGHT": 0.0},
+    "mask_loss_both": {},
+    "attention_multi_head": {"ATTENTION": "multi_head"},
+    "attention_dynamic": {},
+    "queries_max": {"QUERY_POOLING": "max", "USE_POSITION": False},
+    "queries_avg": {"USE_POSITION": False},
+    "queries_position": {"USE_IMAGE_FEATURE": False},
+    "queries_both": {},
+    "paper_equations": {"STAGE_INPUT": "initial", "CLASSIFIER": "softmax", "LABEL_NOISE": False},
+    **{f"refinement_stages_{number}": {"NUM_STAGES": number} for number in range(1, 7)},
+}
+
+
+def test_rows_differ_in_their_setting_alone() -> None:
+    found = {name.removeprefix("ablations/"): leaf for name, leaf in LEAVES.items() if name.startswith("ablations/")}
+    assert set(found) == set(ROWS)
+    base = LEAVES["istr_r50"].config()
+    for name, leaf in found.items():
+        cfg = leaf.config()
+        differing = {key: cfg.MODEL.ISTR[key] for key in base.MODEL.ISTR if cfg.MODEL.ISTR[key] != base.MODEL.ISTR[key]}
+        assert differing == {k: v for k, v in ROWS[name].items() if v != base.MODEL.ISTR[k]}, name
+
+
+def test_swin_l() -> None:
+    """What neither the number of parameters nor a small run shows."""
+    cfg = LEAVES["istr_v2_smt_swin_l"].config()
+    assert (cfg.MODEL.SWIN.WINDOW_SIZE, cfg.MODEL.SWIN.DROP_PATH_RATE) == (12, 0.3)
+    assert (cfg.INPUT.MIN_SIZE_TEST, LEAVES["istr_v2_smt_swin_l_1088"].config().INPUT.MIN_SIZE_TEST) == (800, 1088)

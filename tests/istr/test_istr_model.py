@@ -1,0 +1,243 @@
+"""The tiny model: forms, empty images, gradients, analysis of stages, errors."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import nn
+
+from querymask.common.mask_coding import MissingBasisError
+from querymask.common.solver import build_optimizer
+
+MakeCfg = Callable[..., CfgNode]
+MakeModel = Callable[..., nn.Module]
+MakeBatch = Callable[..., list[dict[str, Any]]]
+
+V2 = {"MASK_HEAD": "convolution", "MASK_TARGET": "predicted", "VECTOR_LOSS": "smooth_l1", "FIRST_SCORED_STAGE": 1}
+FORMS = {
+    "paper": {"MASK_CODING": "pca"},
+    "dct": {},
+    "second release, PCA": {**V2, "MASK_CODING": "pca"},
+    "second release, DCT": V2,
+    "second release, autoencoder": {**V2, "MASK_CODING": "autoencoder", "MASK_SIZE": 32},
+    "pixels as vector": {"MASK_CODING": "flatten", "VECTOR_LENGTH": 256},
+    "pixels": {
+        "MASK_HEAD": "pixel",
+        "MASK_CODING": "flatten_logits",
+        "VECTOR_LENGTH": 256,
+        "MASK_COST": "none",
+        "VECTOR_WEIGHT": 0.0,
+    },
+    "no masks": {"MASK_ON": False},
+    "equations": {"STAGE_INPUT": "initial", "CLASSIFIER": "softmax", "MASK_CODING": "pca", "LABEL_NOISE": False},
+    "attention": {"ATTENTION": "multi_head", "MASK_COST": "dice"},
+    "queries": {"USE_POSITION": False, "QUERY_POOLING": "max", "MASK_COST": "l1"},
+    "last stage": {"DEEP_SUPERVISION": False},
+    "last stage, equations": {"DEEP_SUPERVISION": False, "STAGE_INPUT": "initial"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("counts", [[2, 0], [0, 0]])
+def test_training_step(make_model: MakeModel, make_batch: MakeBatch, form: str, counts: list[int]) -> None:
+    """Every trained parameter gets a gradient, also where no image has an instance."""
+    model = make_model(**FORMS[form])
+    losses = model(make_batch(counts))
+    kinds = ["loss_ce", "loss_bbox", "loss_giou"]
+    if model.coding is not None:
+        kinds += ["loss_vector", "loss_dice"]
+    suffixes = ["", "_0"] if model.criterion.deep_supervision else [""]
+    assert set(losses) == {kind + suffix for kind in kinds for suffix in suffixes}
+    assert all(torch.isfinite(value) for value in losses.values())
+    for name, value in losses.items():
+        empty = sum(counts) == 0 and not name.startswith("loss_ce")
+        unweighted = name.startswith("loss_vector") and model.criterion.weights["loss_vector"] == 0
+        assert (value == 0) == (empty or unweighted), name
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_inference(make_model: MakeModel, make_batch: MakeBatch, form: str) -> None:
+    model = make_model(**FORMS[form]).eval()
+    batch = make_batch([0, 0], [(64, 96), (80, 50)])
+    batch[0].update(height=32, width=48)
+    with torch.no_grad():
+        found = [output["instances"] for output in model(batch)]
+    for instances, size in zip(found, [(32, 48), (80, 50)], strict=True):
+        assert instances.image_size == size and 0 < len(instances) <= 9
+        boxes = instances.pred_boxes.tensor
+        assert boxes.min() >= 0 and (boxes[:, 2:] <= torch.tensor([size[1], size[0]])).all()
+        assert (boxes[:, 2:] > boxes[:, :2]).all()
+        assert (instances.scores.diff() <= 0).all() and instances.pred_classes.max() < 5
+        assert instances.has("pred_masks") == (form != "no masks")
+        if form != "no masks":
+            assert instances.pred_masks.shape == (len(instances), *size) and instances.pred_masks.dtype == torch.bool
+
+
+@pytest.mark.parametrize("form", ["paper", "second release, autoencoder", "attention"])
+def test_autocast(make_model: MakeModel, make_batch: MakeBatch, form: str) -> None:
+    """Losses and detections in bfloat16 are near those in float32."""
+    results = []
+    for enabled in (False, True):
+        model, batch = make_model(**FORMS[form]), make_batch([2, 1])
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            losses = model(batch)
+            with torch.no_grad():
+                found = model.eval()(batch)
+        total = sum(losses.values())
+        assert total.dtype == torch.float32 and found[0]["instances"].pred_boxes.tensor.dtype == torch.float32
+        total.backward()
+        results.append(float(total.detach()))
+    assert results[1] == pytest.approx(results[0], rel=0.05)
+
+
+def test_diverged_predictions_are_named(make_model: MakeModel, make_batch: MakeBatch) -> None:
+    model = make_model()
+    torch.nn.init.constant_(model.stages[0].bboxes_delta.bias, float("nan"))
+    with pytest.raises(
+        FloatingPointError, match=r"layer 0 for 0\.jpg .*L1 box cost: the predictions of 6 of 6 queries"
+    ):
+        model(make_batch([2, 1]))
+
+
+def test_padding_counts_in_the_image_feature_only(make_model: MakeModel, make_batch: MakeBatch) -> None:
+    model = make_model().eval()
+    with torch.no_grad():
+        levels = list(model.backbone(model.preprocess(make_batch([0, 0], [(64, 96), (32, 32)])).tensor).values())
+        queries = model.initial_queries(levels)
+    expected = sum(level.flatten(2).mean(2) for level in levels)
+    assert torch.allclose(queries, expected[:, None] + model.pos_embeddings.weight, atol=1e-6)
+    outputs = model.predict(model.preprocess(make_batch([0, 0], [(64, 96), (32, 32)])))
+    assert outputs.scale.tolist() == [[96, 64, 96, 64], [32, 32, 32, 32]]
+
+
+def test_gradient_reaches_initial_boxes_through_the_first_stage_alone(
+    make_model: MakeModel, make_batch: MakeBatch
+) -> None:
+    model, batch = make_model(), make_batch([2, 1])
+    outputs = model.predict(model.preprocess(batch))
+    weight = model.init_proposal_boxes.weight
+    for stage, reaches in ((0, True), (1, False)):
+        (gradient,) = torch.autograd.grad(outputs.boxes[stage].sum(), weight, retain_graph=True, allow_unused=True)
+        assert (gradient is not None and bool(gradient.any())) == reaches
+    embedding = model.pos_embeddings.weight  # features are not detached
+    (gradient,) = torch.autograd.grad(outputs.logits[1].sum(), embedding)
+    assert gradient.any()
+
+
+def test_masks_of_the_second_release_do_not_train_the_queries(make_model: MakeModel, make_batch: MakeBatch) -> None:
+    model = make_model(**FORMS["second release, DCT"])
+    losses = model(make_batch([2, 1]))
+    masks = sum(value for name, value in losses.items() if name.startswith(("loss_vector", "loss_dice")))
+    masks.backward()
+    assert model.pos_embeddings.weight.grad is None and model.stages[0].bboxes_delta.weight.grad is None
+    assert model.stages[0].mask_head.mask_module[0].weight.grad.any()
+    assert model.backbone.fpn_output2.weight.grad.any()
+
+
+def test_mask_heads_see_selected_queries_only(make_model: MakeModel, make_batch: MakeBatch) -> None:
+    """At inference, and in training where neither matching nor batch norms need more."""
+    seen = []
+    for overrides, training, rows in (
+        ({}, False, [9]),
+        ({"MASK_COST": "none"}, True, [2, 2]),
+        ({}, True, [6, 6]),
+    ):
+        model, seen = make_model(**overrides).train(training), []
+        for stage in model.stages:
+            stage.mask_head.register_forward_hook(lambda _, arguments, output, seen=seen: seen.append(output))
+        with torch.no_grad():
+            result = model(make_batch([2]))
+        expected = rows if training else [len(result[0]["instances"])]
+        assert [len(code.vectors) for code in seen] == expected
+
+
+def test_detections_of_a_stage(make_model: MakeModel, make_batch: MakeBatch) -> None:
+    model = make_model(FIRST_SCORED_STAGE=0).eval()
+    with torch.no_grad():
+        outputs = model.predict(model.preprocess(make_batch([0])))
+        (first,), (last,) = (model.detect(outputs, [(64, 96)], stage) for stage in (0, None))
+    assert torch.equal(model.scores(outputs, 0), outputs.logits[0].sigmoid())
+    assert torch.allclose(model.scores(outputs), outputs.logits.mean(0).sigmoid())
+    query = first.pred_queries[0]
+    box = outputs.boxes[0, 0, query]
+    assert torch.allclose(first.pred_boxes.tensor[0], box.clamp(min=0).minimum(outputs.scale[0]))
+    assert not torch.equal(first.scores, last.scores)
+
+
+@pytest.mark.parametrize(("first", "stages"), [(-1, [1]), (-2, [0, 1]), (0, [0, 1]), (1, [1]), (2, [1])])
+def test_scored_stages(make_model: MakeModel, make_batch: MakeBatch, first: int, stages: list[int]) -> None:
+    """Of a model with fewer stages than that, the last one."""
+    model = make_model(FIRST_SCORED_STAGE=first).eval()
+    outputs = model.predict(model.preprocess(make_batch([0])))
+    assert torch.allclose(model.scores(outputs), outputs.logits[stages].mean(0).sigmoid())
+
+
+def test_initialisation(make_cfg: MakeCfg) -> None:
+    torch.manual_seed(0)
+    model = build_model(make_cfg())
+    assert (model.init_proposal_boxes.weight == torch.tensor([0.5, 0.5, 1, 1])).all()
+    assert model.pos_embeddings.weight.std().item() == pytest.approx(1, abs=0.15)
+    for stage in model.stages:
+        assert stage.class_logits.bias.tolist() == pytest.approx([-math.log(99)] * 5)
+        layer = stage.inst_interact.dynamic_layer.weight
+        bound = (6 / sum(layer.shape)) ** 0.5
+        assert 0.95 * bound < layer.abs().max() <= bound, "Xavier-uniform"
+        assert not stage.self_attn.in_proj_bias.any() and stage.bboxes_delta.bias.any()
+
+
+def test_unsupervised_stages_are_not_optimised(make_cfg: MakeCfg) -> None:
+    cfg = make_cfg(DEEP_SUPERVISION=False)
+    model = build_model(cfg)
+    trained = {id(p) for group in build_optimizer(cfg, model).param_groups for p in group["params"]}
+    assert id(model.stages[0].linear1.weight) in trained and id(model.stages[1].class_logits.weight) in trained
+    assert id(model.stages[0].class_logits.weight) not in trained
+    assert id(model.init_proposal_boxes.weight) not in trained
+
+
+@pytest.mark.parametrize("coding", ["pca", "autoencoder"])
+def test_a_learned_coding_needs_its_basis(make_cfg: MakeCfg, make_batch: MakeBatch, coding: str) -> None:
+    model = build_model(make_cfg(MASK_CODING=coding))
+    with pytest.raises(MissingBasisError, match="has no basis yet. Make one with tools/fit_mask_basis.py"):
+        model.train()(make_batch([1]))
+
+
+ERRORS = {
+    "MODEL.ISTR.MASK_CODING is 'wavelet': choose one of pca, dct, autoencoder": {"MASK_CODING": "wavelet"},
+    "MODEL.ISTR.MASK_HEAD is 'linear': choose one of vector, convolution, pixel": {"MASK_HEAD": "linear"},
+    "MODEL.ISTR.MASK_TARGET is 'box': choose one of ground_truth, predicted": {"MASK_TARGET": "box"},
+    "MODEL.ISTR.MASK_COST is 'l2': choose one of cosine, l1, dice, none": {"MASK_COST": "l2"},
+    "MODEL.ISTR.VECTOR_LOSS is 'l1': choose one of l2, smooth_l1": {"VECTOR_LOSS": "l1"},
+    "MODEL.ISTR.CLASSIFIER is 'svm': choose one of sigmoid, softmax": {"CLASSIFIER": "svm"},
+    "MODEL.ISTR.ATTENTION is 'none': choose 'dynamic' or 'multi_head'": {"ATTENTION": "none"},
+    "MODEL.ISTR.QUERY_POOLING is 'sum': choose one of mean, max": {"QUERY_POOLING": "sum"},
+    "MODEL.ISTR.STAGE_INPUT is 'none': choose one of previous, initial": {"STAGE_INPUT": "none"},
+    "all queries would be zero": {"USE_POSITION": False, "USE_IMAGE_FEATURE": False},
+    "MODEL.ISTR.IN_FEATURES names ['p6'], but the backbone gives ['p2', 'p3', 'p4', 'p5']": {"IN_FEATURES": ["p6"]},
+    "MODEL.ISTR.HIDDEN_DIM is 32, but the pyramid has [16] channels": {"HIDDEN_DIM": 32},
+    "MODEL.ISTR.HIDDEN_DIM 16 must be a multiple of MODEL.ISTR.NUM_HEADS 3": {"NUM_HEADS": 3},
+    "whose vectors for 16x16 masks have 256 entries: set VECTOR_LENGTH": {"MASK_CODING": "flatten"},
+    "a 16x16 mask has 256 principal components, not 300": {"MASK_CODING": "pca", "VECTOR_LENGTH": 300},
+    "MODEL.ISTR.MASK_BASIS is 'x.npz', but MODEL.ISTR.MASK_CODING 'dct' needs none": {"MASK_BASIS": "x.npz"},
+    "x.npz is not a PCA basis": {"MASK_BASIS": "x.npz", "MASK_CODING": "pca"},
+    "MODEL.ISTR.MASK_HEAD 'pixel' predicts the logits of 16x16 masks": {"MASK_HEAD": "pixel"},
+    "MASK_POOL_SIZE is 6: it must be a multiple of 4": {"MASK_HEAD": "convolution", "MASK_POOL_SIZE": 6},
+    "the autoencoder of 16x16 masks needs 4": {"MASK_HEAD": "convolution", "MASK_CODING": "autoencoder"},
+    "have sides that are multiples of 16, not 20": {"MASK_CODING": "autoencoder", "MASK_SIZE": 20},
+    "MASK_COST 'dice' would decode the masks of all queries": {"MASK_COST": "dice", "MASK_CODING": "autoencoder"},
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors_of_the_config(make_cfg: MakeCfg, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_model(make_cfg(**ERRORS[message]))

@@ -1,0 +1,131 @@
+"""Evaluate every refinement stage of an ISTR in one run (Figure 3 of its paper), and draw images stage by stage.
+
+    python tools/analyze_stages.py --config-file FILE --output FOLDER [--images N] [KEY VALUE ...]
+
+FOLDER gets stages.md and stages.json with box and mask AP of every stage, stages.png with their curves, and a picture
+of each of the first images: ground truth, then boxes and masks after every stage.
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from querymask import get_cfg  # before Detectron2, which it makes importable on current libraries
+
+# isort: split
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import detection_utils as utils
+from detectron2.structures import Instances
+from matplotlib.figure import Figure
+from tabulate import tabulate
+from torch import nn
+from tqdm import tqdm
+
+from querymask.common.engine import Trainer, choose_device
+from querymask.common.engine.checks import StrictCheckpointer, check_num_classes
+from querymask.common.evaluation.coco import InstanceEvaluator
+from querymask.common.visualization import contact_sheet, draw_instances, write_image
+from querymask.istr import ISTR
+
+TASKS = {"bbox": "box AP", "segm": "mask AP"}
+Results = list[dict[str, float]]
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="config of an ISTR")
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where results go")
+    parser.add_argument("--images", type=int, default=0, metavar="N", help="evaluate the first N images only (0: all)")
+    parser.add_argument("--pictures", type=int, default=4, metavar="N", help="draw the first N images (4)")
+    parser.add_argument("--score", type=float, default=0.3, help="least score of what is drawn (0.3)")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> Results:
+    """Evaluate, write and draw; returns AP by task, of every stage."""
+    args = parse_arguments(arguments)
+    cfg = get_cfg()
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    choose_device(cfg)
+    if cfg.MODEL.META_ARCHITECTURE != "ISTR":
+        raise SystemExit(f"{args.config_file} is a {cfg.MODEL.META_ARCHITECTURE}: only ISTR has refinement stages")
+    dataset = cfg.DATASETS.TEST[0]
+    check_num_classes(cfg, [dataset])
+    model = Trainer.build_model(cfg)
+    if not cfg.MODEL.WEIGHTS:
+        print("MODEL.WEIGHTS is empty: a model with random weights is evaluated")
+    StrictCheckpointer(model, cfg=cfg).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    results = evaluate_stages(cfg, model.eval(), dataset, args)
+    table = [(stage, *scores.values()) for stage, scores in enumerate(results, start=1)]
+    text = tabulate(table, headers=["stage", *(TASKS[task] for task in results[0])], tablefmt="pipe", floatfmt=".2f")
+    print(text)
+    (args.output / "stages.md").write_text(text + "\n")
+    (args.output / "stages.json").write_text(json.dumps(results, indent=1) + "\n")
+    plot_stages(results, args.output / "stages.png")
+    return results
+
+
+@torch.no_grad()
+def evaluate_stages(cfg: CfgNode, model: ISTR | nn.Module, dataset: str, args: argparse.Namespace) -> Results:
+    """AP of every stage; each image goes through the network once."""
+    number = len(model.stages)
+    records = {record["image_id"]: record for record in DatasetCatalog.get(dataset)}
+    evaluators = [InstanceEvaluator(dataset, str(args.output / f"stage_{stage + 1}")) for stage in range(number)]
+    for evaluator in evaluators:
+        evaluator.reset()
+    loader = Trainer.build_test_loader(cfg, dataset)
+    seen = []
+    for index, inputs in enumerate(tqdm(itertools.islice(loader, args.images or None), unit="image", mininterval=1)):
+        outputs = model.predict(model.preprocess(inputs))
+        sizes = [(item["height"], item["width"]) for item in inputs]
+        by_stage = [model.detect(outputs, sizes, stage) for stage in range(number)]
+        for evaluator, detections in zip(evaluators, by_stage, strict=True):
+            evaluator.process(inputs, [{"instances": instances} for instances in detections])
+        seen += [item["image_id"] for item in inputs]
+        if index < args.pictures:
+            record = records[inputs[0]["image_id"]]
+            stages = [detections[0].to("cpu") for detections in by_stage]
+            name = f"{Path(record['file_name']).stem}.png"
+            names = MetadataCatalog.get(dataset).get("thing_classes") or ()
+            write_image(args.output / name, stage_pictures(record, stages, names, args.score))
+    results = []
+    for evaluator in evaluators:
+        scores = evaluator.evaluate(img_ids=seen if args.images else None)
+        results.append({task: float(scores[task]["AP"]) for task in TASKS if task in scores})
+    return results
+
+
+def stage_pictures(record: dict, stages: Sequence[Instances], class_names: Sequence[str], score: float) -> np.ndarray:
+    """One picture: ground truth, then the detections of every stage."""
+    image = utils.read_image(record["file_name"], format="RGB")
+    panels = [draw_instances(image, record.get("annotations", []), class_names)]
+    panels += [draw_instances(image, instances, class_names, score) for instances in stages]
+    titles = ["ground truth", *(f"stage {number}" for number in range(1, len(stages) + 1))]
+    return contact_sheet(panels, columns=4, titles=titles)
+
+
+def plot_stages(results: Results, path: Path) -> None:
+    """AP over the stages."""
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for task in results[0]:
+        numbers = range(1, len(results) + 1)
+        axes.plot(numbers, [scores[task] for scores in results], marker="o", label=TASKS[task])
+    axes.set(xlabel="stage", ylabel="AP", xticks=range(1, len(results) + 1))
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(framealpha=0.8, edgecolor="none")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Learn the basis of the PCA mask coding from the annotations of a data set.
+
+    python tools/fit_mask_basis.py --train coco_2017_train --test coco_2017_val --output weights/pca_28_60.npz
+
+Writes the basis, for MASK_BASIS of the config, with its statistics, and draws beside it the energy curve and the first
+components. An interrupted run goes on when it is started again. See projects/istr/README.md.
+"""
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import querymask  # noqa: F401  before Detectron2, which it makes importable on current libraries
+
+# isort: split
+import matplotlib
+import numpy as np
+
+from querymask.common.data.mask_crops import MaskCrops
+from querymask.common.mask_coding import PCABasis, PCAMaskCoding
+from querymask.common.mask_coding.fitting import fit_pca_basis, reconstruction_quality
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+SHOWN_COMPONENTS = 24
+SHOWN_VARIANCES = 5
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", nargs="+", required=True, metavar="NAME", help="registered data sets to learn from")
+    parser.add_argument("--test", nargs="*", default=[], metavar="NAME", help="data sets to evaluate the basis on")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE.npz", help="the file to write")
+    parser.add_argument("--components", type=int, default=60, metavar="K", help="length of the vectors (60)")
+    parser.add_argument("--mask-size", type=int, default=28, metavar="S", help="side of the masks (28)")
+    parser.add_argument("--batch-size", type=int, default=1024, metavar="B", help="masks of an update (1024)")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="use the first N masks of a split (0: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise on the labels (0)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that rasterise masks (0: this one)")
+    args = parser.parse_args(arguments)
+    if args.output.suffix != ".npz":
+        parser.error(f"{args.output}: the name must end in .npz")
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
+    """Fit, evaluate, write and draw; returns the figures of the evaluation."""
+    args = parse_arguments(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    masks = MaskCrops(args.train, args.mask_size, args.limit)
+    print(f"{len(masks)} masks of {', '.join(args.train)}")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    basis = fit_pca_basis(
+        masks,
+        args.components,
+        args.batch_size,
+        seed=args.seed,
+        state=args.output.with_suffix(".state.npz"),
+        settings={"train": args.train, "mask_size": args.mask_size, "masks": len(masks)},
+        workers=args.workers,
+    )
+    statistics: dict[str, object] = {"train": " ".join(args.train), "masks": len(masks), "seed": args.seed}
+    quality: dict[str, float] = {}
+    if args.test:
+        coding = PCAMaskCoding(args.mask_size, args.components, basis, noise=None)
+        held_out = MaskCrops(args.test, args.mask_size, args.limit)
+        quality = reconstruction_quality(coding, held_out, workers=args.workers)
+        statistics |= {"test": " ".join(args.test), "test_masks": len(held_out), **quality}
+    basis.save(args.output, statistics=json.dumps(statistics))
+    draw_energy(basis, args.output.with_suffix(".energy.png"))
+    draw_components(basis, args.output.with_suffix(".components.png"))
+    variances = ", ".join(f"{value:.2f}" for value in basis.explained_variance[:SHOWN_VARIANCES])
+    print(f"variances {variances}, ..., {basis.explained_variance[-1]:.4g}")
+    print(f"{args.components} components hold {basis.explained_variance_ratio.sum():.2%} of the variance")
+    for name, value in quality.items():
+        print(f"{name} on {', '.join(args.test)}: {value:.4f}")
+    print(f"Written: {args.output}, {args.output.with_suffix('.energy.png').name} and ...components.png beside it")
+    return quality
+
+
+def draw_energy(basis: PCABasis, path: Path) -> None:
+    """The part of the variance that the first components hold, by their number (Figure 1 of the paper)."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    energy = np.cumsum(basis.explained_variance_ratio)
+    axes.plot(np.arange(1, len(energy) + 1), energy)
+    axes.set(xlabel="components", ylabel="part of the variance", ylim=(0, 1), xlim=(1, max(len(energy), 2)))
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_components(basis: PCABasis, path: Path) -> None:
+    """The mean and the first components as pictures, red positive, blue negative."""
+    number = min(SHOWN_COMPONENTS, len(basis.components))
+    pictures = [basis.mean, *basis.components[:number]]
+    columns = min(5, len(pictures))
+    rows = -(-len(pictures) // columns)
+    size = round(len(basis.mean) ** 0.5)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.6 * columns, 1.8 * rows), squeeze=False, layout="constrained")
+    for index, axis in enumerate(axes.flat):
+        axis.set_axis_off()
+        if index < len(pictures):
+            limit = np.abs(pictures[index]).max()
+            axis.imshow(pictures[index].reshape(size, size), cmap="RdBu_r", vmin=-limit, vmax=limit)
+            axis.set_title("mean" if index == 0 else str(index), fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
