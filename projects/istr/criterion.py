@@ -272,13 +272,16 @@ class ISTRCriterion(SetCriterion):
             return targets.fields["crops"][assignment.target]
         boxes = assignment.select(full_precision(outputs.boxes))
         boxes = boxes.clamp(min=0).minimum(outputs.scale[assignment.image])
-        crops = torch.zeros((len(boxes), size, size), dtype=torch.bool, device=boxes.device)
-        start = 0
-        for image, masks in enumerate(targets.masks):
-            here = (assignment.image == image).nonzero()[:, 0]
-            crops[here] = crop_masks(masks, boxes[here], size, assignment.target[here] - start)
-            start += len(masks)
-        return crops
+        # Pairs are ordered by layer and image, so an image's are a slice of every layer: nothing waits for the device
+        layers, number = assignment.num_layers, assignment.pairs_per_layer()
+        boxes, target = boxes.view(layers, number, 4), assignment.target.view(layers, number)
+        crops, start, first = [], 0, 0
+        for masks in targets.masks:
+            here = slice(start, start + min(len(masks), outputs.logits.shape[2]))
+            own = crop_masks(masks, boxes[:, here].flatten(0, 1), size, (target[:, here] - first).flatten())
+            crops.append(own.view(layers, here.stop - here.start, size, size))
+            start, first = here.stop, first + len(masks)
+        return torch.cat(crops, dim=1).flatten(0, 1)
 
 
 def check_mask_cost(mask_cost: str, coding: MaskCoding) -> None:

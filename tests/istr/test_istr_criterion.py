@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def random_boxes(*shape: int) -> torch.Tensor:
     return torch.cat((low, low + 2 + torch.rand(*shape, 2) * 20), dim=-1)
 
 
-def make_case(coding: MaskCoding, classes: int = K) -> tuple[ISTROutput, ISTRTargets]:
+def make_case(coding: MaskCoding, classes: int = K, counts: Sequence[int] = COUNTS) -> tuple[ISTROutput, ISTRTargets]:
     torch.manual_seed(0)
     scale = torch.tensor([[40.0, 32, 40, 32], [30, 36, 30, 36]])
     outputs = ISTROutput(
@@ -43,13 +44,13 @@ def make_case(coding: MaskCoding, classes: int = K) -> tuple[ISTROutput, ISTRTar
         codes=[MaskCode(torch.randn(B * Q, coding.length, requires_grad=True)) for _ in range(N)],
         coding=coding,
     )
-    boxes = [random_boxes(count) for count in COUNTS]
-    masks = [torch.rand(count, int(s[1]), int(s[0])) < 0.6 for count, s in zip(COUNTS, scale, strict=True)]
+    boxes = [random_boxes(count) for count in counts]
+    masks = [torch.rand(count, int(s[1]), int(s[0])) < 0.6 for count, s in zip(counts, scale, strict=True)]
     crops = torch.cat([crop_masks(m, b, SIZE) for m, b in zip(masks, boxes, strict=True)])
     fields = {"boxes": torch.cat([b / s for b, s in zip(boxes, scale, strict=True)]), "crops": crops}
     if not coding.is_random:
         fields["vectors"] = coding.encode(crops)
-    return outputs, ISTRTargets(COUNTS, torch.tensor([1, 3, 0]), fields, masks=masks)
+    return outputs, ISTRTargets(counts, torch.tensor([1, 3, 0] * sum(counts))[: sum(counts)], fields, masks=masks)
 
 
 def slow_cost(
@@ -146,7 +147,7 @@ def test_losses(soft: bool, distance: str, at: str) -> None:
             expected["loss_ce"] = value / count
         for name, value in expected.items():
             actual = losses[name if n == N - 1 else f"{name}_{n}"].detach()
-            assert float(actual) == pytest.approx(float(value), rel=1e-9), name
+            assert float(actual) == pytest.approx(float(torch.as_tensor(value).detach()), rel=1e-9), name
     weighted = criterion.weigh(losses)
     assert weighted["loss_dice_0"] == 4.0 * losses["loss_dice_0"]
 
@@ -181,4 +182,20 @@ def test_predicted_boxes_outside_of_the_image_have_empty_targets() -> None:
     criterion = ISTRCriterion(COSTS, WEIGHTS, mask_target="predicted")
     crops = criterion.target_crops(outputs, targets, criterion.match(outputs, targets), SIZE)
     assert crops.shape == (N * sum(COUNTS), SIZE, SIZE) and not crops.any()
+    assert all(torch.isfinite(value) for value in criterion(outputs, targets).values())
+
+
+def test_more_targets_than_queries() -> None:
+    """As many as there are queries are matched, and every crop is of its own mask and box."""
+    outputs, targets = make_case(DCTMaskCoding(SIZE, LENGTH), counts=[Q + 2, 1])
+    criterion = ISTRCriterion(COSTS, WEIGHTS, mask_target="predicted")
+    assignment = criterion.match(outputs, targets)
+    assert assignment.pairs_per_layer() == Q + 1
+    crops = criterion.target_crops(outputs, targets, assignment, SIZE)
+    masks = [mask for image in targets.masks for mask in image]
+    for crop, n, b, q, t in zip(crops, assignment.layer, assignment.image, assignment.query, assignment.target):
+        width, height = outputs.scale[b, :2].tolist()
+        x0, y0, x1, y1 = outputs.boxes[n, b, q].tolist()
+        box = torch.tensor([[min(x0, width), min(y0, height), min(x1, width), min(y1, height)]])
+        assert torch.equal(crop, crop_masks(masks[t][None], box, SIZE)[0])
     assert all(torch.isfinite(value) for value in criterion(outputs, targets).values())
