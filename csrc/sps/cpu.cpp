@@ -16,6 +16,11 @@
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 
+// Where torch's BLAS is MKL, it has this function; elsewhere the address is null.
+#ifdef __ELF__
+extern "C" int MKL_Set_Num_Threads_Local(int threads) __attribute__((weak));
+#endif
+
 namespace querymask::sps {
 namespace {
 
@@ -36,12 +41,34 @@ int64_t tile_rows(int64_t columns) {
   return std::clamp<int64_t>(rows / 16 * 16, 16, kMaxTileRows);
 }
 
-// Calls run(begin, end) on parts of [0, count). Never with less than two parts in all, for within a parallel region
-// BLAS stays on one thread, so that a call with a single part has the bits that it has on one thread.
+// Within its life, MKL does not split a product into parts for the threads of the calling one, which it does within a
+// parallel region too, where it has but one. The parts' sums have other bits.
+class OneBlasThread {
+ public:
+#ifdef __ELF__
+  OneBlasThread() : before_(MKL_Set_Num_Threads_Local != nullptr ? MKL_Set_Num_Threads_Local(1) : 0) {}
+  ~OneBlasThread() {
+    if (MKL_Set_Num_Threads_Local != nullptr) {
+      MKL_Set_Num_Threads_Local(before_);
+    }
+  }
+
+ private:
+  int before_;
+#else
+  OneBlasThread() {}
+#endif
+  OneBlasThread(const OneBlasThread&) = delete;
+  OneBlasThread& operator=(const OneBlasThread&) = delete;
+};
+
+// Calls run(begin, end) on parts of [0, count), with BLAS on one thread. Never with less than two parts in all: other
+// libraries than MKL know by the parallel region that they have one thread.
 template <typename Run>
 void in_parallel(int64_t count, const Run& run) {
   at::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t begin, int64_t end) {
     if (begin < std::min(end, count)) {
+      const OneBlasThread guard;
       run(begin, std::min(end, count));
     }
   });
