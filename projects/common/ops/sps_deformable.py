@@ -88,11 +88,11 @@ def _compose(
     for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
         rows.append(look_up(index_map, region, upper.long() + dy, left.long() + dx, num_rows))
         shares.append((lower_share if dy else 1 - lower_share) * (right_share if dx else 1 - right_share))
-    rows, shares = torch.stack(rows, -1).view(-1, 4), torch.stack(shares, -1).view(-1, 4)  # [N_A*kH*kW, 4]
-    rows = torch.where(near.view(-1, 1), rows, num_rows)
+    rows = torch.where(near[..., None], torch.stack(rows, -1), num_rows).flatten(0, 1)  # [N_A*kH*kW, 4]
+    shares = torch.stack(shares, -1).flatten(0, 1)
     padded = torch.cat([features.to(compute), features.new_zeros(1, channels, dtype=compute)])
     gathered = embedding_bag(rows, padded, mode="sum", per_sample_weights=shares)
-    gathered = gathered.view(cells.shape[0], -1, channels)
+    gathered = gathered.view(*near.shape, channels)
     return multiply(gathered, weight.to(compute), bias).to(features.dtype)
 
 
