@@ -21,8 +21,14 @@ from typing import NoReturn
 
 from setuptools import find_packages, setup
 
-SOURCES = ["csrc/registration.cpp", "csrc/msda/check.cpp", "csrc/msda/cpu.cpp"]
-CUDA_SOURCES = ["csrc/msda/cuda.cu"]
+SOURCES = [
+    "csrc/registration.cpp",
+    "csrc/msda/check.cpp",
+    "csrc/msda/cpu.cpp",
+    "csrc/sps/check.cpp",
+    "csrc/sps/cpu.cpp",
+]
+CUDA_SOURCES = ["csrc/msda/cuda.cu", "csrc/sps/cuda.cu"]
 DEFAULT_ARCHITECTURES = "7.5;8.0;8.6;9.0+PTX"  # where no GPU tells; PTX serves later ones
 
 # Loops are written to be vectorised over channels. GCC's unroll-and-jam would merge iterations of the loop around them

@@ -9,20 +9,16 @@ CPU is timed in CPU time, which other jobs of the machine disturb little; everyt
 """
 
 import argparse
-import ctypes
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from measuring import machine, median_time, peak_memory
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from querymask.common.ops import multi_scale_deformable_attention
-from querymask.common.ops.extension import EXTENSION
 
 HEADS, CHANNELS, POINTS = 8, 32, 4
 
@@ -102,56 +98,6 @@ def accumulated(*arguments: Tensor) -> Tensor:
     return composition(*arguments, stack=False)
 
 
-def median_time(run: Callable[[], object], device: str, repeat: int) -> float:
-    """Median milliseconds of one run after three for warming up."""
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(repeat):
-        if device == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-            begin = clock()
-            run()
-            times.append(1e3 * (clock() - begin))
-    return statistics.median(times)
-
-
-def peak_memory(run: Callable[[], object], device: str) -> float:
-    """MiB that one run takes at its peak beyond what was there before."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    if platform.system() != "Linux":
-        return float("nan")
-    libc = ctypes.CDLL(None)
-    m_mmap_threshold = -3
-    libc.mallopt(
-        m_mmap_threshold, 1 << 16
-    )  # give freed blocks back at once, so that the resident set is what is in use
-    libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = resident("VmRSS")
-    run()
-    return (resident("VmHWM") - before) / 2**10
-
-
-def resident(field: str) -> int:
-    """A field of the process's status, in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
 @dataclass(frozen=True)
 class Measurement:
     """Milliseconds, MiB, and the largest error of the output relative to its largest magnitude."""
@@ -199,18 +145,9 @@ def bounds(case: Case, dtype: torch.dtype) -> str:
 
 def describe(device: str, dtype: torch.dtype, repeat: int) -> list[str]:
     """What the numbers were measured on."""
-    if device == "cuda":
-        where = torch.cuda.get_device_name()
-    else:
-        info = Path("/proc/cpuinfo")
-        models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        where = f"{models[0] if models else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
-        clock = "CPU time" if torch.get_num_threads() == 1 else "wall time"
-        where += f", {torch.get_num_threads()} thread(s), {clock}"
-    built = EXTENSION.error or ", ".join(f"{key} {text}" for key, text in EXTENSION.build.items())
     return [
         f"{HEADS} heads of {CHANNELS} channels, 4 levels of {POINTS} points, {dtype}.",
-        f"Measured on: {where}. torch {torch.__version__}. Extension: {built}.",
+        f"Measured on: {machine(device)}",
         f"Median of {repeat} runs; peak memory beyond the inputs; x: how many times less than the stacked composition.",
     ]
 

@@ -15,11 +15,10 @@
 #include <ATen/Context.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
-#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include "../build_info.h"
+#include "../cuda_common.h"
 
 namespace querymask::msda {
 namespace {
@@ -38,11 +37,6 @@ struct Geometry {
   unsigned blocks; // for one head
   int height[kMaxLevels], width[kMaxLevels], token[kMaxLevels]; // token: of the first pixel
   unsigned first_tile[kMaxLevels + 1];
-};
-
-template <typename T, int kVector>
-struct alignas(sizeof(T) * kVector) Vector {
-  T values[kVector];
 };
 
 // One sample: what its query's threads need to know, in one 16-byte read for float.
@@ -120,27 +114,6 @@ __device__ void load(const T* __restrict__ row, bool wanted, C (&channels)[kVect
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
     channels[i] = static_cast<C>(loaded.values[i]);
-  }
-}
-
-// Adds to global memory that is aligned to the size of the channels or to 16 bytes.
-template <typename C, int kVector>
-__device__ void add(C* address, const C (&channels)[kVector]) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if constexpr (std::is_same_v<C, float> && kVector % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < kVector; i += 4) {
-      atomicAdd(
-          reinterpret_cast<float4*>(address + i),
-          make_float4(channels[i], channels[i + 1], channels[i + 2], channels[i + 3]));
-    }
-  } else
-#endif
-  {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      atomicAdd(address + i, channels[i]);
-    }
   }
 }
 
@@ -383,24 +356,6 @@ void by_vector(const Sizes& sizes, at::IntArrayRef spatial_shapes, uintptr_t poi
   } else {
     run(std::integral_constant<int, kWidest>(), std::integral_constant<int, 0>(), geometry);
   }
-}
-
-void check_launch() {
-  const cudaError_t error = cudaGetLastError();
-  TORCH_CHECK(
-      error != cudaErrorNoKernelImageForDevice, "QueryMask's extension was built for the GPU architectures ",
-      kCudaArchitectures,
-      ", which this GPU is not one of: build it again with TORCH_CUDA_ARCH_LIST set to the GPU's compute capability "
-      "(docs/installation.md)");
-  C10_CUDA_CHECK(error);
-}
-
-// The type of sums, locations and gradients within the kernels.
-template <typename T>
-using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-at::ScalarType compute_type(const at::Tensor& value) {
-  return value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 } // namespace

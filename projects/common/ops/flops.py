@@ -3,6 +3,9 @@
 A bilinear sample costs four multiply-adds a channel, by either counter's habit: fvcore counts a multiply-add once,
 ``torch.utils.flop_counter`` twice, and neither counts the elementwise product with the attention weights. So a kernel
 has the count of its PyTorch form.
+
+A sparse convolution costs N_A * C_out * kH * kW * C_in multiply-adds, the zeros beyond the border included, as a dense
+one does; its backward pass twice as many.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,6 +41,22 @@ def _msda_backward(
     return 16 * _samples(value, locations)  # once for value, once for locations and weights
 
 
+def _sparse_conv2d_fvcore(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+    from fvcore.nn.jit_handles import get_shape
+
+    return get_shape(inputs[2])[0] * _product(get_shape(inputs[3]))
+
+
+def _sparse_conv2d(features: Shape, index_map: Shape, cells: Shape, weight: Shape, *options: Any, **unused: Any) -> int:
+    return 2 * cells[0] * _product(weight)
+
+
+def _sparse_conv2d_backward(
+    grad_output: Shape, features: Shape, index_map: Shape, cells: Shape, weight: Shape, dilation: Any, **unused: Any
+) -> int:
+    return 4 * cells[0] * _product(weight)  # once for features, once for weight
+
+
 def _grid_sampler(image: Shape, grid: Shape, *options: Any, out_shape: Shape, **unused: Any) -> int:
     return 8 * _product(out_shape)
 
@@ -52,7 +71,10 @@ def _product(shape: Shape) -> int:
 
 def fvcore_handles() -> dict[str, Callable[[Sequence[Any], Sequence[Any]], int]]:
     """Handles for ``fvcore.nn.FlopCountAnalysis.set_op_handle``, by the operator's name in a trace."""
-    return {"querymask::multi_scale_deformable_attention": _msda_fvcore}
+    return {
+        "querymask::multi_scale_deformable_attention": _msda_fvcore,
+        "querymask::sparse_conv2d": _sparse_conv2d_fvcore,
+    }
 
 
 def flop_formulas() -> dict[Any, Callable[..., int]]:
@@ -69,3 +91,5 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
 if EXTENSION.error is None:
     register_flop_formula(torch.ops.querymask.multi_scale_deformable_attention)(_msda)
     register_flop_formula(torch.ops.querymask.multi_scale_deformable_attention_backward)(_msda_backward)
+    register_flop_formula(torch.ops.querymask.sparse_conv2d)(_sparse_conv2d)
+    register_flop_formula(torch.ops.querymask.sparse_conv2d_backward)(_sparse_conv2d_backward)

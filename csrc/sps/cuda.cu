@@ -1,0 +1,292 @@
+// Convolution on structure-preserving sparsity, on CUDA.
+//
+// Chunks of cells: one kernel looks up the neighbours and gathers their rows, the GPU's BLAS multiplies, and in the
+// backward pass another kernel adds the gradients to the neighbours' rows. So the matrix of all neighbours, K times the
+// features, never exists, and the neighbours' numbers stay in registers. A thread serves one vector of channels
+// (16 bytes where C_in allows it) of one cell and tap.
+
+#include "sps.h"
+
+#include <algorithm>
+
+#include <ATen/CUDAFunctions.h>
+#include <ATen/Context.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Functions.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <c10/macros/Macros.h>
+
+#include "../cuda_common.h"
+
+namespace querymask::sps {
+namespace {
+
+constexpr int kThreads = 256; // of a block
+constexpr int64_t kMinChunk = 256, kMaxChunk = 16384; // cells
+constexpr int64_t kChunkElements = 1 << 24; // of a gathered chunk, about
+
+// The sizes of a call as kernels take them, and one chunk of cells.
+struct Geometry {
+  int64_t N, R, H, W;
+  int64_t first; // cell of the chunk
+  int64_t dilation_y, dilation_x;
+  int C_in, kH, kW;
+  int vectors; // of one row's channels
+  unsigned items; // of the chunk: cells * taps * vectors
+
+  unsigned blocks() const {
+    return (items + kThreads - 1) / kThreads;
+  }
+};
+
+// One thread's part of the gathered chunk.
+struct Item {
+  int64_t row; // of features, or -1 outside of the region
+  int64_t place; // of its first channel in the chunk
+  int channel;
+};
+
+template <typename I>
+__device__ Item find_item(
+    const Geometry& geometry,
+    const I* __restrict__ map,
+    const I* __restrict__ cells,
+    unsigned index,
+    int vector) {
+  const unsigned taps = geometry.kH * geometry.kW;
+  const unsigned pair = index / geometry.vectors; // of cell and tap
+  const int channel = static_cast<int>(index % geometry.vectors) * vector;
+  const int tap_y = static_cast<int>(pair % taps) / geometry.kW, tap_x = static_cast<int>(pair % taps) % geometry.kW;
+  const I* cell = cells + 3 * (geometry.first + pair / taps);
+  const int64_t region = cell[0], cell_y = cell[1], cell_x = cell[2];
+  CUDA_KERNEL_ASSERT(
+      region >= 0 && region < geometry.R && cell_y >= 0 && cell_y < geometry.H && cell_x >= 0 && cell_x < geometry.W &&
+      "sparse_conv2d: a cell (region, y, x) is outside of index_map");
+  const int64_t y = cell_y + (tap_y - geometry.kH / 2) * geometry.dilation_y;
+  const int64_t x = cell_x + (tap_x - geometry.kW / 2) * geometry.dilation_x;
+  int64_t row = -1;
+  if (y >= 0 && y < geometry.H && x >= 0 && x < geometry.W) {
+    row = map[(region * geometry.H + y) * geometry.W + x];
+    CUDA_KERNEL_ASSERT(row >= 0 && row < geometry.N && "sparse_conv2d: index_map has a number that is no row");
+  }
+  return {row, static_cast<int64_t>(pair) * geometry.C_in + channel, channel};
+}
+
+template <typename T, typename I, int kVector>
+__global__ void __launch_bounds__(kThreads) gather_kernel(
+    const __grid_constant__ Geometry geometry,
+    const T* __restrict__ features,
+    const I* __restrict__ map,
+    const I* __restrict__ cells,
+    T* __restrict__ gathered) {
+  const unsigned index = blockIdx.x * kThreads + threadIdx.x;
+  if (index >= geometry.items) {
+    return;
+  }
+  const Item item = find_item(geometry, map, cells, index, kVector);
+  Vector<T, kVector> channels{};
+  if (item.row >= 0) {
+    channels = *reinterpret_cast<const Vector<T, kVector>*>(features + item.row * geometry.C_in + item.channel);
+  }
+  *reinterpret_cast<Vector<T, kVector>*>(gathered + item.place) = channels;
+}
+
+// grad_features is in C, so that float16 and bfloat16 are summed in float32.
+template <typename T, typename I, int kVector>
+__global__ void __launch_bounds__(kThreads) scatter_kernel(
+    const __grid_constant__ Geometry geometry,
+    const T* __restrict__ gathered,
+    const I* __restrict__ map,
+    const I* __restrict__ cells,
+    Compute<T>* __restrict__ grad_features) {
+  const unsigned index = blockIdx.x * kThreads + threadIdx.x;
+  if (index >= geometry.items) {
+    return;
+  }
+  const Item item = find_item(geometry, map, cells, index, kVector);
+  if (item.row < 0) {
+    return;
+  }
+  const Vector<T, kVector> loaded = *reinterpret_cast<const Vector<T, kVector>*>(gathered + item.place);
+  Compute<T> channels[kVector];
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    channels[i] = static_cast<Compute<T>>(loaded.values[i]);
+  }
+  add<Compute<T>, kVector>(grad_features + item.row * geometry.C_in + item.channel, channels);
+}
+
+int64_t chunk_of(const Sizes& sizes) {
+  TORCH_CHECK_VALUE(
+      sizes.columns() < INT32_MAX / kMaxChunk,
+      "weight has too many inputs for the CUDA operator: kH * kW * C_in = ", sizes.columns());
+  return std::clamp(kChunkElements / std::max<int64_t>(sizes.columns(), 1) / 256 * 256, kMinChunk, kMaxChunk);
+}
+
+Geometry make_geometry(const Sizes& sizes, int64_t first, int64_t count, int vector) {
+  Geometry geometry{};
+  geometry.N = sizes.N;
+  geometry.R = sizes.R;
+  geometry.H = sizes.H;
+  geometry.W = sizes.W;
+  geometry.first = first;
+  geometry.dilation_y = sizes.dilation_y;
+  geometry.dilation_x = sizes.dilation_x;
+  geometry.C_in = static_cast<int>(sizes.C_in);
+  geometry.kH = static_cast<int>(sizes.kH);
+  geometry.kW = static_cast<int>(sizes.kW);
+  geometry.vectors = geometry.C_in / vector;
+  geometry.items = static_cast<unsigned>(count * sizes.taps() * geometry.vectors);
+  return geometry;
+}
+
+// Calls run(vector) with the widest vector of channels that C_in and the pointers' alignment allow, a constant.
+template <typename T, typename Run>
+void by_vector(const Sizes& sizes, uintptr_t pointers, const Run& run) {
+  constexpr int kWidest = 16 / sizeof(T);
+  if (sizes.C_in % kWidest == 0 && pointers % 16 == 0) {
+    run(std::integral_constant<int, kWidest>());
+  } else {
+    run(std::integral_constant<int, 1>());
+  }
+}
+
+// Calls run(type, index) with values of the types of features and of indices.
+template <typename Run>
+void by_type(at::ScalarType type, at::ScalarType indices, const Run& run) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, type, "sparse_conv2d", [&] {
+    AT_DISPATCH_INDEX_TYPES(indices, "sparse_conv2d", [&] { run(scalar_t{}, index_t{}); });
+  });
+}
+
+// Fills gathered [count, K * C_in] with the neighbours of cells [first, first + count).
+void gather(
+    const Sizes& sizes,
+    const at::Tensor& features,
+    const at::Tensor& index_map,
+    const at::Tensor& cells,
+    int64_t first,
+    int64_t count,
+    at::Tensor& gathered) {
+  by_type(features.scalar_type(), index_map.scalar_type(), [&](auto type, auto index) {
+    using T = decltype(type);
+    using I = decltype(index);
+    const T* data = features.const_data_ptr<T>();
+    by_vector<T>(sizes, reinterpret_cast<uintptr_t>(data), [&](auto vector) {
+      const Geometry geometry = make_geometry(sizes, first, count, decltype(vector)::value);
+      gather_kernel<T, I, decltype(vector)::value>
+          <<<geometry.blocks(), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+              geometry, data, index_map.const_data_ptr<I>(), cells.const_data_ptr<I>(), gathered.mutable_data_ptr<T>());
+      check_launch();
+    });
+  });
+}
+
+// Adds gathered [count, K * C_in] to the rows of the neighbours.
+void scatter_add(
+    const Sizes& sizes,
+    const at::Tensor& gathered,
+    const at::Tensor& index_map,
+    const at::Tensor& cells,
+    int64_t first,
+    int64_t count,
+    at::Tensor& grad_features) {
+  by_type(gathered.scalar_type(), index_map.scalar_type(), [&](auto type, auto index) {
+    using T = decltype(type);
+    using I = decltype(index);
+    by_vector<T>(sizes, 0, [&](auto vector) { // both are new, hence aligned
+      const Geometry geometry = make_geometry(sizes, first, count, decltype(vector)::value);
+      scatter_kernel<T, I, decltype(vector)::value>
+          <<<geometry.blocks(), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+              geometry, gathered.const_data_ptr<T>(), index_map.const_data_ptr<I>(), cells.const_data_ptr<I>(),
+              grad_features.mutable_data_ptr<Compute<T>>());
+      check_launch();
+    });
+  });
+}
+
+// A type that holds the entries of both.
+at::ScalarType index_type(const at::Tensor& index_map, const at::Tensor& cells) {
+  return index_map.scalar_type() == at::kInt && cells.scalar_type() == at::kInt ? at::kInt : at::kLong;
+}
+
+// [C_out, C_in, kH, kW] to [kH * kW * C_in, C_out]
+at::Tensor kernel_of(const at::Tensor& weight, const Sizes& sizes) {
+  return weight.permute({2, 3, 1, 0}).contiguous().view({sizes.columns(), sizes.C_out});
+}
+
+} // namespace
+
+at::Tensor forward_cuda(
+    const at::Tensor& features,
+    const at::Tensor& index_map,
+    const at::Tensor& cells,
+    const at::Tensor& weight,
+    const std::optional<at::Tensor>& bias,
+    at::IntArrayRef dilation) {
+  const Sizes sizes = check(features, index_map, cells, weight, bias, dilation);
+  const c10::cuda::CUDAGuard guard(features.device());
+  const at::ScalarType indices = index_type(index_map, cells);
+  const at::Tensor f = features.contiguous();
+  const at::Tensor map = index_map.to(indices).contiguous(), places = cells.to(indices).contiguous();
+  const at::Tensor kernel = kernel_of(weight, sizes), b = bias ? bias->contiguous() : at::Tensor();
+  at::Tensor output = at::empty({sizes.A, sizes.C_out}, f.options());
+  if (output.numel() == 0) {
+    return output;
+  }
+  const int64_t chunk = chunk_of(sizes);
+  const at::Tensor memory = at::empty({std::min(chunk, sizes.A), sizes.columns()}, f.options());
+  for (int64_t first = 0; first < sizes.A; first += chunk) {
+    const int64_t count = std::min(chunk, sizes.A - first);
+    at::Tensor gathered = memory.narrow(0, 0, count), out = output.narrow(0, first, count);
+    if (gathered.numel() > 0) {
+      gather(sizes, f, map, places, first, count, gathered);
+    }
+    if (b.defined()) {
+      at::cuda::addmm_out(out, b, gathered, kernel);
+    } else {
+      at::cuda::mm_out(out, gathered, kernel);
+    }
+  }
+  return output;
+}
+
+Gradients backward_cuda(
+    const at::Tensor& grad_output,
+    const at::Tensor& features,
+    const at::Tensor& index_map,
+    const at::Tensor& cells,
+    const at::Tensor& weight,
+    at::IntArrayRef dilation) {
+  const Sizes sizes = check(features, index_map, cells, weight, std::nullopt, dilation);
+  check_grad_output(grad_output, features, sizes);
+  // Atomic additions come in any order.
+  at::globalContext().alertNotDeterministic("sparse_conv2d_backward_cuda");
+  const c10::cuda::CUDAGuard guard(features.device());
+  const at::ScalarType type = compute_type(features), indices = index_type(index_map, cells);
+  const at::Tensor f = features.contiguous(), grad = grad_output.contiguous();
+  const at::Tensor map = index_map.to(indices).contiguous(), places = cells.to(indices).contiguous();
+  const at::Tensor kernel = kernel_of(weight, sizes), kernel_t = kernel.t();
+  at::Tensor grad_features = at::zeros(f.sizes(), f.options().dtype(type));
+  at::Tensor grad_kernel = at::zeros(kernel.sizes(), kernel.options().dtype(type));
+  if (sizes.A > 0 && kernel.numel() > 0) {
+    const int64_t chunk = chunk_of(sizes);
+    const at::Tensor memory = at::empty({std::min(chunk, sizes.A), sizes.columns()}, f.options());
+    for (int64_t first = 0; first < sizes.A; first += chunk) {
+      const int64_t count = std::min(chunk, sizes.A - first);
+      const at::Tensor grad_chunk = grad.narrow(0, first, count);
+      at::Tensor gathered = memory.narrow(0, 0, count);
+      gather(sizes, f, map, places, first, count, gathered);
+      grad_kernel.add_(at::cuda::mm(gathered.t(), grad_chunk));
+      at::cuda::mm_out(gathered, grad_chunk, kernel_t);
+      scatter_add(sizes, gathered, map, places, first, count, grad_features);
+    }
+  }
+  const at::Tensor grad_weight = grad_kernel.view({sizes.kH, sizes.kW, sizes.C_in, sizes.C_out}).permute({3, 2, 0, 1});
+  return {
+      grad_features.to(features.scalar_type()), grad_weight.contiguous().to(weight.scalar_type()),
+      grad.sum(0, false, type).to(weight.scalar_type())};
+}
+
+} // namespace querymask::sps
