@@ -85,6 +85,16 @@ def test_library_for_another_torch(tmp_path):
     assert f"was built for torch {other.decode()}, but torch {torch.__version__} is running" in found.error
 
 
+def test_library_of_older_sources(monkeypatch):
+    """Not used, even for what it has: its kernels may differ from the present ones."""
+    monkeypatch.setattr(extension, "OPERATORS", (*extension.OPERATORS, "made_up_tomorrow"))
+    found = extension.load(extension.EXTENSION.path.parent)
+    assert re.search(
+        r"does not fit: it was built from older sources, without made_up_tomorrow\. .*pip install", found.error
+    )
+    assert not found.device_types
+
+
 @pytest.fixture
 def without_extension(monkeypatch):
     error = f"there is no extension here. {extension.REMEDY}"

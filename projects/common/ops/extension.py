@@ -22,6 +22,14 @@ REQUIRE_VARIABLE = "QUERYMASK_REQUIRE_EXTENSION"
 
 REMEDY = "Build it with `pip install -e . --no-build-isolation` in a clone (docs/installation.md)."
 
+OPERATORS = (
+    "multi_scale_deformable_attention",
+    "multi_scale_deformable_attention_backward",
+    "sparse_conv2d",
+    "sparse_conv2d_backward",
+)
+"""What a library of the present sources registers."""
+
 _BUILD_INFO = re.compile(rb"querymask-build(\{[^{}\0]*\})\0")
 
 
@@ -91,6 +99,9 @@ def load(folder: Path) -> Extension:
         error = incompatibility(build, torch.__version__, torch.version.cuda)
         if error is None:
             from querymask import _C  # noqa: F401
+
+            if missing := [name for name in OPERATORS if not hasattr(torch.ops.querymask, name)]:
+                error = f"it was built from older sources, without {', '.join(missing)}. {REMEDY}"
     except (ImportError, OSError, ValueError) as failure:
         return Extension(path, {}, f"{path} cannot be loaded ({failure}). {REMEDY}")
     return Extension(path, build, error and f"{path} does not fit: {error}")
