@@ -1,0 +1,150 @@
+"""FQDet without its reference cases: anchors, matching, losses, detections."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from querymask.common.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from querymask.effseg.anchors import apply_deltas, encode_deltas, make_anchors
+from querymask.effseg.criterion import FQDetCriterion, extended_iou_loss, match_queries, rank_anchors
+from querymask.effseg.fqdet import FQDet, detect
+
+VERSIONS = pytest.mark.parametrize("version", [1, 2])
+
+
+def make_detector(version: int, **settings: int) -> FQDet:
+    torch.manual_seed(0)
+    sizes = {"width": 32, "levels": (3, 4), "num_queries": 12, "num_classes": 5, "num_layers": 2, "ffn_dim": 16}
+    return FQDet(**{**sizes, "num_heads": 4, "version": version, **settings}).double()
+
+
+def make_maps(batch: int = 2, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, 32, *shape, generator=generator, dtype=torch.float64) for shape in ((4, 5), (2, 3))]
+
+
+def test_anchors():
+    """Their order, centres and sizes."""
+    anchors = make_anchors([(2, 3), (1, 2)], [3, 4], torch.float64, torch.device("cpu"))
+    assert anchors.shape == (9 * 8, 4)
+    assert anchors[::9, :2].tolist() == [[4, 4], [12, 4], [20, 4], [4, 12], [12, 12], [20, 12], [8, 8], [24, 8]]
+    width, height = anchors[:9, 2], anchors[:9, 3]
+    torch.testing.assert_close(height / width, torch.tensor([0.5, 1, 2] * 3, dtype=torch.float64))
+    sides = torch.tensor([32 * 2 ** (s / 3) for s in (0, 0, 0, 1, 1, 1, 2, 2, 2)], dtype=torch.float64)
+    torch.testing.assert_close((width * height).sqrt(), sides)
+    torch.testing.assert_close(anchors[54:63, 2:], 2 * anchors[:9, 2:])
+
+
+def test_deltas():
+    anchors = torch.tensor([[10.0, 20, 4, 8]])
+    moved = apply_deltas(anchors, torch.tensor([[0.5, -0.25, math.log(2), 0]]))
+    torch.testing.assert_close(moved, torch.tensor([[8.0, 14, 16, 22]]))
+    torch.testing.assert_close(
+        encode_deltas(anchors, xyxy_to_cxcywh(moved)), torch.tensor([[0.5, -0.25, math.log(2), 0]])
+    )
+    assert apply_deltas(anchors, torch.full((1, 4), 1e9)).isfinite().all()
+
+
+def test_ranks():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 40]])
+    anchors = xyxy_to_cxcywh(torch.tensor([[20.0, 20, 30, 41], [0, 0, 10, 11], [0, 0, 10, 10], [20, 21, 30, 30]]))
+    assert rank_anchors(anchors, boxes, 2).tolist() == [[2, 0], [1, 3]]
+    assert rank_anchors(anchors, boxes, 9).shape == (4, 2)
+    assert rank_anchors(anchors, boxes[:0]).shape == (4, 0)
+
+
+def test_a_query_that_two_targets_claim():
+    """The better rank wins; at equal ranks the first target."""
+    ranked = torch.tensor([[7, 3, 5], [3, 9, 9]])
+    queries, targets = match_queries(ranked, torch.tensor([1, 3, 5, 9]), 10)
+    assert queries.tolist() == [1, 2, 3]
+    assert targets.tolist() == [1, 2, 1]
+    queries, targets = match_queries(ranked[:, :0], torch.tensor([1, 3]), 10)
+    assert len(queries) == len(targets) == 0
+
+
+def test_extended_iou():
+    """1 - IoU where boxes overlap, smooth below 0.1; more than 1 where they are apart, and more so the farther."""
+    boxes = torch.tensor([[0.0, 0, 10, 10]] * 4, dtype=torch.float64)
+    targets = torch.tensor([[0.0, 0, 10, 5], [0, 0, 10, 9.6], [20, 0, 30, 10], [40, 0, 50, 10]], dtype=torch.float64)
+    losses = extended_iou_loss(boxes, targets).tolist()
+    assert losses[0] == pytest.approx(0.5 - 0.05)
+    assert losses[1] == pytest.approx(0.04**2 / 0.2)
+    assert 1 - 0.05 < losses[2] < losses[3]
+
+
+def test_detections():
+    """Pairs of query and class; NMS within a class; boxes without a size are left out, or not."""
+    logits = torch.tensor([[3.0, 1, 9], [2, -1, 9], [4, 0, 9]])
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [5, 5, 5, 9]])
+    found = detect(logits, boxes, 0.5)
+    assert list(zip(found.queries.tolist(), found.labels.tolist())) == [(0, 0), (0, 1)]
+    torch.testing.assert_close(found.scores, torch.tensor([3.0, 1]).sigmoid())
+    assert torch.equal(found.boxes, boxes[[0, 0]])
+    found = detect(logits, boxes, 0.95, max_detections=4, drop_empty=False)
+    assert list(zip(found.queries.tolist(), found.labels.tolist())) == [(2, 0), (0, 0), (1, 0), (0, 1)]
+
+
+@VERSIONS
+def test_images_do_not_meet(version):
+    """An image has the same output in any batch."""
+    detector, maps = make_detector(version), make_maps(3)
+    together = detector(maps, (32, 40))
+    alone = detector([feature[1:2] for feature in maps], (32, 40))
+    assert torch.equal(together.selected[1], alone.selected[0])
+    for name in ("selection_logits", "queries", "class_logits", "deltas", "boxes"):
+        torch.testing.assert_close(getattr(together, name)[1], getattr(alone, name)[0])
+
+
+@VERSIONS
+def test_training_step(version):
+    """Every parameter has a gradient, without a target too; targets that no query is near train the selector alone."""
+    detector = make_detector(version)
+    output = detector(make_maps(), (32, 40))
+    box = cxcywh_to_xyxy(output.query_anchors[0, 3]).detach() + 1
+    for boxes in ([box[None], box.new_zeros(0, 4)], [box.new_zeros(0, 4)] * 2):
+        labels = [torch.zeros(len(b), dtype=torch.long) for b in boxes]
+        losses, matches = FQDetCriterion(version)(output, boxes, labels)
+        assert set(losses) == {"loss_selection", "loss_class", "loss_box"}
+        assert (losses["loss_box"] > 0) == (len(matches.query) > 0) == (len(boxes[0]) > 0)
+        grads = torch.autograd.grad(
+            sum(losses.values()), list(detector.parameters()), retain_graph=True, allow_unused=True
+        )
+        unused = [name for (name, _), grad in zip(detector.named_parameters(), grads) if grad is None]
+        assert not unused
+        assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_no_second_loss_where_the_first_is_right():
+    """Confident and right: the losses vanish."""
+    detector = make_detector(2)
+    output = detector(make_maps(1), (32, 40))
+    box = cxcywh_to_xyxy(output.query_anchors[0, 3]).detach()
+    criterion = FQDetCriterion(2)
+    _, matches = criterion(output, [box[None]], [torch.tensor([4])])
+    logits = torch.full_like(output.class_logits, -30)
+    logits[..., -1] = 30
+    logits[0, matches.query, -1], logits[0, matches.query, 4] = -30, 30
+    boxes = output.boxes.detach().clone()
+    boxes[0, matches.query] = box
+    selection = torch.full_like(output.selection_logits, -30)
+    selection[0, rank_anchors(output.anchors, box[None])[:5, 0]] = 30
+    perfect = type(output)(
+        selection, output.anchors, output.selected, output.queries, logits, torch.zeros_like(boxes), boxes
+    )
+    losses, _ = criterion(perfect, [box[None]], [torch.tensor([4])])
+    assert len(matches.query) > 0
+    assert all(loss.item() == pytest.approx(0, abs=1e-6) for loss in losses.values())
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="versions 1 and 2, not 3"):
+        make_detector(3)
+    with pytest.raises(ValueError, match="versions 1 and 2, not 0"):
+        FQDetCriterion(0)
+    with pytest.raises(ValueError, match=r"built for the levels \(3, 4\), got 1 maps"):
+        make_detector(1)(make_maps()[:1], (32, 40))
+    with pytest.raises(ValueError, match="an image of 32 x 40 has 234 anchors, fewer than the 300 queries"):
+        make_detector(1, num_queries=300)(make_maps(), (32, 40))
