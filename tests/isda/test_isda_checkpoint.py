@@ -126,10 +126,6 @@ def test_copies_that_differ_are_refused() -> None:
         convert(state)
 
 
-def without_new_parts(report: Report) -> set[str]:
-    return {line.target for line in report.of("new")}
-
-
 @pytest.mark.parametrize("version", [2, 3])
 def test_start_from_mmdetection(version: int) -> None:
     """Taken over, left out and new are what the release's own loading does (244 common keys of the head)."""
