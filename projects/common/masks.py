@@ -91,8 +91,10 @@ def resize_masks(masks: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def _bilinear_neighbours(old: int, new: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cells (new,) of ``old`` that have a positive weight, twice the same where there is one; in integers, as
-    rounding would give weights to neighbours that have none."""
+    """The two cells of ``old`` that have a positive weight in each of ``new``, twice the same where there is but one.
+
+    In integers: rounding would give weights to neighbours that have none.
+    """
     position = ((2 * torch.arange(new, device=device) + 1) * old - new).clamp(min=0)  # times 2 * new
     low = torch.div(position, 2 * new, rounding_mode="floor")
     high = low + (position > low * 2 * new).long()

@@ -218,8 +218,8 @@ def check_levels(backbone: Backbone, in_features: Sequence[str], levels: Sequenc
     wanted = [*own, *range(own[-1] + 1, own[-1] + 1 + len(levels) - len(own))] if own else []
     if list(levels) != wanted or not own:
         raise ValueError(
-            f"MODEL.EFFSEG.LEVELS is {list(levels)}, but the maps {list(in_features)} of the backbone are of the levels "
-            f"{own}: the pyramid has these and the ones that follow them"
+            f"MODEL.EFFSEG.LEVELS is {list(levels)}, but the backbone's maps {list(in_features)} are of the "
+            f"levels {own}: the pyramid has these and the ones that follow them"
         )
 
 
