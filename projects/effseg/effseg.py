@@ -26,7 +26,7 @@ from querymask.common.meta_arch import QuerySegmenter, feature_channels
 from querymask.common.precision import full_precision
 from querymask.effseg.criterion import FQDetCriterion, Matches
 from querymask.effseg.fqdet import Detections, FQDet, FQDetOutput, detect
-from querymask.effseg.heads import build_mask_head
+from querymask.effseg.heads.build import build_mask_head
 from querymask.effseg.masks import paste_and_resize
 from querymask.effseg.neck import build_neck
 from querymask.effseg.regions import NUM_MAPS, Regions, RegionTargets, SegmentationHead

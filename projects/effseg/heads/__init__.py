@@ -1,5 +1,1 @@
-"""Segmentation heads on the queries of FQDet."""
-
-from querymask.effseg.heads.build import build_mask_head
-
-__all__ = ["build_mask_head"]
+"""Segmentation heads of FQDet: EffSeg's own refinement head, and the heads that it is compared with."""
