@@ -4,6 +4,7 @@ from detectron2.config import CfgNode
 from detectron2.config import get_cfg as get_detectron2_cfg
 
 from querymask.common.config import add_common_config
+from querymask.effseg.config import add_effseg_config
 from querymask.isda.config import add_isda_config
 from querymask.istr.config import add_istr_config
 from querymask.solq.config import add_solq_config
@@ -15,6 +16,7 @@ def add_querymask_config(cfg: CfgNode) -> None:
     add_solq_config(cfg)
     add_isda_config(cfg)
     add_istr_config(cfg)
+    add_effseg_config(cfg)
 
 
 def get_cfg() -> CfgNode:

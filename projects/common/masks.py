@@ -13,7 +13,7 @@ def instance_masks(instances: Instances) -> torch.Tensor:
     if not instances.has("gt_masks"):
         raise ValueError(
             "instances have no gt_masks, which the mask branch needs: let the mapper give them, or switch the branch "
-            "off (for SOLQ: MODEL.SOLQ.MASK_ON False)"
+            "off (for SOLQ: MODEL.SOLQ.MASK_ON False; for EffSeg: MODEL.EFFSEG.MASK_HEAD none)"
         )
     masks = instances.gt_masks
     if not len(masks):  # Detectron2 0.5 cannot convert an empty list of polygons
@@ -71,3 +71,31 @@ def paste_masks(maps: torch.Tensor, boxes: torch.Tensor, height: int, width: int
     masks = torch.zeros((len(maps), height, width), dtype=torch.bool, device=maps.device)
     masks[visible] = paste_masks(maps[visible], boxes[visible], height, width, threshold)
     return masks
+
+
+def resize_masks(masks: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Bilinear resize in which any positive weight on foreground makes foreground: what torchvision does to booleans.
+
+    Args:
+        masks: (..., H, W) bool.
+        height, width: wanted.
+
+    Returns:
+        (..., height, width) bool.
+    """
+    for axis, size in ((-2, height), (-1, width)):
+        if masks.shape[axis] != size:
+            low, high = _bilinear_neighbours(masks.shape[axis], size, masks.device)
+            masks = masks.index_select(axis, low) | masks.index_select(axis, high)
+    return masks
+
+
+def _bilinear_neighbours(old: int, new: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two cells of ``old`` that have a positive weight in each of ``new``, twice the same where there is but one.
+
+    In integers: rounding would give weights to neighbours that have none.
+    """
+    position = ((2 * torch.arange(new, device=device) + 1) * old - new).clamp(min=0)  # times 2 * new
+    low = torch.div(position, 2 * new, rounding_mode="floor")
+    high = low + (position > low * 2 * new).long()
+    return low.clamp(max=old - 1), high.clamp(max=old - 1)

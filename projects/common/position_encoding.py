@@ -17,7 +17,11 @@ def _interleaved_sine(arguments: torch.Tensor) -> torch.Tensor:
 
 
 def sine_position_encoding(
-    padding_mask: torch.Tensor, num_features: int, dtype: torch.dtype, temperature: float = 10000.0
+    padding_mask: torch.Tensor,
+    num_features: int,
+    dtype: torch.dtype,
+    temperature: float = 10000.0,
+    shift: float = 0.5,
 ) -> torch.Tensor:
     """Encoding of the cells of a map by their share of the unpadded height and width.
 
@@ -28,6 +32,8 @@ def sine_position_encoding(
         padding_mask: (B, H, W) bool, true on padding.
         num_features: channels per axis, an even number.
         dtype: of the result, float32 or float64.
+        shift: the position of a cell is its number from 1 on, less this: 0.5, its centre, in Deformable DETR, 0 in
+            DETR and in pixel decoders after it.
 
     Returns:
         (B, H, W, 2 * num_features): the channels of y, then of x.
@@ -36,8 +42,8 @@ def sine_position_encoding(
     y = valid.cumsum(1, dtype=dtype)
     x = valid.cumsum(2, dtype=dtype)
     scale = 2 * math.pi
-    y = (y - 0.5) / (y[:, -1:, :] + 1e-6) * scale
-    x = (x - 0.5) / (x[:, :, -1:] + 1e-6) * scale
+    y = (y - shift) / (y[:, -1:, :] + 1e-6) * scale
+    x = (x - shift) / (x[:, :, -1:] + 1e-6) * scale
     divisors = _frequencies(num_features, temperature, y)
     return torch.cat((_interleaved_sine(y[..., None] / divisors), _interleaved_sine(x[..., None] / divisors)), dim=-1)
 

@@ -1,4 +1,6 @@
-"""EffSeg: fine-grained instance segmentation on structure-preserving sparsity (Picron and Tuytelaars 2023).
+"""EffSeg: fine-grained instance segmentation on structure-preserving sparsity (Picron and Tuytelaars 2023)."""
 
-So far its detectors FQDet and FQDetV2 as modules on a feature pyramid, equal to the release; no meta-architecture yet.
-"""
+from querymask.effseg.config import add_effseg_config
+from querymask.effseg.effseg import EffSeg
+
+__all__ = ["EffSeg", "add_effseg_config"]

@@ -8,10 +8,13 @@ which Detectron2 seeds for each worker.
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from fvcore.transforms.transform import CropTransform, NoOpTransform, Transform
 from PIL import Image
+
+from querymask.common.masks import resize_masks
 
 
 def resized_size(width: int, height: int, shorter: int, longest: int | None) -> tuple[int, int]:
@@ -48,15 +51,35 @@ class Resize(T.ResizeTransform):
         return segmentation[rows[:, None], columns]
 
 
-class ResizeShortestSide(T.Augmentation):
-    """Resize (antialiased bilinear, masks nearest) such that the shorter side has a randomly chosen length."""
+class GrowingResize(Resize):
+    """A resize of masks in which any positive bilinear weight on foreground makes foreground (EffSeg's release)."""
 
-    def __init__(self, sizes: Sequence[int], longest: int | None = None, sampling: str = "choice") -> None:
+    def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
+        """Resize a mask [H, W]."""
+        mask = resize_masks(torch.from_numpy(segmentation != 0), self.new_h, self.new_w)
+        return mask.numpy().astype(segmentation.dtype)
+
+
+MASK_RESIZES = {"nearest": Resize, "any": GrowingResize}
+"""By the name in ``INPUT.MASK_RESIZE``."""
+
+
+class ResizeShortestSide(T.Augmentation):
+    """Resize (antialiased bilinear) such that the shorter side has a randomly chosen length."""
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        longest: int | None = None,
+        sampling: str = "choice",
+        resize: type[Resize] = Resize,
+    ) -> None:
         """
         Args:
             sizes: lengths to choose from, or the first and last of a range; 0 leaves images as they are.
             longest: limit of the longer side; None: no limit.
             sampling: "choice" or "range".
+            resize: says how masks are resized.
         """
         super().__init__()
         if sampling not in ("choice", "range"):
@@ -66,6 +89,7 @@ class ResizeShortestSide(T.Augmentation):
         self.sizes = tuple(sizes)
         self.longest = longest
         self.sampling = sampling
+        self.resize = resize
 
     def get_transform(self, image: np.ndarray) -> Transform:
         """The resize of one image [H, W, ...]."""
@@ -79,7 +103,7 @@ class ResizeShortestSide(T.Augmentation):
         new_width, new_height = resized_size(width, height, int(size), self.longest)
         if (new_width, new_height) == (width, height):
             return NoOpTransform()
-        return Resize(height, width, new_height, new_width, Image.BILINEAR)
+        return self.resize(height, width, new_height, new_width, Image.BILINEAR)
 
 
 class RandomCropOfRange(T.Augmentation):
@@ -121,12 +145,15 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
         vertical = keys.RANDOM_FLIP == "vertical"
         augmentations.append(T.RandomFlip(horizontal=not vertical, vertical=vertical))
     sizes = keys.MIN_SIZE_TRAIN if isinstance(keys.MIN_SIZE_TRAIN, Sequence) else (keys.MIN_SIZE_TRAIN,)
-    resize = ResizeShortestSide(sizes, keys.MAX_SIZE_TRAIN, keys.MIN_SIZE_TRAIN_SAMPLING)
+    if keys.MASK_RESIZE not in MASK_RESIZES:
+        raise ValueError(f"INPUT.MASK_RESIZE must be one of {', '.join(MASK_RESIZES)}, not {keys.MASK_RESIZE!r}.")
+    kind = MASK_RESIZES[keys.MASK_RESIZE]
+    resize = ResizeShortestSide(sizes, keys.MAX_SIZE_TRAIN, keys.MIN_SIZE_TRAIN_SAMPLING, kind)
     crop = keys.DETR_CROP
     if crop.ENABLED:
         if crop.RESIZE_FIRST:
             augmentations.append(resize)
-        branch = T.AugmentationList([ResizeShortestSide(crop.MIN_SIZES), _crop(crop)])
+        branch = T.AugmentationList([ResizeShortestSide(crop.MIN_SIZES, resize=kind), _crop(crop)])
         augmentations.append(T.RandomApply(branch, crop.PROBABILITY))
     augmentations.append(resize)
     return augmentations

@@ -73,7 +73,7 @@ class InstanceMapper:
             "is_train": is_train,
             "augmentations": build_augmentations(cfg, is_train),
             "image_format": cfg.INPUT.FORMAT,
-            "use_masks": method.get("MASK_ON", cfg.MODEL.MASK_ON),
+            "use_masks": _uses_masks(cfg, method),
             "max_instances": cfg.INPUT.MAX_INSTANCES,
             "drop_empty_masks": cfg.INPUT.DROP_EMPTY_MASKS,
             "num_classes": method.get("NUM_CLASSES"),
@@ -183,6 +183,13 @@ class InstanceMapper:
             )
         self.num_degenerate += number
         return np.flatnonzero(proper)
+
+
+def _uses_masks(cfg: CfgNode, method: CfgNode) -> bool:
+    """Whether the model has a mask branch: its method's MASK_ON, or a MASK_HEAD other than "none"."""
+    if "MASK_ON" in method or "MASK_HEAD" not in method:
+        return method.get("MASK_ON", cfg.MODEL.MASK_ON)
+    return method.MASK_HEAD != "none"
 
 
 def _name(dataset_dict: dict[str, Any]) -> str:

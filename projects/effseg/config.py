@@ -1,0 +1,63 @@
+"""Config keys of EffSeg, and of FQDet, its detector without a segmentation head."""
+
+from detectron2.config import CfgNode
+
+
+def add_effseg_config(cfg: CfgNode) -> None:
+    """Add ``MODEL.EFFSEG`` to a Detectron2 config, in place. The defaults are the paper's R50 model."""
+    cfg.MODEL.EFFSEG = CfgNode()
+    # The only key for the number of classes; must equal the data set's
+    cfg.MODEL.EFFSEG.NUM_CLASSES = 80
+    # Detector: 1 is FQDet (paper), 2 is FQDetV2 (release)
+    cfg.MODEL.EFFSEG.VERSION = 1
+    cfg.MODEL.EFFSEG.NUM_QUERIES = 300
+
+    # Maps of the backbone, fine to coarse
+    cfg.MODEL.EFFSEG.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    # Levels of the feature pyramid: cells of level l have sides of 2^l pixels. The first are those of IN_FEATURES,
+    # further ones are made by stride-2 convolutions
+    cfg.MODEL.EFFSEG.LEVELS = [2, 3, 4, 5, 6, 7]
+    # What makes the pyramid: "fpn", or "deform_encoder", Mask DINO's pixel decoder
+    cfg.MODEL.EFFSEG.NECK = "fpn"
+    # Layers of the deform_encoder, hidden width of their feed-forward networks, sampling points per head and level
+    cfg.MODEL.EFFSEG.ENC_LAYERS = 6
+    cfg.MODEL.EFFSEG.ENC_DIM_FEEDFORWARD = 1024
+    cfg.MODEL.EFFSEG.ENC_POINTS = 4
+
+    # Width of pyramid and queries
+    cfg.MODEL.EFFSEG.HIDDEN_DIM = 256
+    # Decoder of the detector; the attention heads are those of the deform_encoder too
+    cfg.MODEL.EFFSEG.DEC_LAYERS = 6
+    cfg.MODEL.EFFSEG.NUM_HEADS = 8
+    cfg.MODEL.EFFSEG.DIM_FEEDFORWARD = 1024
+    # Sampling points per head and level
+    cfg.MODEL.EFFSEG.DEC_POINTS = 1
+
+    # Loss weights; None: those of the detector's version (class 1 and 0.5, box 1 and 1.85)
+    cfg.MODEL.EFFSEG.SELECTION_WEIGHT = 1.0
+    cfg.MODEL.EFFSEG.CLASS_WEIGHT = None
+    cfg.MODEL.EFFSEG.BOX_WEIGHT = None
+
+    # Inference: a pair of query and class is left out if its IoU with a better pair of the class is higher
+    cfg.MODEL.EFFSEG.NMS_THRESHOLD = 0.5
+
+    # Segmentation head: "effseg", "mask_rcnn", "pointrend", "refine_mask", or "none", which leaves the detector
+    cfg.MODEL.EFFSEG.MASK_HEAD = "effseg"
+
+    # Head "effseg". Processing module of every stage (Table 5)
+    cfg.MODEL.EFFSEG.PROCESSING = "sfm"
+    # Active features that are refined in a stage: at most this many, those of all regions of a head call together
+    cfg.MODEL.EFFSEG.REFINEMENTS = 10000
+    # 3x3 convolutions before stage 0
+    cfg.MODEL.EFFSEG.NUM_FCN_CONVS = 4
+    # Dilations of the parallel convolutions of the processing module "sfm"
+    cfg.MODEL.EFFSEG.DILATIONS = [1, 3, 5]
+    # Sine encoding of the position within the region (release; not in the paper's text)
+    cfg.MODEL.EFFSEG.USE_POSITION = True
+    # Loss weights of segmentation and refinement, stage by stage
+    cfg.MODEL.EFFSEG.SEG_WEIGHTS = [0.25, 0.375, 0.375, 0.5]
+    cfg.MODEL.EFFSEG.REF_WEIGHTS = [0.25, 0.25, 0.25, 0.25]
+
+    # Head "pointrend": subdivisions of the 28x28 mask. The release has 3, which gives 224x224; the paper's text says
+    # 112x112, which are 2
+    cfg.MODEL.EFFSEG.POINT_SUBDIVISIONS = 3

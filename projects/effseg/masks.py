@@ -1,0 +1,91 @@
+"""From the square masks of regions to masks of the image, and how sure their pixels are.
+
+Letters: n regions, S side of a mask; the canvas is the padded image.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from querymask.common.masks import resize_masks
+from querymask.common.precision import full_precision
+
+THRESHOLD = 0.5
+"""Foreground is what exceeds it."""
+PIXELS_AT_ONCE = 2**25
+"""Of all canvases that are held at a time."""
+
+
+def paste_probabilities(maps: Tensor, boxes: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+    """Probabilities at pixel centres of a part of the canvas: bilinear, zero outside of the map.
+
+    Args:
+        maps: (n, S, S).
+        boxes: (n, 4) x0, y0, x1, y1 in pixels; may reach beyond the canvas. Empty ones and such that are not finite
+            give zeros.
+        rows, columns: first, and the one after the last.
+
+    Returns:
+        (n, rows, columns).
+    """
+    proper = boxes.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+    x, y = (
+        2 * (torch.arange(*span, device=boxes.device) + 0.5 - boxes[:, axis, None]) / sides[:, None] - 1
+        for axis, (span, sides) in enumerate(zip((columns, rows), (boxes[:, 2:] - boxes[:, :2]).unbind(1), strict=True))
+    )
+    # So far outside, positions need no precision, but must not overflow when they are rounded
+    x, y = (torch.where(proper[:, None], position, 2.0).clamp(-3, 3) for position in (x, y))
+    grid = torch.stack([x[:, None].expand(-1, y.shape[1], -1), y[:, :, None].expand(-1, -1, x.shape[1])], dim=-1)
+    return F.grid_sample(maps[:, None], grid, align_corners=False)[:, 0]
+
+
+def foreground_certainty(pasted: Tensor) -> Tensor:
+    """(n,) mean probability of the foreground of pasted masks (n, H, W); 0 where there is none."""
+    foreground = pasted > THRESHOLD
+    return (pasted * foreground).sum((1, 2)) / (foreground.sum((1, 2)) + 1e-6)
+
+
+def paste_and_resize(
+    maps: Tensor, boxes: Tensor, canvas: tuple[int, int], image_size: tuple[int, int], size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Masks of the image as it was before it was resized and padded, in parts that bound the memory.
+
+    Args:
+        maps: (n, S, S) probabilities.
+        boxes: (n, 4) x0, y0, x1, y1 in pixels of the canvas.
+        canvas: height and width of the padded image.
+        image_size: those of the image without padding.
+        size: those of the result.
+
+    Returns:
+        (n, *size) bool, and the certainty (n,) of the foreground on the whole canvas.
+    """
+    maps, boxes = full_precision(maps), full_precision(boxes)
+    masks = torch.zeros(len(maps), *size, dtype=torch.bool, device=maps.device)
+    certainty = maps.new_zeros(len(maps))
+    for part, rows, columns in _parts(boxes, canvas):
+        pasted = paste_probabilities(maps[part], boxes[part].to(maps.dtype), rows, columns)
+        certainty[part] = foreground_certainty(pasted)
+        binary = torch.zeros(len(pasted), *canvas, dtype=torch.bool, device=maps.device)
+        binary[:, slice(*rows), slice(*columns)] = pasted > THRESHOLD
+        masks[part] = resize_masks(binary[:, : image_size[0], : image_size[1]], *size)
+    return masks, certainty
+
+
+def _parts(boxes: Tensor, canvas: tuple[int, int]) -> Iterator[tuple[slice, tuple[int, int], tuple[int, int]]]:
+    """Regions that are pasted together, with the rows and columns that they need.
+
+    On a GPU they are many and have the whole canvas, on a CPU each is alone and has the surroundings of its box.
+    """
+    height, width = canvas
+    if boxes.device.type != "cpu":
+        count = max(1, PIXELS_AT_ONCE // (height * width))
+        for first in range(0, len(boxes), count):
+            yield slice(first, first + count), (0, height), (0, width)
+        return
+    spans = torch.cat([boxes[:, :2].floor() - 1, boxes[:, 2:].ceil() + 1], dim=1).nan_to_num()
+    spans = spans.minimum(spans.new_tensor([width, height, width, height])).clamp(min=0)
+    for index, (left, top, right, bottom) in enumerate(spans.long().tolist()):
+        yield slice(index, index + 1), (top, max(top, bottom)), (left, max(left, right))
