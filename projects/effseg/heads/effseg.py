@@ -1,0 +1,285 @@
+"""EffSeg's head: masks refined stage by stage where it counts (Picron and Tuytelaars, https://arxiv.org/abs/2307.01545,
+section 3).
+
+Data flow (n regions, F width of a stage, N_A active and N_P passive features)::
+
+    RoIAlign (n, C, 14, 14) + positions + what the query says -> 3x3 convolutions -> stage 0: every cell is active
+    each further stage: the cells of highest refinement logit, of all regions together, stay active
+      -> four children of each (4 N_A, F), added to copies of the parent
+      -> a finer backbone map read at the children's centres, fused and added
+      -> linear layer to half the width, active and passive
+      -> processing: active cells look at their neighbours
+      -> segmentation and refinement logits (4 N_A,)
+    mask: logits of the stage before, upsampled, under those of the active cells
+
+Passive cells keep their features and stay neighbours; they never return.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from querymask.common.precision import full_precision
+from querymask.common.sps import SparseMap, keep_highest
+from querymask.effseg.heads.effseg_losses import RefinementCriterion, Stage
+from querymask.effseg.heads.processing import PROCESSING
+from querymask.effseg.heads.sampling import MapSampler
+from querymask.effseg.regions import (
+    NUM_MAPS,
+    ROI_SIZE,
+    QueryFusion,
+    Regions,
+    RegionTargets,
+    SegmentationHead,
+    pool_regions,
+)
+
+POSITION_TEMPERATURE = 10000
+
+
+def encode_cells(width: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Sine encoding of the cells of a square.
+
+    Args:
+        width: channels, a multiple of 4: a quarter each of the sines and cosines of x, then of y.
+        size: cells a side.
+
+    Returns:
+        (width, size, size).
+    """
+    centres = 2 * math.pi * (torch.arange(size, dtype=dtype, device=device) + 0.5) / size
+    powers = torch.arange(width // 4, dtype=dtype, device=device) / (width // 4)
+    angles = centres / (POSITION_TEMPERATURE ** powers[:, None])
+    waves = torch.cat([angles.sin(), angles.cos()])  # (width / 2, size)
+    return torch.cat([waves[:, None, :].expand(-1, size, -1), waves[:, :, None].expand(-1, -1, size)])
+
+
+class ChildFeatures(nn.Module):
+    """What tells the four children of a cell from their parent."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(width, 4 * width)
+        self.shared = nn.Linear(width, width)
+
+    def forward(self, parents: Tensor) -> Tensor:
+        """(N_A, F) -> (4 N_A, F), in the order of :meth:`SparseMap.upsample`."""
+        return self.shared(self.expand(parents).relu().view(-1, parents.shape[1]))
+
+
+class MapFusion(nn.Module):
+    """What a backbone map adds to the features of cells."""
+
+    def __init__(self, width: int, map_width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(width + map_width, width), nn.ReLU(), nn.Linear(width, width))
+
+    def forward(self, features: Tensor, sampled: Tensor) -> Tensor:
+        """(N_A, F), (N_A, C) -> (N_A, F)."""
+        return self.layers(torch.cat([features, sampled], 1))
+
+
+class RefinementStage(nn.Module):
+    """From the active cells of one stage to those of the next, twice as fine and half as wide.
+
+    Args:
+        width: F of the stage before.
+        map_width: C.
+        processing: a name of :data:`PROCESSING`.
+        dilations: of its convolutions.
+    """
+
+    def __init__(self, width: int, map_width: int, processing: str, dilations: Sequence[int]) -> None:
+        super().__init__()
+        self.child_features = ChildFeatures(width)
+        self.fusion = MapFusion(width, map_width)
+        self.transition = nn.Sequential(nn.Linear(width, width // 2), nn.ReLU())
+        self.processing = PROCESSING[processing](width // 2, dilations)
+
+    def forward(self, sparse: SparseMap, sampler: MapSampler, regions: Regions, number: int) -> SparseMap:
+        """Refine.
+
+        Args:
+            sparse: F wide; the passive cells have been chosen.
+            sampler: of the backbone's maps.
+            regions: those of the map.
+            number: of the stage, from 1 on.
+        """
+        children = self.child_features(sparse.active)
+        sparse = sparse.upsample()
+        active = sparse.active + children
+        active = active + self.fusion(active, sample_cells(sparse, sampler, regions, number))
+        features = self.transition(torch.cat([active, sparse.passive]))
+        sparse = sparse.replace_features(features[: len(active)], features[len(active) :])
+        return sparse.replace_active(self.processing(sparse))
+
+
+def sample_cells(sparse: SparseMap, sampler: MapSampler, regions: Regions, number: int) -> Tensor:
+    """The backbone's features at the centres of the active cells: (N_A, C).
+
+    Each stage reads one map finer than the stage before, until the finest. The boxes keep their gradient.
+
+    Args:
+        sparse: the map of the regions.
+        sampler: of the backbone's maps.
+        regions: those of the map.
+        number: of the stage, from 1 on.
+    """
+    region, y, x = sparse.cells.long().unbind(1)
+    boxes = full_precision(regions.boxes)
+    height, width = sparse.index_map.shape[1:]
+    shares = torch.stack([(x + 0.5) / width, (y + 0.5) / height], 1).to(boxes.dtype)
+    corners, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
+    points = corners.index_select(0, region) + shares * sides.index_select(0, region)
+    levels = (regions.levels - number).clamp(min=0)
+    return sampler(points, regions.images[region], levels[region])
+
+
+class EffSegHead(SegmentationHead):
+    """EffSeg's refinement head. Masks do not depend on classes.
+
+    Args:
+        width: C of maps and queries, and F of stage 0: a multiple of 4 and of 2 ** num_stages.
+        processing: "mlp", "conv", "deform_conv", "sfm" or "dense_sfm" (Table 5); the last keeps all cells active.
+        refinements: active cells, of all regions together, that each stage refines at most.
+        num_fcn_convs: 3x3 convolutions of stage 0.
+        num_stages: refinement stages; each doubles the resolution of 14 x 14 cells.
+        dilations: of the branches of SFM.
+        seg_weights, ref_weights: of the losses, for stage 0 and each refinement stage.
+        use_position: tell the cells where they are in their region.
+    """
+
+    per_class = False
+
+    def __init__(
+        self,
+        width: int = 256,
+        processing: str = "sfm",
+        refinements: int = 10000,
+        num_fcn_convs: int = 4,
+        num_stages: int = 3,
+        dilations: Sequence[int] = (1, 3, 5),
+        seg_weights: Sequence[float] = (0.25, 0.375, 0.375, 0.5),
+        ref_weights: Sequence[float] = (0.25, 0.25, 0.25, 0.25),
+        use_position: bool = True,
+    ) -> None:
+        super().__init__()
+        if processing not in PROCESSING:
+            raise ValueError(f"processing must be one of {', '.join(PROCESSING)}, not {processing!r}")
+        if width % 4 or width % 2**num_stages:
+            raise ValueError(f"width must be a multiple of 4 and of 2 ** num_stages = {2**num_stages}, not {width}")
+        if refinements < 1:
+            raise ValueError(f"refinements must be positive, not {refinements}")
+        for name, weights in (
+            ("seg_weights", seg_weights),
+            ("ref_weights", ref_weights),
+        ):
+            if len(weights) != num_stages + 1:
+                raise ValueError(
+                    f"{name} must have {num_stages + 1} entries, for stage 0 and {num_stages} refinement stages, "
+                    f"got {list(weights)}"
+                )
+        self.refinements = None if processing == "dense_sfm" else refinements
+        self.use_position = use_position
+        self.query_fusion = QueryFusion(width)
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(num_fcn_convs))
+        for conv in self.convs:
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(conv.bias)
+        widths = [width // 2**number for number in range(num_stages + 1)]
+        self.stages = nn.ModuleList(RefinementStage(w, width, processing, dilations) for w in widths[:-1])
+        self.segmentation = nn.ModuleList(_cell_classifier(w) for w in widths)
+        self.refinement = nn.ModuleList(_cell_classifier(w) for w in widths)
+        self.criterion = RefinementCriterion(seg_weights, ref_weights)
+
+    def forward(self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions) -> Tensor:
+        """Probabilities (n, S, S), S being 112 for three stages. See :class:`SegmentationHead`."""
+        if not len(regions):
+            size = ROI_SIZE * 2 ** len(self.stages)
+            return full_precision(maps[0].new_zeros(0, size, size))
+        if len(maps[0]) > 1:  # the sampler would lay out those of other images for nothing
+            image = int(regions.images[0])
+            maps = [feature[image : image + 1] for feature in maps]
+            regions = replace(regions, images=torch.zeros_like(regions.images))
+        return assemble_masks(self.refine(maps, image_size, regions))[-1].sigmoid()
+
+    def losses(
+        self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions, targets: RegionTargets
+    ) -> Mapping[str, Tensor]:
+        """``loss_segmentation`` and ``loss_refinement``. See :class:`SegmentationHead`."""
+        if not len(regions):
+            zero = 0 * torch.stack([parameter.sum() for parameter in self.parameters()]).sum()
+            return {"loss_segmentation": zero, "loss_refinement": zero}
+        return self.criterion(self.refine(maps, image_size, regions), regions, targets)
+
+    def refine(self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions) -> list[Stage]:
+        """Run all stages.
+
+        Args:
+            maps: P2, P3, ... (B, C, H_l, W_l).
+            image_size: (height, width) of the padded images.
+            regions: n > 0, of any images; they compete for refinement.
+
+        Returns:
+            Stage 0 and the refinement stages.
+
+        Raises:
+            ValueError: fewer maps than the head reads.
+        """
+        if len(maps) < NUM_MAPS:
+            raise ValueError(f"EffSeg reads the maps P2 to P{NUM_MAPS + 1}, got {len(maps)} maps")
+        sparse = SparseMap.from_dense(self._dense_features(maps, regions))
+        sampler = MapSampler(maps[: NUM_MAPS - 1], image_size)  # even stage 1 is one map finer than RoIAlign
+        stages = [self._classify(0, sparse)]
+        for number, refine in enumerate(self.stages, 1):
+            if self.refinements is not None:
+                sparse = sparse.split(keep_highest(stages[-1].refinement.detach(), self.refinements))
+            sparse = refine(sparse, sampler, regions, number)
+            stages.append(self._classify(number, sparse))
+        return stages
+
+    def _dense_features(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
+        """The features of stage 0 (n, C, 14, 14)."""
+        features = pool_regions(maps, regions)
+        if self.use_position:
+            dtype = torch.promote_types(features.dtype, torch.float32)
+            position = encode_cells(features.shape[1], features.shape[2], dtype, features.device)
+            features = features + position.to(features.dtype)
+        features = features + self.query_fusion(features, regions.queries)
+        for conv in self.convs:
+            features = conv(features).relu()
+        return features
+
+    def _classify(self, number: int, sparse: SparseMap) -> Stage:
+        segmentation, refinement = (
+            full_precision(branches[number](sparse.active).squeeze(1))
+            for branches in (self.segmentation, self.refinement)
+        )
+        return Stage(sparse, segmentation, refinement)
+
+
+def assemble_masks(stages: Sequence[Stage]) -> list[Tensor]:
+    """Masks as they are after every stage: those of the stage before, finer, under the stage's active cells.
+
+    Args:
+        stages: one or more, the first with all cells active.
+
+    Returns:
+        Logits (n, S, S) for every stage, S doubling from one to the next.
+    """
+    masks: list[Tensor] = []
+    for stage in stages:
+        if masks:
+            mask = F.interpolate(masks[-1][:, None], scale_factor=2, mode="bilinear", align_corners=False)[:, 0]
+        else:
+            mask = stage.segmentation.new_zeros(stage.features.index_map.shape)
+        masks.append(mask.index_put(stage.features.cells.long().unbind(1), stage.segmentation))
+    return masks
+
+
+def _cell_classifier(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))

@@ -1,0 +1,107 @@
+"""Losses of EffSeg's refinement head (https://arxiv.org/abs/2307.01545, section 3.4; the release's targets)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from querymask.common.precision import full_precision
+from querymask.common.sps import SparseMap
+from querymask.effseg.regions import Regions, RegionTargets
+
+COVERAGE_TOLERANCE = 1e-6
+"""A cell that the mask covers up to this share is no border: rounding keeps the share of a full cell from being 1."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage says about its active cells.
+
+    Attributes:
+        features: of the stage's end, with the places of the active cells.
+        segmentation, refinement: (N_A,) logits: the cell belongs to the mask; the mask's border is in it.
+    """
+
+    features: SparseMap
+    segmentation: Tensor
+    refinement: Tensor
+
+
+@torch.no_grad()
+def mask_coverage(regions: Regions, targets: RegionTargets, sizes: Sequence[int]) -> list[Tensor]:
+    """How much of each cell the mask of the region's target covers.
+
+    Args:
+        regions: n, of any images.
+        targets: theirs.
+        sizes: cells a side.
+
+    Returns:
+        (n, size, size) in [0, 1] for every size.
+    """
+    boxes = full_precision(regions.boxes.detach())
+    shares = [boxes.new_zeros(len(regions), size, size) for size in sizes]
+    for image, masks in enumerate(targets.masks):
+        (rows,) = (regions.images == image).nonzero(as_tuple=True)
+        if not len(rows):
+            continue
+        rois = torch.cat([targets.index[rows, None].to(boxes.dtype), boxes[rows]], 1)
+        canvas = masks[:, None].to(boxes.dtype)
+        for share, size in zip(shares, sizes):
+            share[rows] = roi_align(canvas, rois, size, 1.0, sampling_ratio=0, aligned=True)[:, 0]
+    return shares
+
+
+def is_border(coverage: Tensor) -> Tensor:
+    """Cells that a mask covers in part: those to be refined."""
+    return (coverage > COVERAGE_TOLERANCE) & (coverage < 1 - COVERAGE_TOLERANCE)
+
+
+class RefinementCriterion(nn.Module):
+    """Binary cross-entropy of the active cells of every stage.
+
+    A stage's loss is the mean over its active cells, times its weight and the number of regions.
+
+    Args:
+        segmentation_weights: of the stages, for "more than half of the cell belongs to the mask".
+        refinement_weights: of the stages, for "the mask's border is in the cell".
+    """
+
+    def __init__(self, segmentation_weights: Sequence[float], refinement_weights: Sequence[float]) -> None:
+        super().__init__()
+        self.segmentation_weights = tuple(segmentation_weights)
+        self.refinement_weights = tuple(refinement_weights)
+
+    def forward(self, stages: Sequence[Stage], regions: Regions, targets: RegionTargets) -> Mapping[str, Tensor]:
+        """Sum over the stages.
+
+        Args:
+            stages: of the head, for these regions.
+            regions: n > 0, matched with targets.
+            targets: theirs.
+
+        Returns:
+            ``loss_segmentation`` and ``loss_refinement``.
+        """
+        sizes = [stage.features.index_map.shape[1] for stage in stages]
+        segmentation, refinement = [], []
+        for stage, share in zip(stages, mask_coverage(regions, targets, sizes)):
+            share = share[stage.features.cells.long().unbind(1)]
+            segmentation.append(_cross_entropy(stage.segmentation, share > 0.5))
+            refinement.append(_cross_entropy(stage.refinement, is_border(share)))
+        return {
+            "loss_segmentation": len(regions) * _weighted(segmentation, self.segmentation_weights),
+            "loss_refinement": len(regions) * _weighted(refinement, self.refinement_weights),
+        }
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    logits = full_precision(logits)
+    return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
+
+
+def _weighted(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    return torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)]).sum()
