@@ -44,6 +44,10 @@ def add_effseg_config(cfg: CfgNode) -> None:
     # Segmentation head: "effseg", "mask_rcnn", "pointrend", "refine_mask", or "none", which leaves the detector
     cfg.MODEL.EFFSEG.MASK_HEAD = "effseg"
 
+    # Training: at most this many matched queries of a batch get masks, a random choice of them (0: all, as published);
+    # bounds memory and time
+    cfg.MODEL.EFFSEG.MAX_TRAIN_REGIONS = 0
+
     # Head "effseg". Processing module of every stage (Table 5)
     cfg.MODEL.EFFSEG.PROCESSING = "sfm"
     # Active features that are refined in a stage: at most this many, those of all regions of a head call together

@@ -36,6 +36,13 @@ class Matches:
     query: Tensor
     target: Tensor
 
+    def limit(self, number: int) -> "Matches":
+        """At most ``number`` of them, a random choice; 0: all."""
+        if not 0 < number < len(self.query):
+            return self
+        kept = torch.randperm(len(self.query), device=self.query.device)[:number].sort().values
+        return Matches(self.image[kept], self.query[kept], self.target[kept])
+
 
 def rank_anchors(anchors: Tensor, boxes: Tensor, count: int = MATCHED_RANKS) -> Tensor:
     """The ``count`` anchors of highest IoU with each target.

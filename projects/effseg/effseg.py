@@ -43,6 +43,7 @@ class EffSeg(QuerySegmenter):
         detector: boxes and classes.
         criterion: matching and losses of the detector.
         mask_head: masks of regions; None: the detector alone.
+        max_train_regions: matched queries of a batch that get masks in training, a random choice of them; 0: all.
         nms_threshold: IoU with a better pair of the same class above which a pair of query and class is left out.
         detections_per_image: pairs that are kept.
         pixel_mean, pixel_std: per channel, for pixels in 0..255.
@@ -58,6 +59,7 @@ class EffSeg(QuerySegmenter):
         detector: FQDet,
         criterion: FQDetCriterion,
         mask_head: SegmentationHead | None,
+        max_train_regions: int,
         nms_threshold: float,
         detections_per_image: int,
         pixel_mean: Sequence[float],
@@ -74,6 +76,7 @@ class EffSeg(QuerySegmenter):
         self.detector = detector
         self.criterion = criterion
         self.mask_head = mask_head
+        self.max_train_regions = max_train_regions
         self.nms_threshold = nms_threshold
         self.detections_per_image = detections_per_image
 
@@ -103,6 +106,7 @@ class EffSeg(QuerySegmenter):
                 effseg.VERSION, effseg.SELECTION_WEIGHT, effseg.CLASS_WEIGHT, effseg.BOX_WEIGHT
             ),
             "mask_head": build_mask_head(effseg),
+            "max_train_regions": effseg.MAX_TRAIN_REGIONS,
             "nms_threshold": effseg.NMS_THRESHOLD,
             "detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
@@ -120,6 +124,7 @@ class EffSeg(QuerySegmenter):
             return dict(losses)
         canvas = canvas_size(images)
         masks = [pad_masks(instance_masks(x), canvas) for x in instances]
+        matches = matches.limit(self.max_train_regions)
         regions = matched_regions(output, matches, labels)
         return {**losses, **self.mask_head.losses(maps, canvas, regions, RegionTargets(masks, matches.target))}
 
