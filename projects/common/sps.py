@@ -27,7 +27,9 @@ def keep_highest(scores: Tensor, count: int) -> Tensor:
     """
     if len(scores) <= count:
         return torch.ones_like(scores, dtype=torch.bool)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(0, scores.topk(count).indices, True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(
+        0, scores.topk(count).indices, 1
+    )  # a trace wants no bool
 
 
 @dataclass(frozen=True)
