@@ -27,7 +27,8 @@ def keep_highest(scores: Tensor, count: int) -> Tensor:
     """
     if len(scores) <= count:
         return torch.ones_like(scores, dtype=torch.bool)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(0, scores.topk(count).indices, True)
+    kept = scores.topk(count).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(0, kept, 1)  # a trace knows no scatter of True
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,9 @@ def multi_dilation_sparse_conv2d(
             "weights, biases and dilations must have one entry for each of one or more branches, got "
             f"{len(weights)}, {len(biases)} and {len(dilations)}"
         )
-    if len({weight.shape[0] for weight in weights}) > 1:
-        raise ValueError(f"all branches must have the same C_out, got {[weight.shape[0] for weight in weights]}")
+    widths = [int(weight.shape[0]) for weight in weights]  # a trace has tensors there, of which no two are equal
+    if len(set(widths)) > 1:
+        raise ValueError(f"all branches must have the same C_out, got {widths}")
     branches = (
         sparse_conv2d(features, index_map, cells, weight, bias, dilation).relu()
         for weight, bias, dilation in zip(weights, biases, dilations)

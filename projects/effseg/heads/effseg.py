@@ -131,8 +131,7 @@ def sample_cells(sparse: SparseMap, sampler: MapSampler, regions: Regions, numbe
     """
     region, y, x = sparse.cells.long().unbind(1)
     boxes = full_precision(regions.boxes)
-    height, width = sparse.index_map.shape[1:]
-    shares = torch.stack([(x + 0.5) / width, (y + 0.5) / height], 1).to(boxes.dtype)
+    shares = (torch.stack([x, y], 1).to(boxes.dtype) + 0.5) / sparse.index_map.shape[2]
     corners, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
     points = corners.index_select(0, region) + shares * sides.index_select(0, region)
     levels = (regions.levels - number).clamp(min=0)

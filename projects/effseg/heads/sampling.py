@@ -40,8 +40,8 @@ class MapSampler:
             (m, C) in float32 or, where the maps have it, float64.
         """
         height, width, first_row = self._geometry[levels].unbind(1)
-        x = points[:, 0] * (width / self._image_size[1]) - 0.5
-        y = points[:, 1] * (height / self._image_size[0]) - 0.5
+        x = points[:, 0] / self._image_size[1] * width - 0.5
+        y = points[:, 1] / self._image_size[0] * height - 0.5
         near = (x > -1) & (x < width) & (y > -1) & (y < height)  # false for nan
         x, y = torch.where(near, x, -1), torch.where(near, y, -1)  # where no cell is read
         left, upper = x.detach().floor(), y.detach().floor()
