@@ -169,9 +169,7 @@ def _mask_head(state: State) -> str:
 
 def _num_classes(state: State) -> int:
     """Without "no object"."""
-    (last,) = (
-        value for key, value in state.items() if re.fullmatch(r"heads\.gvd\.heads\.0\.logits(\.2)?\.bias", key)
-    )
+    (last,) = (value for key, value in state.items() if re.fullmatch(r"heads\.gvd\.heads\.0\.logits(\.2)?\.bias", key))
     return len(last) - 1
 
 
