@@ -65,9 +65,6 @@ _BODY_RULES: list[Rule] = [
     Rename(r"^core\.body\.fpn_convs\.(\d+)\.conv\.", r"neck.outputs.\1."),
 ]
 
-# Segmentation heads: lists of rules from the release's names, which begin with heads.gvd.heads.2, to mask_head
-_HEAD_RULES: list[Rule] = []
-
 # A key that only files with this segmentation head have -> MODEL.EFFSEG.MASK_HEAD. PointRend's has all of Mask R-CNN's.
 _MASK_HEADS = (
     (r"\.heads\.2\.fuse_td\.", "effseg"),
@@ -129,7 +126,7 @@ def convert(
     state = {key: torch.as_tensor(value) for key, value in state.items()}
     rules = [
         *_BODY_RULES,
-        *([Drop(rf"{_HEADS}heads\.2\.", _NOT_ASKED_FOR)] if detector_only else _HEAD_RULES),
+        *([Drop(rf"{_HEADS}heads\.2\.", _NOT_ASKED_FOR)] if detector_only else _head_rules(_mask_head(state))),
         *_DETECTOR_RULES,
         Rename(r"^(?=(selector|transitions|anchor_encoder|layers|class_head|box_head)\.)", "detector."),
     ]
@@ -158,6 +155,19 @@ def settings(state: State) -> dict[str, Any]:
         "MODEL.EFFSEG.DIM_FEEDFORWARD": hidden,
         "MODEL.EFFSEG.MASK_HEAD": _mask_head(state),
     }
+
+
+def _head_rules(mask_head: str) -> list[Rule]:
+    """From the release's names of a segmentation head, which begin with heads.gvd.heads.2, to ``mask_head``."""
+    if mask_head == "none":
+        return []
+    if mask_head == "effseg":
+        from querymask.effseg.heads.checkpoint_effseg import EFFSEG_HEAD_RULES
+
+        return EFFSEG_HEAD_RULES
+    from querymask.effseg.heads.checkpoint_baselines import BASELINE_HEAD_RULES
+
+    return BASELINE_HEAD_RULES[mask_head]
 
 
 def _mask_head(state: State) -> str:
