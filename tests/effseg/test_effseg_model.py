@@ -203,7 +203,7 @@ def test_no_regions(make_model: MakeModel, make_batch: MakeBatch) -> None:
         model = make_model(**settings).eval()
         model.detections_per_image = 0
         with torch.no_grad():
-            assert len(model(make_batch([0]))[0]["instances"]) == 0
+            assert len(model(make_batch([0, 0]))[0]["instances"]) == 0
 
 
 @pytest.mark.parametrize(
