@@ -207,7 +207,12 @@ def make_model(case: Mapping[str, Any]) -> nn.Module:
     effseg.REFINEMENTS = head.pop("refinements")
     assert not settings and not head, f"the case has settings that the project does not know: {settings} {head}"
     model = build_model(cfg).double()
-    model.load_state_dict(convert(official_state(case))[0], strict=True)
+    state = official_state(case)
+    model.load_state_dict(convert(state)[0], strict=True)
+    # The release keeps the pixels' statistics, for values of 0 to 1, in buffers, which the recipe fills like weights
+    for name in ("mean", "std"):
+        values = torch.as_tensor(state[f"backbone.in_norm_{name}"])
+        getattr(model, f"pixel_{name}").copy_(255 * values.view(3, 1, 1))
     return model
 
 
