@@ -1,12 +1,25 @@
 """The published checkpoints of EffSeg's release, whose two generations differ in the detector: FQDet and FQDetV2."""
 
+import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from querymask.common.checkpoint import Drop, Rename, Report, Rule, State, apply_rules
+from querymask.common.checkpoint import (
+    Drop,
+    Format,
+    Options,
+    Rename,
+    Report,
+    Rule,
+    State,
+    apply_rules,
+    register_format,
+)
+from querymask.common.checkpoint.formats import resnet_rules, resnet_settings
 
 _HEADS = r"^heads\.gvd\."
 
@@ -44,6 +57,27 @@ _DETECTOR_RULES: list[Rule] = [
 ]
 
 
+# Backbone and feature pyramid
+_BODY_RULES: list[Rule] = [
+    Drop(r"^backbone\.in_norm_(mean|std)$", "pixel statistics, in MODEL.PIXEL_MEAN and MODEL.PIXEL_STD"),
+    *resnet_rules(r"^backbone\.body\.", "backbone."),
+    Rename(r"^core\.body\.lateral_convs\.(\d+)\.conv\.", r"neck.laterals.\1."),
+    Rename(r"^core\.body\.fpn_convs\.(\d+)\.conv\.", r"neck.outputs.\1."),
+]
+
+# A key that only files with this segmentation head have -> MODEL.EFFSEG.MASK_HEAD. PointRend's has all of Mask R-CNN's.
+_MASK_HEADS = (
+    (r"\.heads\.2\.fuse_td\.", "effseg"),
+    (r"\.heads\.2\.point_head\.", "pointrend"),
+    (r"\.heads\.2\.mask_head\.semantic_convs\.", "refine_mask"),
+    (r"\.heads\.2\.mask_head\.conv_logits\.", "mask_rcnn"),
+)
+# Layers with a row for each class
+_CLASS_HEAD = r"^detector\.class_head\."
+_MASK_BRANCH = r"^mask_head\."
+_NOT_ASKED_FOR = "segmentation head, not asked for"
+
+
 def convert_detector(state: Mapping[str, Tensor | np.ndarray]) -> tuple[State, Report]:
     """Turn a state dict of the release into one for :class:`querymask.effseg.fqdet.FQDet`.
 
@@ -65,3 +99,153 @@ def convert_detector(state: Mapping[str, Tensor | np.ndarray]) -> tuple[State, R
         *_DETECTOR_RULES,
     ]
     return apply_rules(state, rules)
+
+
+def convert(
+    state: Mapping[str, Tensor | np.ndarray],
+    class_ids: object = None,
+    *,
+    drop_classes: bool = False,
+    detector_only: bool = False,
+) -> tuple[State, Report]:
+    """Turn a state dict of EffSeg's release into one for ``querymask.effseg.EffSeg``.
+
+    Args:
+        state: the release's tensors by key, of any segmentation head on FQDet or FQDetV2, or of the detector alone.
+        class_ids: not used: published heads have one row for each of COCO's 80 classes, in the model's order, and a
+            last one for "no object".
+        drop_classes: leave the class head out, for training on another data set.
+        detector_only: leave the segmentation head out (``MODEL.EFFSEG.MASK_HEAD none``).
+
+    Returns:
+        the model's state dict, and the report of what was renamed and dropped.
+
+    Raises:
+        CheckpointError: two keys get the same name.
+    """
+    state = {key: torch.as_tensor(value) for key, value in state.items()}
+    rules = [
+        *_BODY_RULES,
+        *([Drop(rf"{_HEADS}heads\.2\.", _NOT_ASKED_FOR)] if detector_only else _head_rules(_mask_head(state))),
+        *_DETECTOR_RULES,
+        Rename(r"^(?=(selector|transitions|anchor_encoder|layers|class_head|box_head)\.)", "detector."),
+    ]
+    if drop_classes:
+        rules.append(Drop(_CLASS_HEAD, "class head, not asked for"))
+    return apply_rules(state, rules)
+
+
+# ---- What a file holds --------------------------------------------------------------------------------------------
+
+
+def settings(state: State) -> dict[str, Any]:
+    """The config keys that a file of the release demands, with their values, read off its shapes.
+
+    The number of queries and the threshold of non-maximum suppression are not in the file.
+    """
+    layers = {match[1] for key in state if (match := re.match(r"heads\.gvd\.dec_layers\.(\d+)\.", key))}
+    hidden, width = state["heads.gvd.dec_layers.0.2.mlp1.lin.weight"].shape
+    first = "heads.gvd.group_init_sel."
+    return {
+        "MODEL.META_ARCHITECTURE": "EffSeg",
+        **resnet_settings(state, "backbone.body."),
+        "MODEL.EFFSEG.VERSION": 1 if f"{first}box_encoder.0.weight" in state else 2,
+        "MODEL.EFFSEG.HIDDEN_DIM": width,
+        "MODEL.EFFSEG.DEC_LAYERS": len(layers),
+        "MODEL.EFFSEG.DIM_FEEDFORWARD": hidden,
+        "MODEL.EFFSEG.MASK_HEAD": _mask_head(state),
+    }
+
+
+def _head_rules(mask_head: str) -> list[Rule]:
+    """From the release's names of a segmentation head, which begin with heads.gvd.heads.2, to ``mask_head``."""
+    if mask_head == "none":
+        return []
+    if mask_head == "effseg":
+        from querymask.effseg.heads.checkpoint_effseg import EFFSEG_HEAD_RULES
+
+        return EFFSEG_HEAD_RULES
+    from querymask.effseg.heads.checkpoint_baselines import BASELINE_HEAD_RULES
+
+    return BASELINE_HEAD_RULES[mask_head]
+
+
+def _mask_head(state: State) -> str:
+    for pattern, name in _MASK_HEADS:
+        if any(re.search(pattern, key) for key in state):
+            return name
+    return "none"
+
+
+def _num_classes(state: State) -> int:
+    """Without "no object"."""
+    (last,) = (value for key, value in state.items() if re.fullmatch(r"heads\.gvd\.heads\.0\.logits(\.2)?\.bias", key))
+    return len(last) - 1
+
+
+def describe(state: State) -> str:
+    """What a file of the release holds, in a line."""
+    found = settings(state)
+    detector = {1: "FQDet", 2: "FQDetV2"}[found["MODEL.EFFSEG.VERSION"]]
+    head = {
+        "effseg": f"EffSeg on {detector}",
+        "mask_rcnn": f"Mask R-CNN++ on {detector}",
+        "pointrend": f"PointRend++ on {detector}",
+        "refine_mask": f"RefineMask++ on {detector}",
+        "none": detector,
+    }[found["MODEL.EFFSEG.MASK_HEAD"]]
+    parts = [
+        f"R{found['MODEL.RESNETS.DEPTH']}",
+        f"{found['MODEL.EFFSEG.DEC_LAYERS']} layers",
+        f"{_num_classes(state)} classes",
+    ]
+    return f"{head} ({', '.join(parts)})"
+
+
+# ---- Formats ------------------------------------------------------------------------------------------------------
+
+
+def _convert_release(state: State, options: Options) -> tuple[State, Report]:
+    return convert(state, drop_classes=options.drop_classes, detector_only=options.detector_only)
+
+
+def _convert_own(state: State, options: Options) -> tuple[State, Report]:
+    rules: list[Rule] = []
+    if options.drop_classes:
+        rules.append(Drop(_CLASS_HEAD, "class head, not asked for"))
+    if options.detector_only:
+        rules.append(Drop(_MASK_BRANCH, _NOT_ASKED_FOR))
+    return apply_rules(state, rules)
+
+
+def _release_settings(state: State, options: Options) -> dict[str, Any]:
+    found = settings(state)
+    if options.detector_only:
+        found["MODEL.EFFSEG.MASK_HEAD"] = "none"
+    if not options.drop_classes:
+        found["MODEL.EFFSEG.NUM_CLASSES"] = _num_classes(state)
+    return found
+
+
+def _new_keys(options: Options) -> str | None:
+    return _CLASS_HEAD if options.drop_classes else None
+
+
+register_format(
+    Format(
+        "EffSeg or FQDet (DetSeg)",
+        (r"^heads\.gvd\.group_init_sel\.", r"^backbone\.body\.", r"^core\.body\.lateral_convs\."),
+        describe=describe,
+        settings=_release_settings,
+        convert=_convert_release,
+        new_keys=_new_keys,
+    )
+)
+register_format(
+    Format(
+        "EffSeg in QueryMask's own names",
+        (r"^detector\.selector\.", r"^detector\.transitions\."),
+        convert=_convert_own,
+        new_keys=_new_keys,
+    )
+)

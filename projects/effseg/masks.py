@@ -80,7 +80,7 @@ def _parts(boxes: Tensor, canvas: tuple[int, int]) -> Iterator[tuple[slice, tupl
     On a GPU they are many and have the whole canvas, on a CPU each is alone and has the surroundings of its box.
     """
     height, width = canvas
-    if boxes.device.type != "cpu":
+    if not _uses_windows(boxes.device):
         count = max(1, PIXELS_AT_ONCE // (height * width))
         for first in range(0, len(boxes), count):
             yield slice(first, first + count), (0, height), (0, width)
@@ -89,3 +89,8 @@ def _parts(boxes: Tensor, canvas: tuple[int, int]) -> Iterator[tuple[slice, tupl
     spans = spans.minimum(spans.new_tensor([width, height, width, height])).clamp(min=0)
     for index, (left, top, right, bottom) in enumerate(spans.long().tolist()):
         yield slice(index, index + 1), (top, max(top, bottom)), (left, max(left, right))
+
+
+def _uses_windows(device: torch.device) -> bool:
+    """Whether reading boxes costs nothing, which on a GPU makes the host wait."""
+    return device.type == "cpu"

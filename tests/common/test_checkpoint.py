@@ -283,7 +283,7 @@ def expanded(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
 
 FOREIGN = {
     "ISDA": ["bbox_head.kernel_branches.0.0.weight", "mask_feat_head.conv_pred.0.conv.weight", "bbox_head.transformer"],
-    "EffSeg or FQDet (DetSeg)": ["heads.gvd.heads.2.qry.0.weight", "backbone.body.conv1.weight"],
+    "EffSeg or FQDet (DetSeg) of another form": ["heads.gvd.heads.2.qry.0.weight", "backbone.body.conv1.weight"],
     "Deformable DETR of mmdetection": [
         "bbox_head.transformer.decoder.layers.0.attentions.1.sampling_offsets.weight",
         "bbox_head.reg_branches.0.0.weight",

@@ -1,16 +1,19 @@
 """Cutting masks out and pasting them against Detectron2, pycocotools and loops."""
 
+import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pycocotools.mask
 import pytest
 import torch
+import torch.nn.functional as F
 from detectron2.layers.mask_ops import paste_masks_in_image
 from detectron2.structures import BitMasks, Instances, PolygonMasks
 
 from querymask.common.mask_coding import DCTMaskCoding, binarize_at_half_range
-from querymask.common.masks import crop_masks, instance_masks, paste_masks
+from querymask.common.masks import crop_masks, instance_masks, paste_masks, resize_masks
 
 HEIGHT, WIDTH = 40, 56
 
@@ -166,3 +169,31 @@ def test_quality_of_the_whole_way(binary: bool) -> None:
     for mask, result in zip(masks, pasted, strict=True):
         a, b = (pycocotools.mask.encode(np.asfortranarray(m.numpy().astype(np.uint8))) for m in (mask, result))
         assert pycocotools.mask.iou([a], [b], [0]).item() > 0.95
+
+
+@pytest.mark.parametrize("size", [(5, 7), (8, 8), (9, 20), (13, 3), (24, 16), (1, 1)])
+def test_resize_of_booleans(size: tuple[int, int]) -> None:
+    """Foreground wherever a bilinear resize of 0 and 1 gives more than 0."""
+    torch.manual_seed(0)
+    masks = torch.rand(6, 8, 8) < 0.15
+    expected = torch.zeros(6, *size, dtype=torch.bool)
+    for place in itertools.product(*map(range, size)):
+        # In cells of the old mask, whose centres are the whole numbers; beyond the outer ones the outer ones count
+        y, x = (min(max(Fraction((2 * k + 1) * 8, 2 * new) - Fraction(1, 2), 0), 7) for k, new in zip(place, size))
+        for row, column in itertools.product(range(8), range(8)):
+            if abs(row - y) < 1 and abs(column - x) < 1:
+                expected[:, place[0], place[1]] |= masks[:, row, column]
+    resized = resize_masks(masks, *size)
+    assert torch.equal(resized, expected)
+    # A weight that should be 0 may be some 1e-16 in floating point
+    bilinear = F.interpolate(masks[None].double(), size=size, mode="bilinear", align_corners=False)[0]
+    assert torch.equal(resized, bilinear > 1e-9)
+
+
+def test_resized_booleans_grow() -> None:
+    """The measured example: a square of 3x3 pixels, 8x8 -> 12x12."""
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[2:5, 2:5] = True
+    assert resize_masks(mask, 12, 12).sum() == 36
+    assert resize_masks(mask[None, None], 8, 8).shape == (1, 1, 8, 8)
+    assert resize_masks(torch.zeros(0, 8, 8, dtype=torch.bool), 12, 12).shape == (0, 12, 12)

@@ -1,18 +1,23 @@
-"""EffSeg's detectors FQDet and FQDetV2 against their official implementation: network, detections, matching, losses."""
+"""EffSeg's detectors FQDet and FQDetV2, and the whole model, against their official implementation."""
 
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from cases import assert_close, fixture, load_arrays, load_document, load_manifest, reference_dir
-from torch import Tensor
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances
+from torch import Tensor, nn
 
-from querymask.effseg.checkpoint import convert_detector
+from querymask import get_cfg
+from querymask.effseg.checkpoint import convert, convert_detector
 from querymask.effseg.criterion import MATCHED_RANKS, SELECTED_RANKS, FQDetCriterion, rank_anchors
 from querymask.effseg.fqdet import FQDet, FQDetOutput, detect
+from querymask.effseg.masks import foreground_certainty, paste_probabilities
 
 VERSIONS = {"FQDet": 1, "FQDetV2": 2}
 SETTINGS = {"kind", "canvas", "image_sizes", "model", "overrides", "slices", "inputs", "arrays", "file", "input_prefix"}
@@ -21,14 +26,26 @@ LOSSES = {"sel_loss": "loss_selection", "cls_loss_6_0": "loss_class", "box_loss_
 NUM_CLASSES = 80
 
 
-def load_detector_cases() -> dict[str, dict[str, Any]]:
+def load_kind(start: str) -> dict[str, dict[str, Any]]:
     if not (reference_dir() / "effseg" / "cases.json").exists():
         return {}
     cases = load_document("effseg")["cases"]
-    return {name: case for name, case in cases.items() if case["kind"].startswith("FQDet")}
+    return {name: case for name, case in cases.items() if case["kind"].startswith(start)}
 
 
-CASES = load_detector_cases()
+CASES = load_kind("FQDet")
+MODEL_CASES = load_kind("whole model")
+
+
+def official_state(case: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The weights of a case under the release's names."""
+    manifest = load_manifest("effseg", case["checkpoint_file"])
+    state = {key: fixture().weight(key, shape) for key, shape in manifest.items()}
+    for operation, entries in case["overrides"].items():
+        for key, number in entries.items():
+            assert operation in ("multiply", "add"), f"unknown override: {operation}"
+            state[key] = state[key] * number if operation == "multiply" else state[key] + number
+    return state
 
 
 def make_detector(case: Mapping[str, Any]) -> FQDet:
@@ -46,12 +63,7 @@ def make_detector(case: Mapping[str, Any]) -> FQDet:
         num_classes=NUM_CLASSES,
     )
     assert not model, f"the case has settings that the project does not know: {model}"
-    manifest = load_manifest("effseg", case["checkpoint_file"])
-    state = {key: fixture().weight(key, shape) for key, shape in manifest.items()}
-    for operation, entries in case["overrides"].items():
-        for key, number in entries.items():
-            assert operation in ("multiply", "add"), f"unknown override: {operation}"
-            state[key] = state[key] * number if operation == "multiply" else state[key] + number
+    state = official_state(case)
     converted, report = convert_detector(state)
     assert not [line for line in report.of("dropped") if "heads.gvd.dec_layers" in line.source]
     detector.double().load_state_dict(converted, strict=True)
@@ -167,3 +179,130 @@ def test_settings_that_are_not_known() -> None:
         make_detector(case | {"stride": 2})
     with pytest.raises(AssertionError, match="does not know: {'dropout': 0.1}"):
         make_detector(case | {"model": case["model"] | {"dropout": 0.1}})
+
+
+# ---- The whole model ----------------------------------------------------------------------------------------------
+
+MODEL_SETTINGS = {"kind", "model", "images", "overrides", "head", "slices", "arrays", "file", "phase", "mode"}
+MODEL_SETTINGS |= {"checkpoint_file", "checkpoint_entry"}
+MODEL_LOSSES = LOSSES | {"seg_loss_6_2": "loss_segmentation", "ref_loss_6_2": "loss_refinement"}
+
+
+def make_model(case: Mapping[str, Any]) -> nn.Module:
+    """The model of a case in float64, its weights loaded strictly; a setting without counterpart is an error."""
+    assert not (unknown := set(case) - MODEL_SETTINGS), (
+        f"the case has settings that the project does not know: {unknown}"
+    )
+    settings, head = dict(case["model"]), dict(case["head"])
+    assert settings.pop("checkpoint") == case["checkpoint_file"]
+    cfg = get_cfg()
+    cfg.merge_from_file(str(Path(__file__).parents[2] / "projects" / "effseg" / "configs" / "Base-EffSeg.yaml"))
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
+    effseg = cfg.MODEL.EFFSEG
+    effseg.VERSION = VERSIONS[settings.pop("detector")]
+    effseg.NUM_QUERIES = settings.pop("queries")
+    effseg.DIM_FEEDFORWARD = settings.pop("ffn")
+    effseg.NMS_THRESHOLD = settings.pop("nms")
+    effseg.LEVELS = settings.pop("levels")
+    effseg.REFINEMENTS = head.pop("refinements")
+    assert not settings and not head, f"the case has settings that the project does not know: {settings} {head}"
+    model = build_model(cfg).double()
+    state = official_state(case)
+    model.load_state_dict(convert(state)[0], strict=True)
+    # The release keeps the pixels' statistics, for values of 0 to 1, in buffers, which the recipe fills like weights
+    for name in ("mean", "std"):
+        values = torch.as_tensor(state[f"backbone.in_norm_{name}"])
+        getattr(model, f"pixel_{name}").copy_(255 * values.view(3, 1, 1))
+    return model
+
+
+def model_inputs(case: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """RGB images; the recipe gives BGR."""
+    images = [fixture().image(*image) for image in case["images"]]
+    return [{"image": torch.from_numpy(np.ascontiguousarray(x[:, :, ::-1].transpose(2, 0, 1)))} for x in images]
+
+
+@pytest.mark.parametrize("name", [name for name, case in MODEL_CASES.items() if case["phase"] == "inference"])
+def test_inference(name: str) -> None:
+    case, arrays = MODEL_CASES[name], load_arrays("effseg", MODEL_CASES[name])
+    model = make_model(case).eval()
+    images = model.preprocess(model_inputs(case))
+    canvas = (images.tensor.shape[2], images.tensor.shape[3])
+    with torch.no_grad():
+        features = model.backbone(images.tensor)
+        maps, output = model.predict(images)
+    for level in range(4):
+        assert_close(features[f"res{level + 2}"][:, ::16, ::2, ::2], arrays[f"backbone_{level}"], f"backbone_{level}")
+    for level, feature in enumerate(maps):
+        part = feature[:, ::16, ::2, ::2] if level < 4 else feature
+        assert_close(part, arrays[f"pyramid_{level}"], f"pyramid_{level}")
+    slices, num_anchors = case["slices"], output.selection_logits.shape[1]
+    assert_close(sliced(output.selection_logits, slices["sel_logits"]), arrays["sel_logits"], "sel_logits")
+    selected = output.selected + num_anchors * torch.arange(len(output.selected))[:, None]
+    assert_close(selected.flatten(), arrays["sel_ids"], "sel_ids")
+    assert_close(
+        sliced(output.query_anchors.flatten(0, 1), slices["prior_boxes"]), arrays["prior_boxes"], "prior_boxes"
+    )
+    assert_close(sliced(output.queries.flatten(0, 1), slices["query_dec"]), arrays["query_dec6"], "query_dec6")
+    assert_close(sliced(output.class_logits.flatten(0, 1), slices["cls_logits"]), arrays["cls_logits"], "cls_logits")
+    assert_close(output.deltas.flatten(0, 1), arrays["box_deltas"], "box_deltas")
+    assert_close(output.boxes.flatten(0, 1), arrays["pred_boxes"], "pred_boxes")
+
+    labels, scores, queries, areas, masks = [], [], [], [], []
+    for image in range(len(case["images"])):
+        with torch.no_grad():
+            found = model.select(output, image)
+            region, probabilities, boxes = model.segment(maps, output, image, found, canvas)
+            pasted = paste_probabilities(probabilities, boxes, (0, canvas[0]), (0, canvas[1]))
+        unique = found.queries.unique() + image * model.detector.num_queries
+        assert_close(unique, arrays[f"img{image}_roi_query"], f"img{image}_roi_query")
+        part = pasted[region[:5], ::4, ::4]
+        assert_close(part, arrays[f"img{image}_mask_scores"], f"img{image}_mask_scores")
+        labels.append(found.labels)
+        scores.append(found.scores * foreground_certainty(pasted)[region])
+        queries.append(found.queries + image * model.detector.num_queries)
+        masks.append((pasted > 0.5)[region])
+        areas.append(masks[-1].sum((1, 2)))
+    assert_close(torch.cat(labels), arrays["seg_labels"], "seg_labels")
+    assert_close(torch.cat(queries), arrays["seg_query"], "seg_query")
+    assert_close(torch.cat(scores), arrays["seg_scores"], "seg_scores")
+    assert_close(torch.cat(areas), arrays["seg_mask_area"], "seg_mask_area")
+    packed = np.packbits(torch.cat(masks)[::10].numpy(), axis=-1)
+    assert_close(packed, arrays["seg_masks_packed"], "seg_masks_packed")
+
+
+@pytest.mark.parametrize("name", [name for name, case in MODEL_CASES.items() if case["phase"] == "training"])
+def test_training(name: str) -> None:
+    case, arrays = MODEL_CASES[name], load_arrays("effseg", MODEL_CASES[name])
+    model = make_model(case).train()
+    batch = model_inputs(case)
+    boxes, labels, _ = targets_of(arrays, len(batch))
+    for item, image_boxes, image_labels in zip(batch, boxes, labels, strict=True):
+        instances = Instances(tuple(item["image"].shape[1:]))
+        instances.gt_boxes, instances.gt_classes = Boxes(image_boxes), image_labels
+        instances.gt_boxes.tensor = image_boxes
+        instances.gt_masks = BitMasks(ellipses(image_boxes, instances.image_size))
+        item["instances"] = instances
+    losses = model(batch)
+    tolerant = sum(arrays[f"stage{stage}_ref_loss_tolerant"] for stage in range(4))
+    for key, ours in MODEL_LOSSES.items():
+        expected = tolerant if key.startswith("ref_loss") else arrays[f"loss.{key}"]
+        assert_close(losses[ours].detach(), expected, f"loss.{key}")
+    assert len(losses) == len(MODEL_LOSSES)
+    sum(losses.values()).backward()
+    names = {line.source: line.target for line in convert(official_state(case))[1].lines}
+    parameters = dict(model.named_parameters())
+    for key in (key for key in arrays if key.startswith("grad.")):
+        gradient = parameters[names[key.removeprefix("grad.")]].grad
+        if ".sub_modules." in key and gradient.dim() == 4:  # stored tap-major, then channels
+            gradient = gradient.permute(0, 2, 3, 1)
+        gradient = gradient.flatten()
+        assert_close(gradient[:: max(1, len(gradient) // 500)], arrays[key], key)
+
+
+def ellipses(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Those inscribed in the boxes (n, 4), as (n, H, W) bool."""
+    y, x = torch.meshgrid(*(torch.arange(side, dtype=boxes.dtype) + 0.5 for side in size), indexing="ij")
+    low, high = boxes[:, None, None, :2], boxes[:, None, None, 2:]
+    position = (torch.stack([x, y], -1) - (low + high) / 2) / ((high - low) / 2)
+    return position.square().sum(-1) <= 1

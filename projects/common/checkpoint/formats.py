@@ -258,7 +258,12 @@ for _format in (
         excluded=(r"^bbox_head\.kernel_branches\.", r"dn_query_generator|denoising"),
     ),
     Format("Sparse R-CNN", (r"^head\.head_series\.0\.inst_interact\.", r"^init_proposal_features\.")),
-    Format("EffSeg or FQDet (DetSeg)", (r"^heads\.gvd\.",)),
+    Format(
+        "EffSeg or FQDet (DetSeg) of another form",
+        (r"^heads\.gvd\.",),
+        excluded=(r"^core\.body\.lateral_convs\.",),
+        advice="QueryMask converts those on a ResNet with a feature pyramid.",
+    ),
     Format("vision transformer of timm", (r"^patch_embed\.proj\.weight$", r"^blocks\.0\.attn\.qkv\.weight$")),
     Format("Swin transformer V2", (r"^patch_embed\.proj\.weight$", r"^layers\.0\.blocks\.0\.attn\.logit_scale$")),
 ):

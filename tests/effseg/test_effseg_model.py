@@ -1,0 +1,227 @@
+"""The tiny model with every head: training, detections, empty images, regions, scores, errors."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import Tensor, nn
+
+from querymask.common.masks import instance_masks
+from querymask.effseg.masks import paste_and_resize
+from querymask.effseg.regions import Regions, RegionTargets, SegmentationHead, pool_regions
+
+MakeCfg = Callable[..., CfgNode]
+MakeModel = Callable[..., nn.Module]
+MakeBatch = Callable[..., list[dict[str, Any]]]
+
+DETECTOR_LOSSES = {"loss_selection", "loss_class", "loss_box"}
+FORMS = {
+    "paper": {"MASK_HEAD": "effseg"},
+    "release": {"MASK_HEAD": "effseg", "VERSION": 2},
+    "deformable encoder": {"MASK_HEAD": "effseg", "NECK": "deform_encoder"},
+    "Mask R-CNN": {"MASK_HEAD": "mask_rcnn"},
+    "PointRend": {"MASK_HEAD": "pointrend", "VERSION": 2},
+    "RefineMask": {"MASK_HEAD": "refine_mask"},
+    "no masks": {},
+    "no masks, release": {"VERSION": 2},
+    "coarse levels": {"IN_FEATURES": ["res3", "res4", "res5"], "LEVELS": [3, 4, 5, 6, 7], "NUM_QUERIES": 200},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("counts", [[3, 0], [0, 0]])
+def test_training_step(make_model: MakeModel, make_batch: MakeBatch, form: str, counts: list[int]) -> None:
+    """Every parameter gets a gradient, also where no image has an instance."""
+    model = make_model(**FORMS[form])
+    losses = model(make_batch(counts, [(64, 96), (80, 50)]))
+    assert DETECTOR_LOSSES <= set(losses)
+    assert (set(losses) == DETECTOR_LOSSES) == (model.mask_head is None)
+    assert all(torch.isfinite(value) for value in losses.values())
+    for name, value in losses.items():
+        assert (value == 0) == (sum(counts) == 0 and name not in ("loss_selection", "loss_class")), name
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_inference(make_model: MakeModel, make_batch: MakeBatch, form: str) -> None:
+    model = make_model(**FORMS[form]).eval()
+    batch = make_batch([0, 0], [(64, 96), (80, 50)])
+    batch[0].update(height=32, width=48)
+    with torch.no_grad():
+        found = [output["instances"] for output in model(batch)]
+    for instances, size in zip(found, [(32, 48), (80, 50)], strict=True):
+        assert instances.image_size == size and 0 < len(instances) <= 9
+        boxes = instances.pred_boxes.tensor
+        assert boxes.min() >= 0 and (boxes[:, 2:] <= torch.tensor([size[1], size[0]])).all()
+        assert (boxes[:, 2:] > boxes[:, :2]).all()
+        assert (instances.scores.diff() <= 0).all() and instances.pred_classes.max() < 5
+        assert instances.has("pred_masks") == (model.mask_head is not None)
+        if instances.has("pred_masks"):
+            assert instances.pred_masks.shape == (len(instances), *size) and instances.pred_masks.dtype == torch.bool
+            assert instances.pred_masks.flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("form", ["paper", "Mask R-CNN", "PointRend", "RefineMask", "deformable encoder"])
+def test_autocast(make_model: MakeModel, make_batch: MakeBatch, form: str) -> None:
+    """Losses in bfloat16 are near those in float32, and detection works."""
+    results = []
+    for enabled in (False, True):
+        model, batch = make_model(**FORMS[form]), make_batch([3, 2])
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            losses = model(batch)
+            with torch.no_grad():
+                found = model.eval()(batch)
+        total = sum(losses.values())
+        assert total.dtype == torch.float32 and found[0]["instances"].pred_boxes.tensor.dtype == torch.float32
+        total.backward()
+        results.append(float(total.detach()))
+    assert results[1] == pytest.approx(results[0], rel=0.1)
+
+
+@pytest.mark.parametrize("form", ["paper", "Mask R-CNN"])
+def test_images_of_a_batch_do_not_meet(make_model: MakeModel, make_batch: MakeBatch, form: str) -> None:
+    """Detections in an image depend on the padded size, not on what else is in the batch."""
+    model = make_model(**FORMS[form]).eval()
+    batch = make_batch([0, 0, 0], [(64, 96), (50, 96), (64, 96)])
+    with torch.no_grad():
+        together = model(batch)
+        for pair, members in (([0, 1], (0, 1)), ([1, 2], (1, 2)), ([0], (0,))):
+            for output, number in zip(model([batch[i] for i in pair]), members, strict=True):
+                alone, expected = output["instances"], together[number]["instances"]
+                assert torch.equal(alone.pred_queries, expected.pred_queries)
+                torch.testing.assert_close(alone.scores, expected.scores)
+                torch.testing.assert_close(alone.pred_boxes.tensor, expected.pred_boxes.tensor, atol=1e-3, rtol=1e-4)
+                assert (alone.pred_masks != expected.pred_masks).float().mean() < 1e-3
+
+
+# ---- What a head gets ---------------------------------------------------------------------------------------------
+
+
+class Recorder(SegmentationHead):
+    """A head whose probabilities say which query and label they are of; keeps what it was given."""
+
+    def __init__(self, per_class: bool) -> None:
+        super().__init__()
+        self.per_class = per_class
+        self.calls: list[tuple[Any, ...]] = []
+
+    def forward(self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions) -> Tensor:
+        self.calls.append((maps, image_size, regions))
+        certain = 0.6 + 0.03 * torch.arange(len(regions), dtype=maps[0].dtype)
+        return certain[:, None, None].expand(-1, 4, 4)
+
+    def losses(
+        self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions, targets: RegionTargets
+    ) -> Mapping[str, Tensor]:
+        self.calls.append((maps, image_size, regions, targets))
+        return {"loss_recorded": regions.boxes.sum() + pool_regions(maps, regions).sum()}
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+def test_regions_at_inference(make_model: MakeModel, make_batch: MakeBatch, per_class: bool) -> None:
+    """One call an image, over the queries of its detections in ascending order, or over all pairs."""
+    model = make_model(NMS_THRESHOLD=0.9).eval()
+    last = model.detector.class_head[-1]
+    last.weight.data[1] = last.weight.data[0]  # a query that has the one class has the other
+    last.bias.data[:2] = 3.0
+    model.mask_head = head = Recorder(per_class)
+    model.detections_per_image = 30
+    images = model.preprocess(make_batch([0, 0], [(64, 96), (80, 50)]))
+    with torch.no_grad():
+        maps, output = model.predict(images)
+        found = model.detect(maps, output, images, [(64, 96), (40, 25)])
+    assert len(head.calls) == 2
+    for number, (given, canvas, regions) in enumerate(head.calls):
+        selected = model.select(output, number)
+        queries = selected.queries if per_class else selected.queries.unique()
+        assert len(selected.queries) == 30 and (per_class or len(queries) < 30)
+        assert canvas == (80, 96) and not regions.images.any()
+        assert all(torch.equal(one[0], all_of[number]) and len(one) == 1 for one, all_of in zip(given, maps))
+        assert torch.equal(regions.boxes, output.boxes[number, queries])
+        assert torch.equal(regions.queries, output.queries[number, queries])
+        assert not per_class or torch.equal(regions.labels, selected.labels)
+        # The score is that of the pair times the certainty of its own region
+        size = found[number].image_size
+        certain = 0.6 + 0.03 * torch.arange(len(queries))
+        probabilities = certain[:, None, None].expand(-1, 4, 4)
+        masks, certainty = paste_and_resize(probabilities, regions.boxes, canvas, images.image_sizes[number], size)
+        expected = {}
+        for pair, query in enumerate(selected.queries.tolist()):
+            region = pair if per_class else queries.tolist().index(query)
+            if masks[region].any():
+                key = (query, int(selected.labels[pair]))
+                expected[key] = (float(selected.scores[pair] * certainty[region]), masks[region])
+        instances = found[number]
+        assert 0 < len(instances) == len(expected)
+        for query, label, score, mask in zip(
+            instances.pred_queries, instances.pred_classes, instances.scores, instances.pred_masks
+        ):
+            wanted = expected[int(query), int(label)]
+            assert float(score) == pytest.approx(wanted[0], rel=1e-5) and torch.equal(mask, wanted[1])
+
+
+def test_regions_in_training(make_model: MakeModel, make_batch: MakeBatch) -> None:
+    """Matched queries with their predicted boxes, whose gradient reaches the box head, and masks on the canvas."""
+    model = make_model()
+    model.mask_head = head = Recorder(False)
+    batch = make_batch([3, 0, 2], [(64, 96), (50, 50), (80, 50)])
+    loss = model(batch)["loss_recorded"]
+    maps, canvas, regions, targets = head.calls[0]
+    assert canvas == (80, 96) and [len(m) for m in targets.masks] == [3, 0, 2]
+    assert set(regions.images.tolist()) == {0, 2} and len(regions) == len(targets.index)
+    for image, index, label in zip(regions.images.tolist(), targets.index.tolist(), regions.labels.tolist()):
+        assert label == batch[image]["instances"].gt_classes[index]
+    for item, masks in zip(batch, targets.masks):
+        height, width = item["instances"].image_size
+        assert masks.shape[1:] == (80, 96) and masks.dtype == torch.bool
+        assert torch.equal(masks[:, :height, :width], instance_masks(item["instances"]))
+        assert not masks[:, height:].any() and not masks[:, :, width:].any()
+    loss.backward()
+    assert model.detector.box_head[-1].weight.grad.abs().sum() > 0
+
+
+def test_nothing_is_found(make_model: MakeModel, make_batch: MakeBatch) -> None:
+    """Boxes beyond the image give no detections; a head is given no regions, or makes empty masks."""
+    for settings in FORMS.values():
+        model = make_model(**settings).eval()
+        nn.init.constant_(model.detector.box_head[-1].bias, -50.0)  # far to the left, and of no size
+        with torch.no_grad():
+            for output in model(make_batch([0, 0])):
+                instances = output["instances"]
+                assert len(instances) == 0 and instances.pred_boxes.tensor.shape == (0, 4)
+                if model.mask_head is not None:
+                    assert instances.pred_masks.shape == (0, 64, 96)
+
+
+def test_no_regions(make_model: MakeModel, make_batch: MakeBatch) -> None:
+    for settings in FORMS.values():
+        model = make_model(**settings).eval()
+        model.detections_per_image = 0
+        with torch.no_grad():
+            assert len(model(make_batch([0, 0]))[0]["instances"]) == 0
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"NECK": "tpn"}, "NECK is 'tpn': choose 'fpn' or 'deform_encoder'"),
+        ({"MASK_HEAD": "sparse"}, "MASK_HEAD is 'sparse': choose one of none, effseg, mask_rcnn"),
+        ({"LEVELS": [3, 4, 5, 6]}, r"LEVELS is \[3, 4, 5, 6\], but the backbone's maps .* are of the levels \[2, 3, 4"),
+        ({"LEVELS": [2, 3, 4]}, "the pyramid has these and the ones that follow them"),
+        ({"IN_FEATURES": []}, "the pyramid has these and the ones that follow them"),
+        ({"IN_FEATURES": ["res2", "res6"]}, r"names \['res6'\], but the backbone gives"),
+        ({"VERSION": 3}, "versions 1 and 2, not 3"),
+        (
+            {"IN_FEATURES": ["res3", "res4", "res5"], "LEVELS": [3, 4, 5], "MASK_HEAD": "mask_rcnn"},
+            r"read the levels 2 to 5, but MODEL.EFFSEG.LEVELS is \[3, 4, 5\]",
+        ),
+    ],
+)
+def test_errors(make_cfg: MakeCfg, overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_model(make_cfg(**overrides))
