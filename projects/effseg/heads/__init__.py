@@ -1,0 +1,1 @@
+"""Segmentation heads of FQDet: EffSeg's own refinement head, and the heads that it is compared with."""
