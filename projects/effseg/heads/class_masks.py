@@ -1,5 +1,5 @@
-"""What the heads that EffSeg is compared with share: masks for each class, queries fused into the regions' features, and
-targets as in Mask R-CNN (section 4.1 of EffSeg, https://arxiv.org/abs/2307.01545, and its release).
+"""What the heads share that EffSeg is compared with: masks for each class, queries fused into the regions' features,
+and targets as in Mask R-CNN (EffSeg, https://arxiv.org/abs/2307.01545, section 4.1, and its release).
 """
 
 from abc import abstractmethod

@@ -1,7 +1,7 @@
 """Reading maps at points of regions, which are given as shares of the region's sides.
 
-Letters: n regions, P points of each, C channels, S side of a square. Detectron2's functions for PointRend do the same in
-float32 only.
+Letters: n regions, P points of each, C channels, S side of a square. Detectron2's functions for PointRend do the same,
+but in float32 only.
 """
 
 import torch
