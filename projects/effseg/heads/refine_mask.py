@@ -96,7 +96,7 @@ class RefineMaskHead(ClassMaskHead):
         loss_weights: of the stages, the last included.
 
     Raises:
-        ValueError: a width that cannot be halved so often, or not a weight for every stage.
+        ValueError: no stage, a width that cannot be halved so often, or not a weight for every stage.
     """
 
     def __init__(
@@ -110,6 +110,8 @@ class RefineMaskHead(ClassMaskHead):
         loss_weights: Sequence[float] = (0.5, 0.75, 0.75, 1.0),
     ) -> None:
         super().__init__(width)
+        if num_stages < 1:
+            raise ValueError(f"num_stages must be positive, not {num_stages}")
         if width % 2**num_stages or width < 2 * 2**num_stages:
             raise ValueError(
                 f"width must be a multiple of 2 ** num_stages = {2**num_stages}, and at least twice it, not {width}"
