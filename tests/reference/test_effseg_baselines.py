@@ -98,7 +98,7 @@ def test_head(name: str) -> None:
         compare(steps["fused"][::10, ::8, ::2, ::2], f"img{image}_fused_roi_features")
         compare(logits[::5, ::2, ::2], f"img{image}_mask_logits")
         probabilities = logits.sigmoid()
-        few = torch.tensor([0, 7, 50])
+        few = slice(None, None, 40)
         torch.testing.assert_close(head(maps, canvas, regions[few]), probabilities[few])
 
         pasted = paste(probabilities, regions.boxes, canvas)
