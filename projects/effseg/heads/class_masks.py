@@ -1,0 +1,108 @@
+"""What the heads share that EffSeg is compared with: masks for each class, queries fused into the regions' features,
+and targets as in Mask R-CNN (EffSeg, https://arxiv.org/abs/2307.01545, section 4.1, and its release).
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from querymask.common.masks import crop_masks
+from querymask.common.precision import full_precision
+from querymask.effseg.regions import QueryFusion, Regions, RegionTargets, SegmentationHead
+
+
+class ClassMaskHead(SegmentationHead):
+    """A head with one mask for each pair of query and class.
+
+    Args:
+        width: C of maps and queries.
+    """
+
+    per_class = True
+    mask_size: int
+    """S."""
+    loss_names: tuple[str, ...] = ("loss_mask",)
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query_fusion = QueryFusion(width)
+
+    def forward(self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions) -> Tensor:
+        """Probabilities (n, S, S). See :class:`SegmentationHead`."""
+        return self.logits(maps, regions).sigmoid()
+
+    def logits(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
+        """Logits (n, S, S) of the regions' masks, in full precision; n may be 0."""
+        if not len(regions):
+            return full_precision(maps[0].new_zeros(0, self.mask_size, self.mask_size))
+        return self.predict(maps, regions)
+
+    def losses(
+        self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions, targets: RegionTargets
+    ) -> Mapping[str, Tensor]:
+        """The losses of ``loss_names``. See :class:`SegmentationHead`."""
+        if not len(regions):
+            zero = 0 * torch.stack([parameter.sum() for parameter in self.parameters()]).sum()
+            return dict.fromkeys(self.loss_names, zero)
+        return self.compute_losses(maps, image_size, regions, targets)
+
+    def fused_features(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
+        """Features of the regions (n, C, 14, 14) with what the queries say about them."""
+        features = self.pool(maps, regions)
+        return features + self.query_fusion(features, regions.queries)
+
+    @abstractmethod
+    def pool(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
+        """Features of the regions (n, C, 14, 14)."""
+
+    @abstractmethod
+    def predict(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
+        """``logits`` of n > 0 regions."""
+
+    @abstractmethod
+    def compute_losses(
+        self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions, targets: RegionTargets
+    ) -> Mapping[str, Tensor]:
+        """``losses`` of n > 0 regions."""
+
+
+def class_channels(logits: Tensor, labels: Tensor) -> Tensor:
+    """The channel of each region's class.
+
+    Args:
+        logits: (n, K, ...).
+        labels: (n,).
+
+    Returns:
+        (n, ...) in full precision.
+    """
+    rows = torch.arange(len(labels), device=labels.device)
+    return full_precision(logits[rows, labels])
+
+
+@torch.no_grad()
+def mask_targets(
+    image_size: tuple[int, int], regions: Regions, targets: RegionTargets, sizes: Sequence[int]
+) -> list[Tensor]:
+    """The targets' masks cut out at the regions, whose boxes are clipped to the canvas for this.
+
+    Args:
+        image_size: (height, width) of the canvas.
+        regions: n, of any images.
+        targets: theirs.
+        sizes: S of the results.
+
+    Returns:
+        (n, S, S) bool for each size: the cells of which the mask covers half.
+    """
+    limit = regions.boxes.new_tensor([image_size[1], image_size[0]] * 2)
+    boxes = regions.boxes.detach().clamp(min=0).minimum(limit)
+    crops = [torch.zeros(len(boxes), size, size, dtype=torch.bool, device=boxes.device) for size in sizes]
+    for image, masks in enumerate(targets.masks):
+        (rows,) = (regions.images == image).nonzero(as_tuple=True)
+        if len(rows):
+            for crop, size in zip(crops, sizes):
+                crop[rows] = crop_masks(masks, boxes[rows], size, targets.index[rows])
+    return crops

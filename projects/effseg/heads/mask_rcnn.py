@@ -1,0 +1,70 @@
+"""Mask R-CNN++: the mask head of Mask R-CNN (He et al., https://arxiv.org/abs/1703.06870) on FQDet's queries."""
+
+from collections.abc import Mapping, Sequence
+
+import torch.nn.functional as F
+from fvcore.nn.weight_init import c2_msra_fill
+from torch import Tensor, nn
+
+from querymask.effseg.heads.class_masks import ClassMaskHead, class_channels, mask_targets
+from querymask.effseg.regions import ROI_SIZE, Regions, RegionTargets, pool_regions
+
+NUM_CONVS = 4
+
+
+class MaskLayers(nn.Module):
+    """Convolutions, upsampling to twice the size, and a mask for each class.
+
+    Args:
+        width: C.
+        num_classes: K.
+    """
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(NUM_CONVS))
+        self.upsample = nn.ConvTranspose2d(width, width, 2, stride=2)
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+        for layer in (*self.convs, self.upsample, self.classifier):
+            c2_msra_fill(layer)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(n, C, S, S) -> logits (n, K, 2 S, 2 S)."""
+        for conv in self.convs:
+            features = conv(features).relu()
+        return self.classifier(self.upsample(features).relu())
+
+
+class MaskRCNNHead(ClassMaskHead):
+    """Masks of 28 x 28 cells.
+
+    Args:
+        width: C of maps and queries.
+        num_classes: K.
+    """
+
+    mask_size = 2 * ROI_SIZE
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__(width)
+        self.layers = MaskLayers(width, num_classes)
+
+    def pool(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
+        """See :class:`ClassMaskHead`."""
+        return pool_regions(maps, regions)
+
+    def predict(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
+        """See :class:`ClassMaskHead`."""
+        return class_channels(self.layers(self.fused_features(maps, regions)), regions.labels)
+
+    def compute_losses(
+        self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions, targets: RegionTargets
+    ) -> Mapping[str, Tensor]:
+        """``loss_mask``: binary cross-entropy, the mean over the cells summed over the regions."""
+        return {"loss_mask": mask_loss(self.predict(maps, regions), image_size, regions, targets)}
+
+
+def mask_loss(logits: Tensor, image_size: tuple[int, int], regions: Regions, targets: RegionTargets) -> Tensor:
+    """Binary cross-entropy of masks (n, S, S), the mean over the cells summed over the regions."""
+    (wanted,) = mask_targets(image_size, regions, targets, [logits.shape[1]])
+    return len(logits) * F.binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype))

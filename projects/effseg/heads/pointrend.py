@@ -1,0 +1,193 @@
+"""PointRend++: the mask head of PointRend (Kirillov et al., https://arxiv.org/abs/1912.08193) on FQDet's queries.
+
+A coarse mask as in Mask R-CNN is doubled in size several times; each time a small network looks at the points that are
+least certain, with the finest map's features there.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from fvcore.nn.weight_init import c2_msra_fill
+from torch import Tensor, nn
+
+from querymask.effseg.heads.class_masks import ClassMaskHead, class_channels
+from querymask.effseg.heads.mask_rcnn import MaskLayers, mask_loss
+from querymask.effseg.heads.points import cell_centres, points_in_boxes, sample_map, sample_squares
+from querymask.effseg.regions import ROI_SIZE, Regions, RegionTargets
+
+NUM_LAYERS = 3
+STRIDE = 4
+"""Of P2, the only map that is read."""
+
+
+class PointLayers(nn.Module):
+    """Logits of points; every layer sees the coarse ones.
+
+    Args:
+        width: C.
+        num_classes: K.
+    """
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv1d(width + num_classes, width, 1) for _ in range(NUM_LAYERS))
+        self.classifier = nn.Conv1d(width + num_classes, num_classes, 1)
+        for layer in self.layers:
+            c2_msra_fill(layer)
+        nn.init.normal_(self.classifier.weight, std=0.001)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, fine: Tensor, coarse: Tensor) -> Tensor:
+        """Features (n, C, P), coarse logits (n, K, P) -> logits (n, K, P)."""
+        for layer in self.layers:
+            fine = layer(torch.cat([fine, coarse], dim=1)).relu()
+        return self.classifier(torch.cat([fine, coarse], dim=1))
+
+
+class PointRendHead(ClassMaskHead):
+    """Masks of 28 x 28 cells, doubled for every subdivision: 224 x 224 for three, as in EffSeg's release.
+
+    Args:
+        width: C of maps and queries.
+        num_classes: K.
+        num_points: of each region in training.
+        oversampling: so many times as many points are drawn, of which the least certain are taken.
+        importance: share of the points that are taken so; the others are uniform.
+        subdivisions: how often a mask's size is doubled.
+        subdivision_points: cells of each region that are looked at after each doubling.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    loss_names = ("loss_mask", "loss_point")
+
+    def __init__(
+        self,
+        width: int,
+        num_classes: int,
+        num_points: int = 196,
+        oversampling: float = 3,
+        importance: float = 0.75,
+        subdivisions: int = 3,
+        subdivision_points: int = 784,
+    ) -> None:
+        super().__init__(width)
+        if num_points < 1 or subdivision_points < 1 or subdivisions < 0:
+            raise ValueError(
+                f"num_points ({num_points}) and subdivision_points ({subdivision_points}) must be positive, "
+                f"subdivisions ({subdivisions}) must not be negative"
+            )
+        if oversampling < 1 or not 0 <= importance <= 1:
+            raise ValueError(
+                f"oversampling must be 1 or more, got {oversampling}; importance must be from 0 to 1, got {importance}"
+            )
+        self.num_points = num_points
+        self.oversampling = oversampling
+        self.importance = importance
+        self.subdivisions = subdivisions
+        self.subdivision_points = subdivision_points
+        self.mask_size = 2 * ROI_SIZE * 2**subdivisions
+        self.coarse_layers = MaskLayers(width, num_classes)
+        self.point_layers = PointLayers(width, num_classes)
+
+    def pool(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
+        """The finest map at the cells' centres, however large the region."""
+        shares = cell_centres(ROI_SIZE, maps[0].dtype, maps[0].device)
+        return sample_map(maps[0], regions, shares, STRIDE).unflatten(2, (ROI_SIZE, ROI_SIZE))
+
+    def predict(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
+        """See :class:`ClassMaskHead`."""
+        coarse = self.coarse_layers(self.fused_features(maps, regions))
+        # Only the masks of the regions' classes are kept and doubled: the points get the coarse logits of all classes
+        masks = class_channels(coarse, regions.labels)
+        for _ in range(self.subdivisions):
+            masks = F.interpolate(masks[:, None], scale_factor=2, mode="bilinear", align_corners=False)[:, 0]
+            cells = uncertain_cells(masks, self.subdivision_points)
+            shares = cell_centres(masks.shape[1], masks.dtype, masks.device)[cells]
+            logits = class_channels(self.classify(maps, regions, coarse, shares), regions.labels)
+            masks = masks.flatten(1).scatter(1, cells, logits).view_as(masks)
+        return masks
+
+    def classify(self, maps: Sequence[Tensor], regions: Regions, coarse: Tensor, shares: Tensor) -> Tensor:
+        """Logits of points.
+
+        Args:
+            maps: P2, P3, ... (B, C, H_l, W_l).
+            regions: n of them.
+            coarse: logits (n, K, 28, 28).
+            shares: (n, P, 2) x, y of the points as shares of the regions' sides.
+
+        Returns:
+            (n, K, P).
+        """
+        return self.point_layers(sample_map(maps[0], regions, shares, STRIDE), sample_squares(coarse, shares))
+
+    def compute_losses(
+        self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions, targets: RegionTargets
+    ) -> Mapping[str, Tensor]:
+        """``loss_mask`` of the coarse masks, as Mask R-CNN's; ``loss_point``, for the points instead of the cells."""
+        coarse = self.coarse_layers(self.fused_features(maps, regions))
+        masks = class_channels(coarse, regions.labels)
+        shares = self.draw_points(masks.detach())
+        logits = class_channels(self.classify(maps, regions, coarse, shares), regions.labels)
+        wanted = point_targets(regions, targets, shares)
+        return {
+            "loss_mask": mask_loss(masks, image_size, regions, targets),
+            "loss_point": len(regions) * F.binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype)),
+        }
+
+    def draw_points(self, masks: Tensor) -> Tensor:
+        """Random points, most of them uncertain.
+
+        Args:
+            masks: logits (n, S, S).
+
+        Returns:
+            (n, P, 2) x, y as shares of the regions' sides.
+        """
+        candidates = masks.new_empty(len(masks), int(self.num_points * self.oversampling), 2).uniform_()
+        logits = sample_squares(masks[:, None], candidates)[:, 0]
+        num_uncertain = int(self.importance * self.num_points)
+        chosen = logits.abs().topk(num_uncertain, dim=1, largest=False).indices
+        uncertain = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
+        others = masks.new_empty(len(masks), self.num_points - num_uncertain, 2).uniform_()
+        return torch.cat([uncertain, others], dim=1)
+
+
+def uncertain_cells(masks: Tensor, count: int) -> Tensor:
+    """The cells of each mask whose logits are nearest to zero.
+
+    Args:
+        masks: logits (n, S, S).
+        count: P, limited by S * S.
+
+    Returns:
+        (n, P) numbers of the cells, row by row.
+    """
+    distance = masks.detach().flatten(1).abs()
+    return distance.topk(min(count, distance.shape[1]), dim=1, largest=False).indices
+
+
+@torch.no_grad()
+def point_targets(regions: Regions, targets: RegionTargets, shares: Tensor) -> Tensor:
+    """Bilinear reads of the targets' masks, zero beyond the canvas.
+
+    Args:
+        regions: n, of any images.
+        targets: theirs.
+        shares: (n, P, 2) x, y as shares of the regions' sides.
+
+    Returns:
+        (n, P) from 0 to 1.
+    """
+    points = points_in_boxes(regions.boxes, shares)
+    wanted = points.new_zeros(points.shape[:2])
+    for image, masks in enumerate(targets.masks):
+        (rows,) = (regions.images == image).nonzero(as_tuple=True)
+        if len(rows):
+            shape = points.new_tensor([masks.shape[2], masks.shape[1]])
+            canvas = masks[targets.index[rows], None].to(points.dtype)
+            wanted[rows] = sample_squares(canvas, points[rows] / shape)[:, 0]
+    return wanted

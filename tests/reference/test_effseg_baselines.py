@@ -1,0 +1,136 @@
+"""The heads that EffSeg is compared with, against the official implementation."""
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import assert_close, fixture, load_arrays, load_cases, load_manifest
+from torch import Tensor, nn
+
+from querymask.common.checkpoint import apply_rules
+from querymask.effseg.fqdet import Detections, detect
+from querymask.effseg.heads.checkpoint_baselines import BASELINE_HEAD_RULES
+from querymask.effseg.heads.class_masks import ClassMaskHead
+from querymask.effseg.heads.mask_rcnn import MaskRCNNHead
+from querymask.effseg.heads.pointrend import PointRendHead
+from querymask.effseg.heads.refine_mask import RefineMaskHead
+from querymask.effseg.regions import Regions
+
+HEADS: dict[str, tuple[str, str, type[ClassMaskHead]]] = {
+    "Mask R-CNN++ head": ("mrcnn", "mask_rcnn", MaskRCNNHead),
+    "PointRend++ head": ("pointrend", "pointrend", PointRendHead),
+    "RefineMask++ head": ("refinemask", "refine_mask", RefineMaskHead),
+}
+CASES = {name: case for kind in HEADS for name, case in load_cases("effseg", kind).items()}
+SETTINGS = {"kind", "canvas", "image_sizes", "checkpoint", "inputs", "arrays", "file", "input_prefix", "head_name"}
+SETTINGS |= {"checkpoint_file", "checkpoint_entry"}
+INPUTS = {"pyramid", "queries", "class logits", "boxes"}
+WIDTH, NUM_CLASSES, LEVELS = 256, 80, range(2, 8)
+NMS_THRESHOLD = 0.65
+
+
+def make_head(case: Mapping[str, Any]) -> ClassMaskHead:
+    """The head of a case, its weights loaded strictly; a setting without counterpart is an error."""
+    assert not (unknown := set(case) - SETTINGS), f"the case has settings that the project does not know: {unknown}"
+    assert not (unknown := set(case["inputs"]) - INPUTS), f"the case has inputs that the test does not know: {unknown}"
+    entry, name, head_class = HEADS[case["kind"]]
+    assert (case["head_name"], case["checkpoint_entry"]) == (entry, entry), f"unknown head: {case['head_name']}"
+    manifest = load_manifest("effseg", case["checkpoint_file"])[entry]
+    state = {key: torch.as_tensor(fixture().weight(key, shape)) for key, shape in manifest.items()}
+    converted, report = apply_rules(state, BASELINE_HEAD_RULES[name])
+    assert not report.of("used", "dropped"), "every key is renamed"
+    head = head_class(WIDTH, NUM_CLASSES).double()
+    head.load_state_dict({key.removeprefix("mask_head."): value for key, value in converted.items()}, strict=True)
+    return head.eval()
+
+
+def make_input(case: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:
+    name = f"{case['input_prefix']}.{name}"
+    return torch.from_numpy(np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape))
+
+
+def make_pairs(case: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[tuple[Regions, Detections, Tensor]]:
+    """For every image its pairs of query and class, its detections, and the numbers of the pairs' boxes."""
+    boxes, images = torch.from_numpy(arrays["boxes"]).double(), torch.from_numpy(arrays["box_image"]).long()
+    queries = make_input(case, "query", (len(boxes), WIDTH))
+    logits = make_input(case, "cls", (len(boxes), NUM_CLASSES + 1))
+    result = []
+    for image in range(len(case["image_sizes"])):
+        (rows,) = (images == image).nonzero(as_tuple=True)
+        found = detect(logits[rows], boxes[rows], NMS_THRESHOLD, drop_empty=False)
+        chosen = rows[found.queries]
+        result.append((Regions(boxes[chosen], images[chosen], queries[chosen], found.labels), found, chosen))
+    return result
+
+
+def paste(masks: Tensor, boxes: Tensor, canvas: tuple[int, int]) -> Tensor:
+    """Bilinear reads of the masks at the canvas' pixel centres, zero outside of them."""
+    y, x = (torch.arange(size, dtype=boxes.dtype) + 0.5 for size in canvas)
+    x = 2 * (x - boxes[:, :1]) / (boxes[:, 2:3] - boxes[:, :1]) - 1
+    y = 2 * (y - boxes[:, 1:2]) / (boxes[:, 3:] - boxes[:, 1:2]) - 1
+    grid = torch.stack([x[:, None].expand(-1, y.shape[1], -1), y[:, :, None].expand(-1, -1, x.shape[1])], -1)
+    return nn.functional.grid_sample(masks[:, None], grid, align_corners=False)[:, 0]
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_head(name: str) -> None:
+    case, arrays = CASES[name], load_arrays("effseg", CASES[name])
+    head, canvas = make_head(case), tuple(case["canvas"])
+    sizes = [tuple(-(-side // 2**level) for side in canvas) for level in LEVELS]
+    batch = len(case["image_sizes"])
+    maps = [make_input(case, f"p{level}", (batch, WIDTH, *size)) for level, size in zip(LEVELS, sizes)]
+    compared = {"boxes", "box_image"}
+
+    def compare(actual: Any, key: str, tolerance: float = 1e-5) -> None:
+        assert_close(actual, arrays[key], key, tolerance)
+        compared.add(key)
+
+    pairs: dict[str, list[Tensor]] = {}
+    steps: dict[str, Tensor] = {}
+    head.query_fusion.register_forward_hook(lambda _, inputs, output: steps.update(fused=inputs[0] + output))
+    for image, (regions, found, chosen) in enumerate(make_pairs(case, arrays)):
+        steps.clear()
+        logits = head.logits(maps, regions)
+        compare(steps["fused"][::10, ::8, ::2, ::2], f"img{image}_fused_roi_features")
+        compare(logits[::5, ::2, ::2], f"img{image}_mask_logits")
+        probabilities = logits.sigmoid()
+        few = slice(None, None, 40)
+        torch.testing.assert_close(head(maps, canvas, regions[few]), probabilities[few])
+
+        pasted = paste(probabilities, regions.boxes, canvas)
+        # The case's boxes are rounded to float32: 1e-5 of a pixel, across which a mask can fall from 1 to 0 at its rim
+        compare(pasted[::10, ::4, ::4], f"img{image}_pasted_scores", tolerance=5e-5)
+        masks = pasted > 0.5
+        area = masks.sum((1, 2))
+        for key, value in (
+            ("seg_labels", found.labels),
+            ("seg_scores", found.scores * (pasted * masks).sum((1, 2)) / (area + 1e-6)),
+            ("seg_image", torch.full_like(found.labels, image)),
+            ("seg_query", chosen),
+            ("seg_mask_area", area),
+            ("seg_masks_packed", masks),
+        ):
+            pairs.setdefault(key, []).append(value)
+    masks = torch.cat(pairs.pop("seg_masks_packed"))
+    compare(np.packbits(masks[::8].numpy(), axis=-1), "seg_masks_packed")
+    for key, values in pairs.items():
+        compare(torch.cat(values), key)
+    left = set(arrays) - compared
+    assert not left, f"the case has arrays that nothing is compared to: {left}"
+
+
+def test_settings_that_are_not_known() -> None:
+    """They fail by name."""
+    if not CASES:
+        pytest.skip("the folder has no cases of these heads")
+    case = next(iter(CASES.values()))
+    with pytest.raises(AssertionError, match="does not know: {'subdivisions'}"):
+        make_head(case | {"subdivisions": 2})
+    with pytest.raises(AssertionError, match="does not know: {'targets'}"):
+        make_head(case | {"inputs": case["inputs"] | {"targets": ""}})
+    with pytest.raises(AssertionError, match="unknown head: cascade"):
+        make_head(case | {"head_name": "cascade"})
