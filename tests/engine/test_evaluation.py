@@ -289,3 +289,22 @@ def test_table() -> None:
         ]
     )
     assert results_table({}) == ""
+
+
+def test_result_file_gives_what_the_model_gave(cfg: CfgNode, log: pytest.LogCaptureFixture) -> None:
+    cfg.DATASETS.TEST = ("engine_val",)
+    cfg.TEST.BOUNDARY_AP = True
+    results = Trainer.evaluate(cfg)
+    path = Path(cfg.OUTPUT_DIR) / "inference" / "coco_instances_results.json"
+    log.clear()
+    again = Trainer.evaluate_results(cfg, str(path))
+    assert list(again) == ["bbox", "segm", "boundary"]
+    for task, scores in results.items():
+        assert again[task] == pytest.approx(scores, nan_ok=True)
+    assert "results on engine_val:" in log.text and "random weights" not in log.text
+    path.write_text("[]")
+    assert Trainer.evaluate_results(cfg, str(path)) == {}
+    assert "predicted nothing" in log.text
+    cfg.DATASETS.TEST = ("engine_val", "engine_train")
+    with pytest.raises(ValueError, match="DATASETS.TEST names 2"):
+        Trainer.evaluate_results(cfg, str(path))
