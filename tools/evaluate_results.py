@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         name = args.dataset or register_annotations(args.annotations)
         if args.dataset:
-            dataset_classes(name)  # reads it where it has not been read: only then its category ids are known
+            dataset_classes(name)  # an error for a name that is not registered
         scores = evaluate_results(args.results, name, boundary=not args.no_boundary)
         if args.lvis:
             coco, lvis = COCO(MetadataCatalog.get(name).json_file), json.loads(Path(args.lvis).read_text())

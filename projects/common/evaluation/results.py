@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from querymask.common.evaluation.coco import InstanceEvaluator
 
@@ -48,6 +48,8 @@ def evaluate_results(path: str | Path, dataset_name: str, boundary: bool = False
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
     if kind != "coco":
         raise ValueError(f"{dataset_name} has evaluator_type {kind!r}: only data sets of type coco take result files")
+    if dataset_name in DatasetCatalog:
+        DatasetCatalog.get(dataset_name)  # some are made, and many learn their categories' ids, when they are read
     evaluator = InstanceEvaluator(dataset_name, None, boundary)
     evaluator._distributed = False  # this process has them all
     evaluator.reset()
