@@ -155,7 +155,7 @@ def test_views(config: Callable[[str], str], tmp_path: Path, method: str, view: 
         opts = ["--opts", "MODEL.ISTR.MASK_CODING", "dct", "MODEL.ISTR.MASK_BASIS", ""]
     assert demo.main([*arguments, "--confidence-threshold", "0", "--view", view, *opts]) == 0
     with Image.open(output / "a.jpg") as drawn:
-        panels = {"coefficients": 3, "reference_points": 1, "stages": 2}[view]
+        panels = {"coefficients": 2, "reference_points": 1, "stages": 2}[view]
         assert 512 * panels <= drawn.width < 540 * panels
 
 
