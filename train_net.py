@@ -1,6 +1,7 @@
 """Train or evaluate a model, alone or in several processes.
 
 python train_net.py --config-file FILE [--resume | --eval-only] [--num-gpus N] [KEY VALUE ...]
+python train_net.py --config-file FILE --eval-only --results FILE [KEY VALUE ...]
 torchrun --nproc-per-node N train_net.py --config-file FILE ...
 """
 
@@ -25,6 +26,8 @@ def setup(args: argparse.Namespace) -> Any:
 def main(args: argparse.Namespace, cfg: Any) -> dict[str, Any] | None:
     """What every process does; returns the results of the last evaluation."""
     default_setup(cfg, args)
+    if args.results:
+        return Trainer.evaluate_results(cfg, args.results)
     if args.eval_only:
         return Trainer.evaluate(cfg, resume=args.resume)
     trainer = Trainer(cfg)
@@ -33,7 +36,11 @@ def main(args: argparse.Namespace, cfg: Any) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
+    parser = default_argument_parser()
+    parser.add_argument("--results", metavar="FILE", help="with --eval-only: evaluate this result file, not a model")
+    args = parser.parse_args()
+    if args.results and not args.eval_only:
+        parser.error("--results evaluates a file instead of training: give --eval-only, too")
     cfg = setup(args)
     device = cfg.MODEL.DEVICE.split(":")[0]
     launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, device, (args, cfg))

@@ -29,8 +29,9 @@ from tqdm import tqdm
 from querymask.common.engine import Trainer, choose_device
 from querymask.common.engine.checks import StrictCheckpointer, check_num_classes
 from querymask.common.evaluation.coco import InstanceEvaluator
-from querymask.common.visualization import contact_sheet, draw_instances, write_image
+from querymask.common.visualization import write_image
 from querymask.istr import ISTR
+from querymask.istr.figures import draw_stages
 
 TASKS = {"bbox": "box AP", "segm": "mask AP"}
 Results = list[dict[str, float]]
@@ -106,10 +107,7 @@ def evaluate_stages(cfg: CfgNode, model: ISTR | nn.Module, dataset: str, args: a
 def stage_pictures(record: dict, stages: Sequence[Instances], class_names: Sequence[str], score: float) -> np.ndarray:
     """One picture: ground truth, then the detections of every stage."""
     image = utils.read_image(record["file_name"], format="RGB")
-    panels = [draw_instances(image, record.get("annotations", []), class_names)]
-    panels += [draw_instances(image, instances, class_names, score) for instances in stages]
-    titles = ["ground truth", *(f"stage {number}" for number in range(1, len(stages) + 1))]
-    return contact_sheet(panels, columns=4, titles=titles)
+    return draw_stages(image, stages, class_names, score, record.get("annotations", []))
 
 
 def plot_stages(results: Results, path: Path) -> None:

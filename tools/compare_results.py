@@ -6,7 +6,6 @@ A result file is what evaluation writes as inference/coco_instances_results.json
 """
 
 import argparse
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -21,20 +20,14 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from tqdm import tqdm
 
 from querymask.common.data.segmentation import decode_segmentation
+from querymask.common.evaluation.results import read_results
 from querymask.common.visualization import contact_sheet, draw_instances, write_image
 
 
-def read_results(path: str) -> dict[Any, list[dict[str, Any]]]:
-    """Results of a file by image id.
-
-    Raises:
-        ValueError: it is not a list of COCO results.
-    """
-    content = json.loads(Path(path).read_text())
-    if not isinstance(content, list) or not all({"image_id", "category_id", "score"} <= set(r) for r in content):
-        raise ValueError(f"{path}: not a list of results with image_id, category_id and score, as COCO defines them")
+def results_by_image(path: str) -> dict[Any, list[dict[str, Any]]]:
+    """Results of a file by image id."""
     by_image = defaultdict(list)
-    for result in content:
+    for result in read_results(path):
         by_image[result["image_id"]].append(result)
     return by_image
 
@@ -76,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pairs = [model.partition("=")[::2] for model in args.models]
         if missing := [name for name, path in pairs if not path]:
             raise ValueError(f"{missing[0]}: give every model as NAME=FILE")
-        results = {name: read_results(path) for name, path in pairs}
+        results = {name: results_by_image(path) for name, path in pairs}
         entries = DatasetCatalog.get(args.dataset)[: args.num_images]
         metadata = MetadataCatalog.get(args.dataset)
         ids = metadata.get("thing_dataset_id_to_contiguous_id") or {i: i for i in range(len(metadata.thing_classes))}

@@ -4,7 +4,7 @@ from detectron2.config import CfgNode
 
 
 def add_common_config(cfg: CfgNode) -> None:
-    """Add the keys that are not of one method: input, solver and Swin, in place."""
+    """Add the keys that are not of one method: input, solver, evaluation and Swin, in place."""
     # Every method works on RGB images in [0, 1], normalised with ImageNet's statistics; Detectron2 works on 0..255.
     cfg.INPUT.FORMAT = "RGB"
     cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
@@ -54,6 +54,9 @@ def add_common_config(cfg: CfgNode) -> None:
     cfg.SOLVER.WEIGHT_DECAY_NORM = None
     cfg.SOLVER.WEIGHT_DECAY_BIAS = None
     # CLIP_TYPE "full_model" clips the norm over all parameters together, as DETR does
+
+    # Give boundary AP (Cheng et al. 2021) beside mask AP, for data sets that COCO's evaluation is used for
+    cfg.TEST.BOUNDARY_AP = False
 
     # Write pictures of predictions beside ground truth after the final evaluation, for this many images (0: none)
     cfg.VIS_NUM_IMAGES = 8

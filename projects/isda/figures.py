@@ -1,6 +1,6 @@
 """Where queries look: reference points in the colour of the object that their masks cover (the paper's Figure 5)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -9,6 +9,7 @@ import torch
 from detectron2.structures import Instances
 from torch import nn
 
+from querymask.common.views import register_view
 from querymask.common.visualization import class_colour, draw_instances, drawing_scale
 from querymask.isda.criterion import ISDAOutput
 from querymask.isda.masks import mask_logits
@@ -87,3 +88,11 @@ def draw_reference_points(
             cv2.circle(canvas, center, radius + 1, (255, 255, 255), cv2.FILLED, cv2.LINE_AA)
             cv2.circle(canvas, center, radius, class_colour(index), cv2.FILLED, cv2.LINE_AA)
     return canvas
+
+
+@register_view("reference_points", "ISDA")
+def view_reference_points(
+    model: nn.Module, item: dict[str, Any], image: np.ndarray, class_names: Sequence[str], score_threshold: float
+) -> np.ndarray:
+    """Objects, and over them a dot for every query; see ``querymask.common.views``."""
+    return draw_reference_points(image, *reference_points(model, item, score_threshold))

@@ -49,9 +49,9 @@ def perfect(entry: dict, masks: bool = True) -> Instances:
     return instances
 
 
-def evaluate(name: str, folder: Path, predict: Callable[[dict], Instances] = perfect) -> dict:
+def evaluate(name: str, folder: Path, predict: Callable[[dict], Instances] = perfect, boundary: bool = False) -> dict:
     """Results of predictions on every image of a set."""
-    evaluator = InstanceEvaluator(name, str(folder))
+    evaluator = InstanceEvaluator(name, str(folder), boundary)
     evaluator.reset()
     for entry in DatasetCatalog.get(name):
         evaluator.process([entry], [{"instances": predict(entry)}])
@@ -81,6 +81,35 @@ def test_perfect_predictions_and_ids_that_are_not_contiguous(val: Callable[..., 
 
 def test_boxes_only(val: Callable[..., str], tmp_path: Path) -> None:
     assert list(evaluate(val(), tmp_path, lambda entry: perfect(entry, masks=False))) == ["bbox"]
+
+
+def test_boundary_ap(cfg: CfgNode, val: Callable[..., str], tmp_path: Path) -> None:
+    """100 for the truth itself, less than mask AP where outlines are wrong, with and without boxes; 0 for nothing."""
+
+    def grown(entry: dict) -> Instances:
+        instances = perfect(entry)
+        if len(instances):
+            masks = torch.nn.functional.max_pool2d(instances.pred_masks.float(), 3, stride=1, padding=1)
+            instances.pred_masks = masks.bool()
+        return instances
+
+    cfg.TEST.BOUNDARY_AP = True
+    name = val()
+    assert evaluate(name, tmp_path, boundary=True)["boundary"]["AP-tall"] == pytest.approx(100)
+    scores = evaluate(name, tmp_path, grown, boundary=True)
+    assert list(scores) == ["bbox", "segm", "boundary"]
+    assert scores["boundary"]["AP"] < scores["segm"]["AP"] - 5
+    masks = evaluate(name, tmp_path, lambda entry: without_boxes(entry), boundary=True)
+    assert list(masks) == ["segm", "boundary"]
+    nothing = evaluate(name, tmp_path, lambda entry: perfect({**entry, "annotations": []}), boundary=True)
+    assert nothing["boundary"]["AP"] == 0
+    assert list(evaluate(name, tmp_path, lambda e: perfect(e, masks=False), boundary=True)) == ["bbox"]
+    cfg.DATASETS.TEST = ("engine_val",)
+    assert set(Trainer.evaluate(cfg)) == {"bbox", "segm", "boundary"}
+    MetadataCatalog.get("engine_lvis").evaluator_type = "lvis"
+    with pytest.raises(ValueError, match="TEST.BOUNDARY_AP is for data sets with COCO's evaluation"):
+        build_evaluator(cfg, "engine_lvis")
+    MetadataCatalog.remove("engine_lvis")
 
 
 def without_boxes(entry: dict) -> Instances:
@@ -260,3 +289,22 @@ def test_table() -> None:
         ]
     )
     assert results_table({}) == ""
+
+
+def test_result_file_gives_what_the_model_gave(cfg: CfgNode, log: pytest.LogCaptureFixture) -> None:
+    cfg.DATASETS.TEST = ("engine_val",)
+    cfg.TEST.BOUNDARY_AP = True
+    results = Trainer.evaluate(cfg)
+    path = Path(cfg.OUTPUT_DIR) / "inference" / "coco_instances_results.json"
+    log.clear()
+    again = Trainer.evaluate_results(cfg, str(path))
+    assert list(again) == ["bbox", "segm", "boundary"]
+    for task, scores in results.items():
+        assert again[task] == pytest.approx(scores, nan_ok=True)
+    assert "results on engine_val:" in log.text and "random weights" not in log.text
+    path.write_text("[]")
+    assert Trainer.evaluate_results(cfg, str(path))["bbox"]["AP"] == 0
+    assert "predicted nothing" in log.text
+    cfg.DATASETS.TEST = ("engine_val", "engine_train")
+    with pytest.raises(ValueError, match="DATASETS.TEST names 2"):
+        Trainer.evaluate_results(cfg, str(path))

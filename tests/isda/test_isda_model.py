@@ -9,6 +9,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from detectron2.structures import ImageList
 from scipy.special import expit
 from torch import nn
 
@@ -250,3 +251,29 @@ def test_bf16_autocast(make_model: MakeModel, make_batch: MakeBatch) -> None:
     for name, value in losses.items():
         assert value.dtype == torch.float32
         assert value.item() == pytest.approx(exact[name].item(), rel=0.05), name
+
+
+class Network(nn.Module):
+    """Normalised images (B, 3, H, W) of one size -> logits, kernels and mask features of the last layer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        _, outputs = self.model.predict(ImageList(images, [tuple(images.shape[-2:])] * len(images)))
+        return outputs.logits[-1], outputs.kernels[-1], outputs.mask_features
+
+
+def test_export(make_model: MakeModel) -> None:
+    """The exported program gives what eager execution gives, also on other pixels."""
+    network = Network(make_model(ENC_LAYERS=1, DEC_LAYERS=1).eval())
+    generator = torch.Generator().manual_seed(0)
+    example, image = torch.randn(2, 1, 3, 64, 96, generator=generator)
+    program = torch.export.export(network, (example,)).module()
+    with torch.no_grad():
+        outputs = program(image)
+        for actual, expected in zip(outputs, network(image), strict=True):
+            assert actual.shape == expected.shape
+            assert torch.allclose(actual, expected, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(outputs[2], program(example)[2])

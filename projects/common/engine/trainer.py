@@ -25,11 +25,12 @@ from torch.utils.data import DataLoader
 
 from querymask.common.data.mapper import InstanceMapper
 from querymask.common.engine import hooks
-from querymask.common.engine.checks import StrictCheckpointer, check_num_classes
+from querymask.common.engine.checks import StrictCheckpointer, check_num_classes, dataset_classes
 from querymask.common.engine.sampling import TrainLoader
 from querymask.common.engine.setup import choose_seed
 from querymask.common.engine.step import TrainingStep
 from querymask.common.evaluation import build_evaluator, results_table
+from querymask.common.evaluation.results import evaluate_results
 from querymask.common.solver import build_lr_scheduler, build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -141,6 +142,26 @@ class Trainer(DefaultTrainer):
         return results
 
     @classmethod
+    def evaluate_results(cls, cfg: CfgNode, path: str) -> dict[str, Any]:
+        """Evaluate a file of detections (COCO's result format) on the one set of ``DATASETS.TEST``, without a model.
+
+        Returns:
+            As ``test``.
+        """
+        if len(cfg.DATASETS.TEST) != 1:
+            raise ValueError(
+                f"a result file is of one data set, DATASETS.TEST names {len(cfg.DATASETS.TEST)}: set DATASETS.TEST"
+            )
+        if not comm.is_main_process():
+            return {}
+        (name,) = cfg.DATASETS.TEST
+        dataset_classes(name)
+        results = evaluate_results(path, name, cfg.TEST.BOUNDARY_AP)
+        log_results(name, results)
+        verify_results(cfg, results)
+        return results
+
+    @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """The model on its device; the log has its size rather than Detectron2's hundreds of lines."""
         model = build_model(cfg)
@@ -198,9 +219,14 @@ class Trainer(DefaultTrainer):
         results = super().test(cfg, model, evaluators)
         names = cfg.DATASETS.TEST
         for name, scores in (results if len(names) > 1 else dict.fromkeys(names, results)).items():
-            if table := results_table(scores):
-                logger.info(f"results on {name}:\n{table}")
+            log_results(name, scores)
         return results
+
+
+def log_results(name: str, scores: dict[str, Any]) -> None:
+    """The table of a data set's results, if there are any."""
+    if table := results_table(scores):
+        logger.info(f"results on {name}:\n{table}")
 
 
 def distribute(model: nn.Module) -> nn.Module:

@@ -21,7 +21,12 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     subfolder = dataset_name if len(cfg.DATASETS.TEST) > 1 else ""
     output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", subfolder)
     if kind == "coco":
-        evaluator: DatasetEvaluator = InstanceEvaluator(dataset_name, output_dir)
+        evaluator: DatasetEvaluator = InstanceEvaluator(dataset_name, output_dir, cfg.TEST.BOUNDARY_AP)
+    elif cfg.TEST.BOUNDARY_AP and kind in ("lvis", "cityscapes_instance"):
+        raise ValueError(
+            f"TEST.BOUNDARY_AP is for data sets with COCO's evaluation, and {dataset_name} has evaluator_type "
+            f"{kind!r}: set it to False"
+        )
     elif kind == "lvis":
         _require("lvis", "lvis", dataset_name)
         evaluator = LVISEvaluator(dataset_name, output_dir=output_dir)

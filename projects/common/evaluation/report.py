@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 
-TASK_NAMES = {"bbox": "box", "segm": "mask"}
+TASK_NAMES = {"bbox": "box", "segm": "mask", "boundary": "boundary", "segm_lvis": "mask*", "boundary_lvis": "boundary*"}
+"""How tasks are called in tables; with a star: against LVIS's annotations."""
 
 
 def results_table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """Box and mask AP side by side, overall and by class, as text.
+    """AP of boxes, masks and boundaries side by side, overall and by class, as text.
 
     Args:
         results: {"bbox": {"AP": 12.3, ..., "AP-circle": 4.5, ...}, "segm": ...} as Detectron2's evaluators give it.

@@ -1,0 +1,183 @@
+"""Detect and draw: images, folders, patterns, a video or a webcam, with any config and checkpoint.
+
+    python demo.py --config-file FILE --input a.jpg folder "holiday/*.png" --output FOLDER --opts MODEL.WEIGHTS FILE
+    python demo.py --config-file FILE --video-input FILE --output FILE.mp4 --opts MODEL.WEIGHTS FILE
+    python demo.py --config-file FILE --webcam --opts MODEL.WEIGHTS FILE
+
+Without --output, pictures are shown in a window. Pictures have at most 1280 pixels on their longer side. --view shows
+what goes on inside a method: reference_points (ISDA), stages (ISTR), coefficients (SOLQ). Files that cannot be read are
+reported and left out; the exit status is 1 if there were any.
+"""
+
+import argparse
+import glob
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import querymask  # isort: skip  (before Detectron2: makes it importable)
+import cv2
+import numpy as np
+from detectron2.data import detection_utils
+from tqdm import tqdm
+
+from querymask.common.engine import choose_device
+from querymask.common.predictor import Predictor, class_names
+from querymask.common.views import choose_view, find_views
+from querymask.common.visualization import draw_instances, write_image
+
+ENDINGS = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+WINDOW = "QueryMask (q: quit)"
+Draw = Callable[[np.ndarray], np.ndarray]
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", nargs="+", metavar="PATH", help="images, folders of images, or patterns in quotes")
+    source.add_argument("--video-input", metavar="FILE", help="a video")
+    source.add_argument("--webcam", action="store_true", help="the first camera")
+    parser.add_argument("--output", metavar="PATH", help="folder of the pictures; for a video or camera, an .mp4 file")
+    parser.add_argument("--confidence-threshold", type=float, default=0.3, help="least score drawn (default: 0.3)")
+    parser.add_argument("--view", metavar="NAME", help=f"a look inside: {', '.join(sorted(find_views()))}")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides")
+    return parser.parse_args(arguments)
+
+
+def make_draw(args: argparse.Namespace) -> Draw:
+    """From an image to its picture, both uint8 [H, W, 3] RGB."""
+    cfg = querymask.get_cfg()
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    choose_device(cfg)
+    view = choose_view(args.view, cfg.MODEL.META_ARCHITECTURE) if args.view else None
+    if not cfg.MODEL.WEIGHTS:
+        print("MODEL.WEIGHTS is empty: the weights are random", file=sys.stderr)
+    predictor = Predictor(cfg)
+    names = class_names(cfg)
+
+    def draw(image: np.ndarray) -> np.ndarray:
+        if view is None:
+            instances, reduced = predictor(image, args.confidence_threshold)
+            return draw_instances(reduced, instances, names)
+        item, reduced = predictor.prepare(image)
+        return view(predictor.model, item, reduced, names, args.confidence_threshold)
+
+    return draw
+
+
+def find_images(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Files of images, folders and patterns, each once; and messages on what matched nothing."""
+    files: dict[Path, None] = {}
+    problems = []
+    for text in inputs:
+        path = Path(text)
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS)
+        else:
+            found = [path] if path.exists() else sorted(map(Path, glob.glob(text, recursive=True)))
+        if not found:
+            problems.append(f"{text}: no images in this folder" if path.is_dir() else f"{text}: there is no such file")
+        files.update(dict.fromkeys(found))
+    return list(files), problems
+
+
+def picture_names(files: Sequence[Path]) -> Iterator[str]:
+    """A name for each picture; where files of different folders or endings share theirs, a number is added."""
+    taken: set[str] = set()
+    for file in files:
+        name, number = file.stem, 2
+        while name in taken:
+            name, number = f"{file.stem}_{number}", number + 1
+        taken.add(name)
+        yield f"{name}.jpg"
+
+
+def show(picture: np.ndarray, wait: int) -> bool:
+    """Show a picture for ``wait`` milliseconds (0: until a key is pressed); whether to go on."""
+    try:
+        cv2.imshow(WINDOW, picture[:, :, ::-1])
+        return cv2.waitKey(wait) & 0xFF not in (ord("q"), 27)
+    except cv2.error:
+        raise SystemExit("no window can be opened: OpenCV is headless or there is no display. Give --output") from None
+
+
+def run_on_images(args: argparse.Namespace, draw: Draw) -> int:
+    """Draw every image; returns how many inputs failed."""
+    files, problems = find_images(args.input)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    failed = len(problems)
+    for file, name in zip(tqdm(files, unit="image", disable=not files), picture_names(files), strict=True):
+        try:
+            image = detection_utils.read_image(str(file), format="RGB")
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow's; SyntaxError: broken PNG files
+            tqdm.write(f"error: {file} cannot be read: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        picture = draw(np.ascontiguousarray(image))
+        if args.output:
+            write_image(Path(args.output) / name, picture)
+        elif not show(picture, wait=0):
+            break
+    return failed
+
+
+def run_on_video(args: argparse.Namespace, draw: Draw) -> int:
+    """Draw every frame; returns 1 if the video or the camera cannot be read, else 0."""
+    source = 0 if args.webcam else args.video_input
+    video = cv2.VideoCapture(source)
+    total = 0 if args.webcam else max(int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0)
+    writer, count = None, 0
+    try:
+        with tqdm(total=total or None, unit="frame") as progress:
+            while True:
+                read, frame = video.read()
+                if not read:
+                    break
+                picture = draw(np.ascontiguousarray(frame[:, :, ::-1]))
+                count += 1
+                progress.update()
+                if args.output:
+                    writer = writer or open_writer(args.output, video.get(cv2.CAP_PROP_FPS) or 25, picture)
+                    writer.write(np.ascontiguousarray(picture[:, :, ::-1]))
+                elif not show(picture, wait=1):
+                    break
+    except KeyboardInterrupt:  # the usual end of a camera's recording
+        pass
+    finally:
+        video.release()
+        if writer is not None:
+            writer.release()
+    if not count:
+        what = "the camera gives" if args.webcam else f"{args.video_input} has"
+        print(f"error: {what} no frames, or OpenCV cannot read them", file=sys.stderr)
+    return int(not count)
+
+
+def open_writer(path: str, rate: float, picture: np.ndarray) -> cv2.VideoWriter:
+    """A video of pictures of this size."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    height, width = picture.shape[:2]
+    writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), rate, (width, height))
+    if not writer.isOpened():
+        raise SystemExit(f"{path} cannot be written: give the name of an .mp4 file in a folder that can be written to")
+    return writer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    args = parse_arguments(arguments)
+    try:
+        draw = make_draw(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    failed = run_on_images(args, draw) if args.input else run_on_video(args, draw)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

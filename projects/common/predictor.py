@@ -1,0 +1,77 @@
+"""From an image to its detections, with memory that does not grow with the photograph."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.modeling import build_model
+from detectron2.structures import Instances
+
+from querymask.common.data.augmentation import build_augmentations
+from querymask.common.engine.checks import StrictCheckpointer
+
+LONGEST_SIDE = 1280
+"""Pixels of the longer side of pictures and masks, if not chosen; what the drawing code reduces images to."""
+
+
+class Predictor:
+    """A model with its weights, for one image at a time.
+
+    The network sees the image as in evaluation. Masks are made at a reduced size where the image is larger than
+    ``longest_side``: 100 masks of a photograph of 4000x3000 pixels would take 1.2 GB, at 1280x960 they take 123 MB.
+
+    Args:
+        cfg: with MODEL.WEIGHTS; random weights where it is empty.
+        longest_side: of masks and reduced images, in pixels; 0: no limit.
+    """
+
+    def __init__(self, cfg: CfgNode, longest_side: int = LONGEST_SIDE) -> None:
+        if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+            raise ValueError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}: the predictor knows RGB and BGR")
+        self.model = build_model(cfg).eval()
+        StrictCheckpointer(self.model, cfg=cfg).load(cfg.MODEL.WEIGHTS)
+        self.longest_side = longest_side
+        self._format = cfg.INPUT.FORMAT
+        self._augmentations = T.AugmentationList(build_augmentations(cfg, is_train=False))
+
+    def prepare(self, image: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
+        """The model's input, and the image at the size of the detections.
+
+        Args:
+            image: uint8 [H, W, 3] RGB.
+
+        Returns:
+            input with ``image``, ``height`` and ``width``; uint8 [height, width, 3] RGB.
+        """
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"the predictor needs a uint8 image [H, W, 3], not {image.dtype} {list(image.shape)}")
+        aug_input = T.AugInput(image if self._format == "RGB" else np.ascontiguousarray(image[:, :, ::-1]))
+        self._augmentations(aug_input)
+        height, width = image.shape[:2]
+        scale = min(1.0, self.longest_side / max(height, width)) if self.longest_side else 1.0
+        if scale < 1:
+            height, width = max(round(height * scale), 1), max(round(width * scale), 1)
+            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+        tensor = torch.from_numpy(np.ascontiguousarray(aug_input.image.transpose(2, 0, 1)))
+        return {"image": tensor, "height": height, "width": width}, np.ascontiguousarray(image)
+
+    @torch.no_grad()
+    def __call__(self, image: np.ndarray, score_threshold: float = 0.0) -> tuple[Instances, np.ndarray]:
+        """Detections with at least this score, on the CPU, and the image at their size."""
+        item, reduced = self.prepare(image)
+        (output,) = self.model([item])
+        instances = output["instances"]
+        return instances[instances.scores >= score_threshold].to("cpu"), reduced
+
+
+def class_names(cfg: CfgNode) -> Sequence[str]:
+    """Names of the classes of the first set of DATASETS that is known by its metadata; the images are not needed."""
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        if names := MetadataCatalog.get(name).get("thing_classes"):
+            return names
+    return ()

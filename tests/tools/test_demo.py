@@ -1,0 +1,201 @@
+"""The demo: what is read, drawn and reported; the predictor's sizes; the views."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+from torch import nn
+
+from querymask import get_cfg
+from querymask.common import views
+from querymask.common.predictor import Predictor, class_names
+from querymask.solq.figures import detections_by_coefficients
+
+ROOT = Path(__file__).parents[2]
+TINY = {
+    "solq": "SOLQ: {NUM_QUERIES: 5, HIDDEN_DIM: 64, NUM_HEADS: 2, ENC_LAYERS: 1, DEC_LAYERS: 1, DIM_FEEDFORWARD: 8}",
+    "isda": "ISDA: {NUM_QUERIES: 5, HIDDEN_DIM: 64, NUM_HEADS: 2, ENC_LAYERS: 1, DEC_LAYERS: 1, DIM_FEEDFORWARD: 8}",
+    "istr": "ISTR: {NUM_QUERIES: 4, NUM_STAGES: 2, HIDDEN_DIM: 16, NUM_HEADS: 2, DIM_FEEDFORWARD: 8, DIM_DYNAMIC: 4}\n"
+    "  FPN: {OUT_CHANNELS: 16}\n  RESNETS: {STEM_OUT_CHANNELS: 8, RES2_OUT_CHANNELS: 8}",
+}
+
+
+def load_demo() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "demo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+demo = load_demo()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[[str], str]:
+    """Function that writes a tiny config of a method."""
+
+    def write(method: str) -> str:
+        path = tmp_path / f"{method}.yaml"
+        base = ROOT / "projects" / method / "configs" / f"{method}_shapes.yaml"
+        path.write_text(f'_BASE_: {base}\nMODEL:\n  WEIGHTS: ""\n  DEVICE: cpu\n  {TINY[method]}\n')
+        return str(path)
+
+    return write
+
+
+def picture(path: Path, width: int = 60, height: int = 40) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_folders_patterns_and_files(config: Callable[[str], str], tmp_path: Path) -> None:
+    picture(tmp_path / "in" / "a.png")
+    picture(tmp_path / "in" / "b.JPG")
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    other, again = picture(tmp_path / "x" / "a.png"), picture(tmp_path / "x" / "c1.png")
+    inputs = [str(tmp_path / "in"), str(other), str(tmp_path / "x" / "c*.png"), str(again)]
+    output = tmp_path / "out"
+    arguments = ["--config-file", config("solq"), "--output", str(output), "--confidence-threshold", "0"]
+    assert demo.main([*arguments, "--input", *inputs]) == 0
+    assert names(output) == ["a.jpg", "a_2.jpg", "b.jpg", "c1.jpg"]
+    with Image.open(output / "a.jpg") as drawn:
+        assert drawn.size == (512, 341)  # small images are enlarged for drawing
+
+
+def test_broken_files_are_reported_and_the_rest_is_done(
+    config: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = picture(tmp_path / "good.png")
+    broken, cut = tmp_path / "broken.jpg", tmp_path / "cut.png"
+    broken.write_bytes(b"this is no image")
+    cut.write_bytes(good.read_bytes()[:200])
+    (tmp_path / "empty").mkdir()
+    inputs = [str(broken), str(cut), str(tmp_path / "missing.png"), str(tmp_path / "empty"), str(good)]
+    output = tmp_path / "out"
+    assert demo.main(["--config-file", config("solq"), "--output", str(output), "--input", *inputs]) == 1
+    assert names(output) == ["good.jpg"]
+    errors = capsys.readouterr().err
+    for text in ("broken.jpg cannot be read", "cut.png cannot be read", "missing.png: there is no", "empty: no images"):
+        assert text in errors
+
+
+def test_video(config: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, output = str(tmp_path / "in.mp4"), str(tmp_path / "out" / "out.mp4")
+    writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), 10, (64, 48))
+    if not writer.isOpened():
+        pytest.skip("this OpenCV writes no videos")
+    for value in range(3):
+        writer.write(np.full((48, 64, 3), 80 * value, np.uint8))
+    writer.release()
+    assert demo.main(["--config-file", config("solq"), "--video-input", path, "--output", output]) == 0
+    video = cv2.VideoCapture(output)
+    assert (video.get(cv2.CAP_PROP_FRAME_COUNT), video.get(cv2.CAP_PROP_FPS)) == (3, 10)
+    assert (video.get(cv2.CAP_PROP_FRAME_WIDTH), video.get(cv2.CAP_PROP_FRAME_HEIGHT)) == (512, 384)
+    assert demo.main(["--config-file", config("solq"), "--video-input", "none.mp4", "--output", output]) == 1
+    assert "none.mp4 has no frames" in capsys.readouterr().err
+
+
+class Everything(nn.Module):
+    """Finds the left half of every image, with scores 0.1, 0.2, ..."""
+
+    def forward(self, inputs: list[dict]) -> list[dict]:
+        (self.item,) = inputs
+        size = (self.item["height"], self.item["width"])
+        instances = Instances(size)
+        instances.scores = torch.linspace(0.1, 1.0, 10)
+        instances.pred_classes = torch.zeros(10, dtype=torch.int64)
+        instances.pred_boxes = Boxes(torch.tensor([[0.0, 0.0, size[1] / 2, size[0]]]).repeat(10, 1))
+        instances.pred_masks = torch.zeros(10, *size, dtype=torch.bool)
+        instances.pred_masks[:, :, : size[1] // 2] = True
+        return [{"instances": instances}]
+
+
+def test_large_photographs_get_reduced_masks(config: Callable[[str], str]) -> None:
+    cfg = get_cfg()
+    cfg.merge_from_file(config("solq"))
+    image = np.zeros((1500, 2000, 3), np.uint8)
+    image[:, :, 0] = 200
+    predictor = Predictor(cfg)
+    predictor.model = Everything()
+    instances, reduced = predictor(image, score_threshold=0.55)
+    assert reduced.shape == (960, 1280, 3) and instances.image_size == (960, 1280)
+    assert len(instances) == 5 and instances.pred_masks.shape == (5, 960, 1280)
+    seen = predictor.model.item["image"]
+    assert max(seen.shape) <= cfg.INPUT.MAX_SIZE_TEST and (seen[0] == 200).all()
+    unlimited = Predictor(cfg, longest_side=0)
+    assert unlimited.prepare(image)[1].shape == image.shape
+    cfg.INPUT.FORMAT = "BGR"
+    assert (Predictor(cfg).prepare(image)[0]["image"][2] == 200).all()
+    with pytest.raises(ValueError, match="needs a uint8 image"):
+        predictor(image[:, :, 0])
+    assert class_names(cfg)[0] == "circle"
+
+
+@pytest.mark.parametrize(
+    ("method", "view"), [("solq", "coefficients"), ("isda", "reference_points"), ("istr", "stages")]
+)
+def test_views(config: Callable[[str], str], tmp_path: Path, method: str, view: str) -> None:
+    file, output = str(picture(tmp_path / "a.png")), tmp_path / "out"
+    arguments = ["--config-file", config(method), "--input", file, "--output", str(output)]
+    opts = []
+    if method == "istr":  # the test's ISTR has no learned basis
+        opts = ["--opts", "MODEL.ISTR.MASK_CODING", "dct", "MODEL.ISTR.MASK_BASIS", ""]
+    assert demo.main([*arguments, "--confidence-threshold", "0", "--view", view, *opts]) == 0
+    with Image.open(output / "a.jpg") as drawn:
+        panels = {"coefficients": 2, "reference_points": 1, "stages": 2}[view]
+        assert 512 * panels <= drawn.width < 540 * panels
+
+
+def test_views_of_other_methods(config: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config-file", config("solq"), "--input", "a.png", "--view"]
+    assert demo.main([*arguments, "stages"]) == 1
+    assert "view 'stages' is for ISTR; SOLQ has coefficients" in capsys.readouterr().err
+    assert demo.main([*arguments, "dreams"]) == 1
+    assert "there is no view 'dreams'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="there is a view 'stages' already"):
+        views.register_view("stages", "SOLQ")(lambda *arguments: None)
+
+
+def test_coefficients(config: Callable[[str], str]) -> None:
+    """All coefficients give the model's own masks; fewer give those of a vector whose rest is zero."""
+    cfg = get_cfg()
+    cfg.merge_from_file(config("solq"))
+    torch.manual_seed(0)
+    predictor = Predictor(cfg)
+    model = predictor.model
+    for parameter in model.vector_embed.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    item, _ = predictor.prepare(np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8))
+    length = model.coding.length
+    found = detections_by_coefficients(model, item, counts=(4, 10**6))
+    assert list(found) == [4, length]
+    with torch.no_grad():
+        own = model([item])[0]["instances"]
+    assert own.pred_masks.any() and torch.equal(found[length].pred_masks, own.pred_masks)
+    with torch.no_grad():
+        model.vector_embed.layers[-1].weight[4:] = 0
+        model.vector_embed.layers[-1].bias[4:] = 0
+        cut = model([item])[0]["instances"]
+    assert torch.equal(found[4].pred_masks, cut.pred_masks) and not torch.equal(cut.pred_masks, own.pred_masks)
+
+
+def test_without_a_window(config: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise cv2.error("no window")
+
+    monkeypatch.setattr(cv2, "imshow", refuse)
+    with pytest.raises(SystemExit, match="Give --output"):
+        demo.main(["--config-file", config("solq"), "--input", str(picture(tmp_path / "a.png"))])

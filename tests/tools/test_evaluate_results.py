@@ -1,0 +1,170 @@
+"""Result files without a model; LVIS's rules on made-up scenes whose AP follows by counting."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from detectron2.data.datasets.lvis_v1_categories import LVIS_CATEGORIES
+from pycocotools import mask as mask_util
+from tool_loader import load_tool
+
+from querymask.common.evaluation.lvis import match_categories
+
+tool = load_tool("evaluate_results")
+SIZE = (60, 80)
+COCO = [{"id": 7, "name": "cat"}, {"id": 9, "name": "sports ball"}, {"id": 11, "name": "hot dog"}]
+LVIS = [
+    {"id": 1, "name": "cat", "synset": "cat.n.01", "synonyms": ["cat"]},
+    {"id": 2, "name": "ball", "synset": "ball.n.06", "synonyms": ["ball"]},
+    {"id": 3, "name": "zebra", "synset": "zebra.n.01", "synonyms": ["zebra"]},
+]
+
+
+def rle(x: int, y: int, side: int = 20) -> dict[str, Any]:
+    mask = np.zeros(SIZE, np.uint8, order="F")
+    mask[y : y + side, x : x + side] = 1
+    encoded = mask_util.encode(mask)
+    return {"size": list(SIZE), "counts": encoded["counts"].decode()}
+
+
+def annotation(number: int, image: int, category: int, x: int, y: int) -> dict[str, Any]:
+    box = {"bbox": [x, y, 20, 20], "area": 400, "segmentation": rle(x, y)}
+    return {"id": number, "image_id": image, "category_id": category, **box}
+
+
+def result(image: int, category: int, score: float, x: int, y: int, side: int = 20) -> dict[str, Any]:
+    shape = {"bbox": [x, y, side, side], "segmentation": rle(x, y, side)}
+    return {"image_id": image, "category_id": category, "score": score, **shape}
+
+
+def image(number: int, **keys: list[int]) -> dict[str, Any]:
+    return {"id": number, "file_name": f"{number}.jpg", "height": SIZE[0], "width": SIZE[1], **keys}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., dict[str, dict[str, float]]]:
+    """Function (results, LVIS's lists of image 1, ...) that gives the scores; a cat is at (10, 10) in image 1."""
+
+    def make(results: list[dict], negative: list[int], not_exhaustive: list[int]) -> dict[str, dict[str, float]]:
+        coco = {"images": [image(1), image(2)], "categories": COCO, "annotations": [annotation(1, 1, 7, 10, 10)]}
+        images = [
+            image(1, neg_category_ids=negative, not_exhaustive_category_ids=not_exhaustive),
+            image(99, neg_category_ids=[], not_exhaustive_category_ids=[]),
+        ]
+        truth = [annotation(1, 1, 1, 10, 10), annotation(2, 99, 1, 10, 10), annotation(3, 1, 3, 40, 10)]
+        lvis = {"images": images, "categories": LVIS, "annotations": truth}
+        for name, content in (("coco", coco), ("lvis", lvis), ("results", results)):
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        files = {name: str(tmp_path / f"{name}.json") for name in ("coco", "lvis", "results", "scores")}
+        arguments = [files["results"], "--annotations", files["coco"], "--lvis", files["lvis"]]
+        assert tool.main([*arguments, "--save", files["scores"]]) == 0
+        return json.loads(Path(files["scores"]).read_text())
+
+    return make
+
+
+def test_all_tables(run: Callable[..., dict], capsys: pytest.CaptureFixture[str]) -> None:
+    scores = run([result(1, 7, 0.9, 10, 10), result(2, 7, 0.1, 10, 10)], [], [])
+    assert list(scores) == ["bbox", "segm", "boundary", "segm_lvis", "boundary_lvis"]
+    assert all(values["AP"] == pytest.approx(100) for values in scores.values())
+    text = capsys.readouterr().out
+    assert "LVIS: 1 of 2 images. Categories that LVIS lacks: hot dog" in text
+    assert "boundary*  100.00" in text
+
+
+def test_images_that_lvis_lacks_do_not_count(run: Callable[..., dict]) -> None:
+    scores = run([result(2, 7, 0.95, 10, 10), result(1, 7, 0.9, 10, 10)], [], [])
+    assert scores["segm"]["AP"] == pytest.approx(50)  # a wrong one before the right one
+    assert scores["segm_lvis"]["AP"] == pytest.approx(100)
+
+
+def test_not_exhaustive_categories(run: Callable[..., dict]) -> None:
+    results = [result(1, 7, 0.95, 50, 30), result(1, 7, 0.9, 10, 10)]
+    assert run(results, [], [])["segm_lvis"]["AP"] == pytest.approx(50)
+    assert run(results, [], [1])["segm_lvis"]["AP"] == pytest.approx(100)
+    assert run(results, [], [2, 3])["segm_lvis"]["AP"] == pytest.approx(50)
+
+
+def test_categories_nobody_looked_for() -> None:
+    """Without annotation of a category, detections are wrong where it is known to be absent, else they do not count."""
+    from pycocotools.coco import COCO as Coco
+
+    from querymask.common.evaluation.lvis import FederatedEval, lvis_truth
+    from querymask.common.evaluation.scores import evaluate, load_results
+
+    truth, found = [annotation(1, 1, 1, 10, 10)], [result(1, 7, 0.9, 10, 10), result(2, 7, 0.95, 10, 10)]
+    coco = Coco()
+    coco.dataset = {"images": [image(1), image(2)], "categories": COCO, "annotations": []}
+    coco.createIndex()
+    for negative, expected in (([], 100), ([1], 50), ([2], 100)):
+        images = [
+            image(1, neg_category_ids=[], not_exhaustive_category_ids=[]),
+            image(2, neg_category_ids=negative, not_exhaustive_category_ids=[]),
+        ]
+        federated, missing = lvis_truth(coco, {"images": images, "categories": LVIS, "annotations": truth})
+        assert missing == ["hot dog"]
+        for boundary in (False, True):
+            evaluation = FederatedEval(federated, load_results(federated, found, masks=True), boundary)
+            assert evaluate(evaluation)["AP"] == pytest.approx(expected)
+
+
+def test_boundaries_count_with_lvis_too(run: Callable[..., dict]) -> None:
+    scores = run([result(1, 7, 0.9, 10, 10, side=22)], [], [])
+    # Masks: 400 / 484 = 0.83. Boundaries are 2 wide and share two sides: (40 + 36) / (144 + 160 - 76) = 0.33
+    assert scores["segm_lvis"]["AP"] == pytest.approx(70)
+    assert scores["boundary_lvis"]["AP"] == 0
+
+
+def test_categories_of_coco_in_lvis() -> None:
+    things = [category for category in COCO_CATEGORIES if category["isthing"]]
+    matched, missing = match_categories(things, LVIS_CATEGORIES)
+    assert missing == ["hot dog"]
+    assert len(set(matched.values())) == len(matched) == 79
+    names = {category["id"]: category["name"] for category in LVIS_CATEGORIES}
+    pairs = {category["name"]: names[matched[category["id"]]] for category in things if category["id"] in matched}
+    different = {ours: theirs for ours, theirs in pairs.items() if ours.replace(" ", "_") != theirs}
+    assert different == {
+        "bus": "bus_(vehicle)",
+        "car": "car_(automobile)",
+        "cell phone": "cellular_telephone",
+        "couch": "sofa",
+        "donut": "doughnut",
+        "fire hydrant": "fireplug",
+        "hair drier": "hair_dryer",
+        "keyboard": "computer_keyboard",
+        "laptop": "laptop_computer",
+        "microwave": "microwave_oven",
+        "mouse": "mouse_(computer_equipment)",
+        "orange": "orange_(fruit)",
+        "potted plant": "flowerpot",
+        "remote": "remote_control",
+        "skis": "ski",
+        "sports ball": "ball",
+        "tie": "necktie",
+        "train": "train_(railroad_vehicle)",
+        "tv": "television_set",
+        "wine glass": "wineglass",
+    }
+
+
+def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    coco, results = tmp_path / "coco.json", tmp_path / "results.json"
+    content = {"images": [image(1)], "categories": COCO, "annotations": [annotation(1, 1, 7, 10, 10)]}
+    coco.write_text(json.dumps({**content, "annotations": [{**content["annotations"][0], "iscrowd": 0}]}))
+    for found, message in (
+        ([result(5, 7, 0.9, 1, 1)], "1 values of image_id in the results are none of"),
+        ([result(1, 8, 0.9, 1, 1)], "1 values of category_id in the results"),
+        ({"annotations": []}, "not a list of results"),
+    ):
+        results.write_text(json.dumps(found))
+        assert tool.main([str(results), "--annotations", str(coco)]) == 1
+        assert message in capsys.readouterr().err
+    results.write_text(json.dumps([result(1, 7, 0.9, 10, 10)]))
+    assert tool.main([str(results), "--annotations", str(coco), "--lvis", str(coco)]) == 1
+    assert "give an annotation file of LVIS" in capsys.readouterr().err
+    assert tool.main([str(results), "--dataset", "unheard_of"]) == 1
+    assert "there is no data set 'unheard_of'" in capsys.readouterr().err

@@ -1,0 +1,62 @@
+"""AP of boxes, masks and boundaries from a result file, without the model that made it.
+
+    python tools/evaluate_results.py RESULTS.json --dataset coco_2017_val
+    python tools/evaluate_results.py RESULTS.json --annotations instances_val2017.json --lvis lvis_v1_val.json
+
+A result file is what evaluation writes as inference/coco_instances_results.json: COCO's result format, of any code.
+With --lvis, masks are evaluated against LVIS's annotations of the same images, too: AP* and APB* of PointRend and
+EffSeg. See querymask.common.evaluation.lvis for the rules.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import querymask  # isort: skip  (before Detectron2: makes it importable)  # noqa: F401
+from detectron2.data import MetadataCatalog
+from pycocotools.coco import COCO
+
+from querymask.common.engine.checks import dataset_classes
+from querymask.common.evaluation.lvis import evaluate_on_lvis
+from querymask.common.evaluation.report import results_table
+from querymask.common.evaluation.results import evaluate_results, read_results, register_annotations
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Evaluate and print; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", metavar="FILE", help="detections in COCO's result format")
+    truth = parser.add_mutually_exclusive_group(required=True)
+    truth.add_argument("--dataset", metavar="NAME", help="registered data set of the results")
+    truth.add_argument("--annotations", metavar="FILE", help="its annotation file in COCO's format instead")
+    parser.add_argument("--lvis", metavar="FILE", help="annotation file of LVIS: gives mask* and boundary*")
+    parser.add_argument("--no-boundary", action="store_true", help="boxes and masks only")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the scores to this JSON file")
+    args = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        name = args.dataset or register_annotations(args.annotations)
+        if args.dataset:
+            dataset_classes(name)  # an error for a name that is not registered
+        scores = evaluate_results(args.results, name, boundary=not args.no_boundary)
+        if args.lvis:
+            coco, lvis = COCO(MetadataCatalog.get(name).json_file), json.loads(Path(args.lvis).read_text())
+            starred, missing, count = evaluate_on_lvis(coco, lvis, read_results(args.results))
+            scores.update(starred)
+            print(
+                f"LVIS: {count} of {len(coco.imgs)} images. Categories that LVIS lacks: {', '.join(missing) or 'none'}"
+            )
+    except (ValueError, KeyError, OSError) as error:
+        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        return 1
+    print(f"results on {name}:\n{results_table(scores)}" if scores else f"{name} has no ground truth")
+    if args.save:
+        args.save.write_text(json.dumps(scores, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
