@@ -1,4 +1,4 @@
-"""DETR's augmentation: flip, resize to a random size, and a second branch with a random crop.
+"""DETR's augmentation: flip, resize to a random size, and a second branch with a random crop; and large-scale jitter.
 
 Sources: Carion et al., End-to-End Object Detection with Transformers (ECCV 2020), section 4; SOLQ's release for the
 sizes' rounding, the range of the crop and the additional first resize. Randomness comes from NumPy's global generator,
