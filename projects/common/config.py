@@ -24,6 +24,17 @@ def add_common_config(cfg: CfgNode) -> None:
     # SOLQ's release resizes once more before the choice of the branch
     cfg.INPUT.DETR_CROP.RESIZE_FIRST = False
 
+    # Large-scale jitter (Ghiasi et al. 2021) instead of MIN_SIZE_TRAIN and DETR_CROP: resize to a random scale, then
+    # crop or pad to a square
+    cfg.INPUT.LSJ = CfgNode()
+    cfg.INPUT.LSJ.ENABLED = False
+    # Side of the square
+    cfg.INPUT.LSJ.SIZE = 1024
+    # Least and greatest scale; at 1 the longer side of the image is that of the square
+    cfg.INPUT.LSJ.SCALE = [0.1, 2.0]
+    # Of the padding, which counts as image
+    cfg.INPUT.LSJ.PAD_VALUE = 128.0
+
     # A training image that augmentation leaves without instances is replaced by another, random one
     cfg.INPUT.REPLACE_EMPTY = False
     # Images with a shorter side are left out of training

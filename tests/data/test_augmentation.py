@@ -9,9 +9,11 @@ from PIL import Image
 from querymask import get_cfg
 from querymask.common.data.augmentation import (
     GrowingResize,
+    CropOrPad,
     RandomCropOfRange,
     Resize,
     ResizeShortestSide,
+    ResizeToScale,
     build_augmentations,
     resized_size,
 )
@@ -191,4 +193,69 @@ def test_masks_grow_where_effseg_asks_for_it():
         assert {t for t in seen if issubclass(t, T.ResizeTransform)} == {kind}
     cfg.INPUT.MASK_RESIZE = "bilinear"
     with pytest.raises(ValueError, match="MASK_RESIZE must be one of nearest, any, not 'bilinear'"):
+        build_augmentations(cfg, is_train=True)
+
+
+@pytest.mark.parametrize("size", [(30, 50), (50, 30), (64, 64), (200, 90)])
+def test_large_scale_jitter_is_detectron2s(size: tuple[int, int]) -> None:
+    """Same draws, same image and boxes as ResizeScale and FixedSizeCrop, for scales that pad and scales that crop."""
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    box = np.array([[3.0, 4.0, 20.0, 25.0]])
+    ours = T.AugmentationList([ResizeToScale(64, 0.1, 2.0), CropOrPad(64, 128.0)])
+    theirs = T.AugmentationList([T.ResizeScale(0.1, 2.0, 64, 64), T.FixedSizeCrop((64, 64), pad_value=128.0)])
+    kinds = set()
+    for seed in range(12):
+        results = []
+        for augmentations in (ours, theirs):
+            np.random.seed(seed)
+            inputs = T.AugInput(image)
+            transforms = augmentations(inputs)
+            results.append((inputs.image, transforms.apply_box(box)))
+        assert results[0][0].shape == (64, 64, 3)
+        assert np.array_equal(results[0][0], results[1][0])
+        assert np.allclose(results[0][1], results[1][1])
+        kinds.add(bool((results[0][0][-1] == 128).all() or (results[0][0][:, -1] == 128).all()))
+    narrow = max(size) >= 2 * min(size)  # padded even at scale 2
+    assert kinds == ({True} if narrow else {True, False})
+
+
+def test_padding_of_the_jitter_belongs_to_no_mask() -> None:
+    transform = CropOrPad(8, 128.0).get_transform(np.zeros((5, 20, 3), np.uint8))
+    assert (transform.apply_image(np.zeros((5, 20, 3), np.uint8))[5:] == 128).all()
+    mask = transform.apply_segmentation(np.ones((5, 20), np.uint8))
+    assert mask.shape == (8, 8) and mask[:5].all() and not mask[5:].any()
+
+
+def test_jitter_of_the_config() -> None:
+    cfg = get_cfg()
+    cfg.INPUT.LSJ.ENABLED = True
+    cfg.INPUT.LSJ.SIZE = 96
+    image = np.zeros((40, 60, 3), np.uint8)
+    np.random.seed(0)
+    augmentations = T.AugmentationList(build_augmentations(cfg, is_train=True))
+    widths = []
+    for _ in range(30):
+        inputs = T.AugInput(image)
+        transforms = augmentations(inputs)
+        assert inputs.image.shape == (96, 96, 3)
+        widths += [t.new_w for t in transforms.transforms if isinstance(t, T.ResizeTransform)]
+    assert 9 <= min(widths) < 40 and 150 < max(widths) <= 192
+    (resize,) = build_augmentations(cfg, is_train=False)
+    assert isinstance(resize, ResizeShortestSide)
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (["INPUT.DETR_CROP.ENABLED", True], "LSJ.ENABLED and INPUT.DETR_CROP.ENABLED exclude each other"),
+        (["INPUT.LSJ.SCALE", [1.0]], r"LSJ.SCALE is \[1.0\]: give the least and the greatest"),
+        (["INPUT.LSJ.SCALE", [2.0, 0.1]], "0 < least <= greatest"),
+        (["INPUT.LSJ.SIZE", 0], "LSJ.SIZE of at least 1"),
+    ],
+)
+def test_jitter_that_makes_no_sense(keys: list, message: str) -> None:
+    cfg = get_cfg()
+    cfg.INPUT.LSJ.ENABLED = True
+    cfg.merge_from_list(keys)
+    with pytest.raises(ValueError, match=message):
         build_augmentations(cfg, is_train=True)

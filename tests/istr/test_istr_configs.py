@@ -16,6 +16,8 @@ from querymask.common.solver import build_lr_scheduler, build_optimizer
 
 zoo = load_tool("make_model_zoo")
 LEAVES = {leaf.name: leaf for leaf in zoo.find_leaves() if leaf.method == "istr"}
+# Other schedules, each with a test of its own
+OTHER = {"istr_v2_smt_swin_l_lsj_50ep", "istr_v2_smt_swin_l_lsj_100ep", "istr_v2_smt_r50_cityscapes"}
 OWN = {name for name in LEAVES if name.startswith("istr_shapes")}  # on other data than COCO
 # Everything that makes a model slow, and nothing that makes it the model of its row
 REDUCED = {
@@ -126,7 +128,7 @@ def test_training_step_and_inference(name: str, make_batch: Any, give_basis: Any
 def test_published_schedule() -> None:
     """Of the releases: 36.8 epochs with drops after 28.6 and 34.1, one learning rate, clipping of the whole norm."""
     for name, leaf in LEAVES.items():
-        if name in OWN:
+        if name in OWN | OTHER:
             continue
         cfg = leaf.config()
         steps = (cfg.SOLVER.MAX_ITER, *cfg.SOLVER.STEPS)
@@ -203,3 +205,25 @@ def test_swin_l() -> None:
     cfg = LEAVES["istr_v2_smt_swin_l"].config()
     assert (cfg.MODEL.SWIN.WINDOW_SIZE, cfg.MODEL.SWIN.DROP_PATH_RATE) == (12, 0.3)
     assert (cfg.INPUT.MIN_SIZE_TEST, LEAVES["istr_v2_smt_swin_l_1088"].config().INPUT.MIN_SIZE_TEST) == (800, 1088)
+
+
+@pytest.mark.parametrize("epochs, iterations", [(50, (368_750, 327_778, 355_092)), (100, (737_500, 655_556, 710_184))])
+def test_large_scale_jitter(epochs: int, iterations: tuple[int, ...]) -> None:
+    cfg, plain = LEAVES[f"istr_v2_smt_swin_l_lsj_{epochs}ep"].config(), LEAVES["istr_v2_smt_swin_l"].config()
+    assert (cfg.SOLVER.MAX_ITER, *cfg.SOLVER.STEPS) == iterations
+    assert cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.BACKBONE_MULTIPLIER == 0.1
+    assert cfg.INPUT.LSJ.ENABLED and not cfg.INPUT.DETR_CROP.ENABLED
+    assert (cfg.INPUT.LSJ.SIZE, list(cfg.INPUT.LSJ.SCALE), cfg.INPUT.LSJ.PAD_VALUE) == (1024, [0.1, 2.0], 128)
+    assert cfg.MODEL == plain.MODEL
+
+
+def test_cityscapes() -> None:
+    cfg, coco = LEAVES["istr_v2_smt_r50_cityscapes"].config(), LEAVES["istr_v2_smt_r50"].config()
+    solver, keys = cfg.SOLVER, cfg.INPUT
+    assert (solver.MAX_ITER, *solver.STEPS, solver.IMS_PER_BATCH) == (48_000, 18_000, 36_000, 4)
+    assert solver.BASE_LR == 1.5e-5 and not keys.DETR_CROP.ENABLED
+    assert (min(keys.MIN_SIZE_TRAIN), max(keys.MIN_SIZE_TRAIN), keys.MAX_SIZE_TRAIN) == (800, 1024, 2048)
+    assert (keys.MIN_SIZE_TEST, keys.MAX_SIZE_TEST) == (1024, 2048)
+    assert cfg.MODEL.ISTR.NUM_CLASSES == 8
+    coco.MODEL.ISTR.NUM_CLASSES = 8
+    assert cfg.MODEL.ISTR == coco.MODEL.ISTR

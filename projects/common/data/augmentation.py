@@ -1,8 +1,9 @@
-"""DETR's augmentation: flip, resize to a random size, and a second branch with a random crop.
+"""DETR's augmentation: flip, resize to a random size, and a second branch with a random crop; and large-scale jitter.
 
 Sources: Carion et al., End-to-End Object Detection with Transformers (ECCV 2020), section 4; SOLQ's release for the
-sizes' rounding, the range of the crop and the additional first resize. Randomness comes from NumPy's global generator,
-which Detectron2 seeds for each worker.
+sizes' rounding, the range of the crop and the additional first resize; Ghiasi et al., Simple Copy-Paste (CVPR
+2021), for the jitter, which Detectron2 calls ResizeScale and FixedSizeCrop. Randomness comes from NumPy's
+global generator, which Detectron2 seeds for each worker.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
-from fvcore.transforms.transform import CropTransform, NoOpTransform, Transform
+from fvcore.transforms.transform import CropTransform, NoOpTransform, PadTransform, Transform, TransformList
 from PIL import Image
 
 from querymask.common.masks import resize_masks
@@ -127,11 +128,78 @@ class RandomCropOfRange(T.Augmentation):
         return CropTransform(x0, y0, crop_width, crop_height)
 
 
+class ResizeToScale(T.Augmentation):
+    """Resize, keeping the shape, such that the image just fits into a square whose side is scaled at random.
+
+    Detectron2's ResizeScale, with the masks of ``Resize`` and at least one pixel for images of extreme shape.
+    """
+
+    def __init__(self, size: int, least: float, greatest: float, resize: type[Resize] = Resize) -> None:
+        """
+        Args:
+            size: side of the square at scale 1.
+            least, greatest: the scale is uniform between them.
+            resize: the kind of resize, which differs in the masks.
+        """
+        super().__init__()
+        if size < 1 or not 0 < least <= greatest:
+            raise ValueError(
+                "Large-scale jitter needs INPUT.LSJ.SIZE of at least 1 and INPUT.LSJ.SCALE with 0 < least <= greatest, "
+                f"not {size} and {(least, greatest)}."
+            )
+        self.size = size
+        self.least = least
+        self.greatest = greatest
+        self.resize = resize
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """The resize of one image [H, W, ...]."""
+        height, width = image.shape[:2]
+        side = self.size * np.random.uniform(self.least, self.greatest)
+        scale = min(side / height, side / width)
+        new_height, new_width = (max(int(np.round(old * scale)), 1) for old in (height, width))
+        if (new_height, new_width) == (height, width):
+            return NoOpTransform()
+        return self.resize(height, width, new_height, new_width, Image.BILINEAR)
+
+
+class CropOrPad(T.Augmentation):
+    """Make an image a square: crop sides that are too long, at a random place; pad short ones at the right and bottom.
+
+    Detectron2's FixedSizeCrop. Masks are padded with 0, where main's default is 255, meant for semantic labels.
+    """
+
+    def __init__(self, size: int, pad_value: float) -> None:
+        """
+        Args:
+            size: side of the square.
+            pad_value: of the image, in its own range (0 to 255).
+        """
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"INPUT.LSJ.SIZE must be at least 1, not {size}.")
+        self.size = size
+        self.pad_value = pad_value
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """The crop and the padding of one image [H, W, ...]."""
+        height, width = image.shape[:2]
+        part = np.random.uniform()  # one for both sides, as in Detectron2
+        y0, x0 = (int(np.round(max(side - self.size, 0) * part)) for side in (height, width))
+        kept_height, kept_width = min(height, self.size), min(width, self.size)
+        crop = CropTransform(x0, y0, kept_width, kept_height, width, height)
+        right, bottom = self.size - kept_width, self.size - kept_height
+        return TransformList([crop, PadTransform(0, 0, right, bottom, kept_width, kept_height, self.pad_value)])
+
+
 def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     """The augmentations that ``cfg.INPUT`` asks for.
 
     Training: flip; where DETR_CROP.RESIZE_FIRST, a resize; with DETR_CROP.PROBABILITY a resize to DETR_CROP.MIN_SIZES
-    and a crop; a resize. Test: a resize.
+    and a crop; a resize. With LSJ.ENABLED: flip, resize to a random scale, crop or padding to a square. Test: a resize.
+
+    Raises:
+        ValueError: keys have no meaning, no effect, or exclude each other.
     """
     keys = cfg.INPUT
     if not is_train:
@@ -144,10 +212,19 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     if keys.RANDOM_FLIP != "none":
         vertical = keys.RANDOM_FLIP == "vertical"
         augmentations.append(T.RandomFlip(horizontal=not vertical, vertical=vertical))
-    sizes = keys.MIN_SIZE_TRAIN if isinstance(keys.MIN_SIZE_TRAIN, Sequence) else (keys.MIN_SIZE_TRAIN,)
     if keys.MASK_RESIZE not in MASK_RESIZES:
         raise ValueError(f"INPUT.MASK_RESIZE must be one of {', '.join(MASK_RESIZES)}, not {keys.MASK_RESIZE!r}.")
     kind = MASK_RESIZES[keys.MASK_RESIZE]
+    if keys.LSJ.ENABLED:
+        if keys.DETR_CROP.ENABLED:
+            raise ValueError(
+                "INPUT.LSJ.ENABLED and INPUT.DETR_CROP.ENABLED exclude each other: set one of them to False."
+            )
+        if len(keys.LSJ.SCALE) != 2:
+            raise ValueError(f"INPUT.LSJ.SCALE is {list(keys.LSJ.SCALE)}: give the least and the greatest scale.")
+        size = keys.LSJ.SIZE
+        return [*augmentations, ResizeToScale(size, *keys.LSJ.SCALE, kind), CropOrPad(size, keys.LSJ.PAD_VALUE)]
+    sizes = keys.MIN_SIZE_TRAIN if isinstance(keys.MIN_SIZE_TRAIN, Sequence) else (keys.MIN_SIZE_TRAIN,)
     resize = ResizeShortestSide(sizes, keys.MAX_SIZE_TRAIN, keys.MIN_SIZE_TRAIN_SAMPLING, kind)
     crop = keys.DETR_CROP
     if crop.ENABLED:
