@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from querymask.common.checkpoint import (
-    CheckpointError,
     Copy,
     Drop,
     Format,

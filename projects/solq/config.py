@@ -54,8 +54,8 @@ def add_solq_config(cfg: CfgNode) -> None:
     # "l1" distance of vectors, or "l2_dice": mean square over the entries plus the dice loss of the decoded mask, per
     # target (the release's form for PCA)
     cfg.MODEL.SOLQ.VECTOR_LOSS = "l1"
-    # For "l1". "mean": over matches (of all processes) and entries. "local_mean": the release's mean over the matches of
-    # one process. "sum": sum over entries divided by the number of targets (fast SOLQ)
+    # Of "l1". "mean": over matches (of all processes) and entries. "local_mean": the release's mean over the matches
+    # of one process. "sum": sum over entries divided by the number of targets (fast SOLQ)
     cfg.MODEL.SOLQ.VECTOR_LOSS_REDUCTION = "mean"
     # "binary": threshold the decoded map at half of its range, paste, threshold again (SOLQ).
     # "soft": paste the decoded map and threshold once (fast SOLQ)

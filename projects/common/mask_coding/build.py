@@ -22,7 +22,8 @@ def build_mask_coding(
         name: one of ``MASK_CODINGS``.
         mask_size, length: side of the masks and entries of a vector.
         section: of the config, for errors: ``"MODEL.ISTR"``.
-        basis: file with the basis of "pca" or "sparse", or the weights of "autoencoder"; "": they come with a checkpoint.
+        basis: file with the basis of "pca" or "sparse", or the weights of "autoencoder"; "": they come with a
+            checkpoint.
         label_noise: "pca" draws noise on the labels in every call of ``encode``.
 
     Raises:
