@@ -62,11 +62,8 @@ def test_codes_are_those_of_coordinate_descent(length: int, penalty: float) -> N
     assert np.allclose(codes, expected, rtol=0, atol=1e-9)
     assert torch.equal(codes, coding.encode(masks.double()))
     maps = coding.decode(codes)
-    assert np.allclose(maps.flatten(1), codes.numpy() @ dictionary, rtol=0, atol=1e-12) and maps.shape == (
-        3,
-        SIZE,
-        SIZE,
-    )
+    assert np.allclose(maps.flatten(1), codes.numpy() @ dictionary, rtol=0, atol=1e-12)
+    assert maps.shape == (3, SIZE, SIZE)
 
 
 def test_optimality_with_more_atoms_than_pixels() -> None:

@@ -83,6 +83,8 @@ def reduced_config(name: str) -> CfgNode:
         cfg.merge_from_list([key, value])
     if cfg.MODEL.SOLQ.MASK_BRANCH == "sqr":  # the least that its mask head can have
         cfg.MODEL.SOLQ.HIDDEN_DIM, cfg.MODEL.SOLQ.NUM_HEADS = 128, 8
+        # Clipped together with those of a detector of random weights, its gradients would be below AdamW's epsilon
+        cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1e6
     return cfg
 
 
