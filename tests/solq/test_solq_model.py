@@ -220,7 +220,7 @@ def test_detections_of_other_codings(make_model: MakeModel, make_batch: MakeBatc
     model = make_model(**{**FORMS[form], "PASTE": "soft"}).eval()
     with torch.no_grad():
         model.bbox_embed[-1].layers[-1].bias[2:] = 1  # large boxes
-        model.vector_embed.layers[-1].weight.mul_(3)
+        model.vector_embed.layers[-1].weight.mul_(10)
         model.vector_embed.layers[-1].bias.fill_(0.4)
         batch = make_batch([0])
         (result,) = model(batch)
