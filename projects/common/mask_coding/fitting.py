@@ -101,7 +101,8 @@ def fit_dictionary(
     except ImportError as error:
         raise ImportError(
             'learning a dictionary for sparse coding needs scikit-learn: install QueryMask\'s extra "sparse", '
-            "pip install -e '.[sparse]' --no-build-isolation (uv: uv run --extra sparse ...). Using a dictionary does not need it."
+            "pip install -e '.[sparse]' --no-build-isolation (uv: uv run --extra sparse ...). Using a dictionary does "
+            "not need it."
         ) from error
     if min(len(masks), batch_size) < num_atoms:
         raise ValueError(
