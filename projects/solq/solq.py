@@ -115,7 +115,7 @@ class SOLQ(QuerySegmenter):
             self._freeze_detector()
 
     def _freeze_detector(self) -> None:
-        """As the release does: parameters stay, dropout goes on."""
+        """Let nothing but the mask branch learn; dropout goes on in training."""
         self.requires_grad_(False)
         for branch in (self.vector_embed, self.mask_branch):
             if branch is not None:
