@@ -1,14 +1,17 @@
-"""Learn the basis of the PCA mask coding from the annotations of a data set.
+"""Learn the basis of a mask coding from the annotations of a data set: principal components, or a dictionary.
 
     python tools/fit_mask_basis.py --train coco_2017_train --test coco_2017_val --output weights/pca_28_60.npz
+    python tools/fit_mask_basis.py --method sparse --train coco_2017_train --output weights/sparse_28_256.npz
 
-Writes the basis, for MASK_BASIS of the config, with its statistics, and draws beside it the energy curve and the first
-components. An interrupted run goes on when it is started again. See projects/istr/README.md.
+Writes the basis, for MASK_BASIS of the config, with its statistics, and draws beside it the first components or atoms,
+for PCA also the energy curve. An interrupted PCA goes on when it is started again. The dictionary of the sparse coding
+needs scikit-learn, the extra "sparse". See projects/istr/README.md and projects/solq/README.md.
 """
 
 import argparse
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,29 +22,40 @@ import matplotlib
 import numpy as np
 
 from querymask.common.data.mask_crops import MaskCrops
-from querymask.common.mask_coding import PCABasis, PCAMaskCoding
-from querymask.common.mask_coding.fitting import fit_pca_basis, reconstruction_quality
+from querymask.common.mask_coding import MaskCoding, PCABasis, PCAMaskCoding, SparseBasis, SparseMaskCoding
+from querymask.common.mask_coding.fitting import fit_dictionary, fit_pca_basis, reconstruction_quality
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 SHOWN_COMPONENTS = 24
 SHOWN_VARIANCES = 5
+DEFAULT_LENGTHS = {"pca": 60, "sparse": 256}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--method", choices=sorted(DEFAULT_LENGTHS), default="pca", help="principal components (pca) or a dictionary"
+    )
     parser.add_argument("--train", nargs="+", required=True, metavar="NAME", help="registered data sets to learn from")
     parser.add_argument("--test", nargs="*", default=[], metavar="NAME", help="data sets to evaluate the basis on")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.npz", help="the file to write")
-    parser.add_argument("--components", type=int, default=60, metavar="K", help="length of the vectors (60)")
+    parser.add_argument(
+        "--components", type=int, metavar="K", help="length of the vectors: components (60), or atoms (256)"
+    )
+    parser.add_argument(
+        "--penalty", type=float, default=1.0, metavar="BETA", help="sparse: weight of the sum of absolute entries (1)"
+    )
     parser.add_argument("--mask-size", type=int, default=28, metavar="S", help="side of the masks (28)")
     parser.add_argument("--batch-size", type=int, default=1024, metavar="B", help="masks of an update (1024)")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="use the first N masks of a split (0: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise on the labels (0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise on the labels, or of the dictionary (0)")
     parser.add_argument("--workers", type=int, default=0, help="processes that rasterise masks (0: this one)")
     args = parser.parse_args(arguments)
+    if args.components is None:
+        args.components = DEFAULT_LENGTHS[args.method]
     if args.output.suffix != ".npz":
         parser.error(f"{args.output}: the name must end in .npz")
     return args
@@ -54,6 +68,30 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     masks = MaskCrops(args.train, args.mask_size, args.limit)
     print(f"{len(masks)} masks of {', '.join(args.train)}")
     args.output.parent.mkdir(parents=True, exist_ok=True)
+    fit = fit_pca if args.method == "pca" else fit_sparse
+    basis, coding, report = fit(args, masks)
+    statistics: dict[str, object] = {"train": " ".join(args.train), "masks": len(masks), "seed": args.seed}
+    quality: dict[str, float] = {}
+    if args.test:
+        held_out = MaskCrops(args.test, args.mask_size, args.limit)
+        quality = reconstruction_quality(coding, held_out, workers=args.workers)
+        statistics |= {"test": " ".join(args.test), "test_masks": len(held_out), **quality}
+    basis.save(args.output, statistics=json.dumps(statistics))
+    pictures = args.output.with_suffix(".components.png")
+    if isinstance(basis, PCABasis):
+        draw_energy(basis, args.output.with_suffix(".energy.png"))
+        draw_pictures({"mean": basis.mean, **numbered(basis.components)}, pictures)
+    else:
+        draw_pictures(numbered(basis.dictionary), pictures)
+    print(report)
+    for name, value in quality.items():
+        print(f"{name} on {', '.join(args.test)}: {value:.4f}")
+    print(f"Written: {args.output}, and pictures beside it")
+    return quality
+
+
+def fit_pca(args: argparse.Namespace, masks: MaskCrops) -> tuple[PCABasis, MaskCoding, str]:
+    """Principal components, the coding with them, and what to say about them."""
     basis = fit_pca_basis(
         masks,
         args.components,
@@ -63,23 +101,24 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         settings={"train": args.train, "mask_size": args.mask_size, "masks": len(masks)},
         workers=args.workers,
     )
-    statistics: dict[str, object] = {"train": " ".join(args.train), "masks": len(masks), "seed": args.seed}
-    quality: dict[str, float] = {}
-    if args.test:
-        coding = PCAMaskCoding(args.mask_size, args.components, basis, noise=None)
-        held_out = MaskCrops(args.test, args.mask_size, args.limit)
-        quality = reconstruction_quality(coding, held_out, workers=args.workers)
-        statistics |= {"test": " ".join(args.test), "test_masks": len(held_out), **quality}
-    basis.save(args.output, statistics=json.dumps(statistics))
-    draw_energy(basis, args.output.with_suffix(".energy.png"))
-    draw_components(basis, args.output.with_suffix(".components.png"))
     variances = ", ".join(f"{value:.2f}" for value in basis.explained_variance[:SHOWN_VARIANCES])
-    print(f"variances {variances}, ..., {basis.explained_variance[-1]:.4g}")
-    print(f"{args.components} components hold {basis.explained_variance_ratio.sum():.2%} of the variance")
-    for name, value in quality.items():
-        print(f"{name} on {', '.join(args.test)}: {value:.4f}")
-    print(f"Written: {args.output}, {args.output.with_suffix('.energy.png').name} and ...components.png beside it")
-    return quality
+    report = (
+        f"variances {variances}, ..., {basis.explained_variance[-1]:.4g}\n"
+        f"{args.components} components hold {basis.explained_variance_ratio.sum():.2%} of the variance"
+    )
+    return basis, PCAMaskCoding(args.mask_size, args.components, basis, noise=None), report
+
+
+def fit_sparse(args: argparse.Namespace, masks: MaskCrops) -> tuple[SparseBasis, MaskCoding, str]:
+    """A dictionary, the coding with it, and what to say about it."""
+    try:
+        basis = fit_dictionary(
+            masks, args.components, args.penalty, args.batch_size, seed=args.seed, workers=args.workers
+        )
+    except ImportError as error:
+        sys.exit(f"error: {error}")
+    coding = SparseMaskCoding(args.mask_size, args.components, basis)
+    return basis, coding, f"{args.components} atoms, learned with a penalty of {args.penalty:g}"
 
 
 def draw_energy(basis: PCABasis, path: Path) -> None:
@@ -93,20 +132,23 @@ def draw_energy(basis: PCABasis, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_components(basis: PCABasis, path: Path) -> None:
-    """The mean and the first components as pictures, red positive, blue negative."""
-    number = min(SHOWN_COMPONENTS, len(basis.components))
-    pictures = [basis.mean, *basis.components[:number]]
+def numbered(rows: np.ndarray) -> dict[str, np.ndarray]:
+    """The first rows by their number from 1 on."""
+    return {str(number): row for number, row in enumerate(rows[:SHOWN_COMPONENTS], start=1)}
+
+
+def draw_pictures(pictures: dict[str, np.ndarray], path: Path) -> None:
+    """Rows (S * S,) as pictures below their names, red positive, blue negative."""
     columns = min(5, len(pictures))
     rows = -(-len(pictures) // columns)
-    size = round(len(basis.mean) ** 0.5)
     figure, axes = plt.subplots(rows, columns, figsize=(1.6 * columns, 1.8 * rows), squeeze=False, layout="constrained")
-    for index, axis in enumerate(axes.flat):
+    for axis in axes.flat:
         axis.set_axis_off()
-        if index < len(pictures):
-            limit = np.abs(pictures[index]).max()
-            axis.imshow(pictures[index].reshape(size, size), cmap="RdBu_r", vmin=-limit, vmax=limit)
-            axis.set_title("mean" if index == 0 else str(index), fontsize=9)
+    for axis, (name, values) in zip(axes.flat, pictures.items(), strict=False):
+        size = round(len(values) ** 0.5)
+        limit = np.abs(values).max()
+        axis.imshow(values.reshape(size, size), cmap="RdBu_r", vmin=-limit, vmax=limit)
+        axis.set_title(name, fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

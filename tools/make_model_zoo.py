@@ -91,8 +91,8 @@ uv run tools/convert_checkpoint.py --config-file projects/solq/configs/solq_swin
 
   ISTR's Swin-L starts from the file for 384 pixels and window 12, `swin_large_patch4_window12_384_22k.pth`, in the same
   way.
-- ISTR's PCA and autoencoder need a basis to be trained from a backbone: `MASK_BASIS`, see
-  [its page](../projects/istr/README.md).
+- ISTR's PCA and autoencoder, SOLQ's PCA and sparse coding need a basis to be trained from a backbone: `MASK_BASIS`,
+  see [ISTR's page](../projects/istr/README.md) and [SOLQ's](../projects/solq/README.md).
 """
 
 

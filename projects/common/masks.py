@@ -1,6 +1,9 @@
 """Masks of instances: reading them, cutting them out at boxes, pasting them into images."""
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from detectron2.layers.mask_ops import paste_masks_in_image
 from detectron2.structures import BitMasks, Instances
 from torchvision.ops import roi_align
@@ -99,3 +102,17 @@ def _bilinear_neighbours(old: int, new: int, device: torch.device) -> tuple[torc
     low = torch.div(position, 2 * new, rounding_mode="floor")
     high = low + (position > low * 2 * new).long()
     return low.clamp(max=old - 1), high.clamp(max=old - 1)
+
+
+def inside_boxes(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Which pixel centres of an image lie inside of each box: (n, 4) XYXY in pixels -> (n, height, width) bool."""
+    x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
+    x = torch.arange(width, device=boxes.device) + 0.5
+    y = torch.arange(height, device=boxes.device) + 0.5
+    return ((y0 <= y) & (y < y1))[:, :, None] & ((x0 <= x) & (x < x1))[:, None]
+
+
+def stack_padded(masks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Concatenate masks (n_i, H_i, W_i) of images of several sizes: (sum of n_i, H, W), padded at right and bottom."""
+    height, width = (max(m.shape[axis] for m in masks) for axis in (1, 2))
+    return torch.cat([F.pad(m, (0, width - m.shape[2], 0, height - m.shape[1])) for m in masks])

@@ -41,13 +41,13 @@ def add_istr_config(cfg: CfgNode) -> None:
 
     # Mask branch; without it the model is a detector
     cfg.MODEL.ISTR.MASK_ON = True
-    # Mask coding: "pca", "dct", "autoencoder" (SMT), "flatten" (pixels), "flatten_logits"; side of the coded mask,
-    # length of its vector
+    # Mask coding: "pca", "dct", "sparse", "autoencoder" (SMT), "flatten" (pixels), "flatten_logits"; side of the coded
+    # mask, length of its vector
     cfg.MODEL.ISTR.MASK_CODING = "pca"
     cfg.MODEL.ISTR.MASK_SIZE = 28
     cfg.MODEL.ISTR.VECTOR_LENGTH = 60
-    # File with the basis of "pca" (tools/fit_mask_basis.py) or "autoencoder" (tools/train_mask_autoencoder.py);
-    # "": it comes with the checkpoint of MODEL.WEIGHTS
+    # File with the basis of "pca" or "sparse" (tools/fit_mask_basis.py) or the weights of "autoencoder"
+    # (tools/train_mask_autoencoder.py); "": it comes with the checkpoint of MODEL.WEIGHTS
     cfg.MODEL.ISTR.MASK_BASIS = ""
     # "pca": noise on the labels, drawn anew for every target vector (release; the paper has none)
     cfg.MODEL.ISTR.LABEL_NOISE = True

@@ -2,7 +2,8 @@
 
 The release stores shared modules once for every use: the box heads also below ``transformer.decoder``, the one mask
 head for every decoder layer, and without box refinement one class and one box head for every layer. The model has each
-once, so the copies are checked and left out. Everything but the backbone keeps its name.
+once, so the copies are checked and left out. Everything but the backbone, the basis of the PCA coding and the mask
+branch of the SQR baseline keeps its name.
 """
 
 import re
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 
 from querymask.common.checkpoint import (
-    CheckpointError,
     Copy,
     Drop,
     Format,
@@ -30,6 +30,18 @@ from querymask.common.checkpoint import (
 from querymask.common.checkpoint.formats import resnet_rules, resnet_settings, swin_rules, swin_settings
 
 _BODY = "backbone.0.body."
+_MASK_BRANCH = r"^(vector_embed|processor_pca|bbox_attention|mask_head|seg_input_proj)\."
+_OWN_MASK_BRANCH = r"^(vector_embed|coding|mask_branch)\."
+# The release's names of the SQR baseline's mask branch, which count from 1
+_SQR_RULES: list[Rule] = [
+    Rename(r"^bbox_attention\.q_linear\.", "mask_branch.attention.query."),
+    Rename(r"^bbox_attention\.k_linear\.", "mask_branch.attention.key."),
+    Rename(r"^seg_input_proj\.", "mask_branch.skips."),
+    Rename(r"^mask_head\.lay(\d)\.", lambda match: f"mask_branch.head.blocks.{int(match[1]) - 1}.0."),
+    Rename(r"^mask_head\.gn(\d)\.", lambda match: f"mask_branch.head.blocks.{int(match[1]) - 1}.1."),
+    Rename(r"^mask_head\.adapter(\d)\.", lambda match: f"mask_branch.head.adapters.{int(match[1]) - 1}."),
+    Rename(r"^mask_head\.out_lay\.", "mask_branch.head.output."),
+]
 
 
 def convert(
@@ -52,14 +64,9 @@ def convert(
         the model's state dict, and the report of what was used, renamed and dropped.
 
     Raises:
-        CheckpointError: a variant without support, copies that differ, or class ids beyond the head.
+        CheckpointError: copies that differ, or class ids beyond the head.
     """
     state = {key: torch.as_tensor(value) for key, value in state.items()}
-    if not detector_only and (_is_sqr(state) or _is_pca(state)):
-        raise CheckpointError(
-            f"This is {describe(state)}. Its mask branch is not supported yet; its detector can be converted alone "
-            "(option --detector-only) for a config with MODEL.SOLQ.MASK_ON False."
-        )
     rules: list[Rule] = [
         Drop(r"(^|\.)total_(params|ops)$", "left over by a profiler"),
         Drop(r"\.num_batches_tracked$", "counter of a batch norm, not used by a frozen one"),
@@ -71,8 +78,8 @@ def convert(
     if not _has_refinement(state):
         rules.append(Copy(r"^(class|bbox)_embed\.[1-9]\d*\.(.*)", r"\1_embed.0.\2"))
     if detector_only:
-        branch = r"^(vector_embed|processor_pca|bbox_attention|mask_head|seg_input_proj)\."
-        rules.append(Drop(branch, "mask branch, not asked for"))
+        rules.append(Drop(_MASK_BRANCH, "mask branch, not asked for"))
+    rules += [Rename(r"^processor_pca\.", "coding."), *_SQR_RULES]
     if drop_classes:
         rules.append(Drop(r"^class_embed\.", "class head, not asked for"))
     elif class_ids is not None:
@@ -112,7 +119,8 @@ def _has_refinement(state: State) -> bool:
 
 def settings(state: State) -> dict[str, Any]:
     """The config keys that a file of the release demands, with their values, read off its shapes."""
-    mask_on = not _is_sqr(state) and not _is_pca(state) and "vector_embed.0.layers.0.weight" in state
+    sqr, pca = _is_sqr(state), _is_pca(state)
+    vectors = "vector_embed.0.layers.0.weight" in state
     state = _detector(state)
     levels, width = state["transformer.level_embed"].shape
 
@@ -131,11 +139,16 @@ def settings(state: State) -> dict[str, Any]:
         "MODEL.SOLQ.DIM_FEEDFORWARD": state["transformer.encoder.layers.0.linear1.bias"].shape[0],
         "MODEL.SOLQ.BOX_REFINE": _has_refinement(state),
         "MODEL.SOLQ.TWO_STAGE": "transformer.enc_output.weight" in state,
-        "MODEL.SOLQ.MASK_ON": mask_on,
+        "MODEL.SOLQ.MASK_ON": sqr or vectors,
     }
     if "query_embed.weight" in state:
         result["MODEL.SOLQ.NUM_QUERIES"] = state["query_embed.weight"].shape[0]
-    if mask_on:
+    if sqr or vectors:
+        result["MODEL.SOLQ.MASK_BRANCH"] = "sqr" if sqr else "vector"
+    if vectors:
+        result["MODEL.SOLQ.MASK_CODING"] = "pca" if pca else "dct"
+        if pca:
+            result["MODEL.SOLQ.MASK_SIZE"] = round(state["processor_pca.means"].shape[0] ** 0.5)
         result["MODEL.SOLQ.VECTOR_HIDDEN_DIM"] = state["vector_embed.0.layers.0.bias"].shape[0]
         result["MODEL.SOLQ.VECTOR_LENGTH"] = state["vector_embed.0.layers.2.bias"].shape[0]
     return result
@@ -159,7 +172,7 @@ def describe(state: State) -> str:
         "two-stage" if found["MODEL.SOLQ.TWO_STAGE"] else "one-stage",
         f"{detector['class_embed.0.bias'].shape[0]} class rows",
     ]
-    if found["MODEL.SOLQ.MASK_ON"]:
+    if "MODEL.SOLQ.VECTOR_LENGTH" in found:
         parts.append(f"mask vectors of {found['MODEL.SOLQ.VECTOR_LENGTH']}")
     return f"{name} ({', '.join(parts)})"
 
@@ -176,13 +189,15 @@ def _convert_own(state: State, options: Options) -> tuple[State, Report]:
     if options.drop_classes:
         rules.append(Drop(r"^class_embed\.", "class head, not asked for"))
     if options.detector_only:
-        rules.append(Drop(r"^vector_embed\.", "mask branch, not asked for"))
+        rules.append(Drop(_OWN_MASK_BRANCH, "mask branch, not asked for"))
     return apply_rules(state, rules)
 
 
 def _release_settings(state: State, options: Options) -> dict[str, Any]:
     found = settings(state)
     if options.detector_only:
+        branch = ("MASK_BRANCH", "MASK_CODING", "MASK_SIZE", "VECTOR_HIDDEN_DIM", "VECTOR_LENGTH")
+        found = {key: value for key, value in found.items() if key.rpartition(".")[2] not in branch}
         found["MODEL.SOLQ.MASK_ON"] = False
     if not options.drop_classes:
         rows = _detector(state)["class_embed.0.bias"].shape[0]

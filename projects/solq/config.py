@@ -33,15 +33,29 @@ def add_solq_config(cfg: CfgNode) -> None:
 
     # Mask branch; without it the model is Deformable DETR
     cfg.MODEL.SOLQ.MASK_ON = True
-    # Mask coding ("dct"), side of the coded mask, length of its vector
+    # "vector": the query regresses a coded mask (SOLQ). "sqr": attention maps and convolutions (the paper's baseline
+    # with a separate query representation)
+    cfg.MODEL.SOLQ.MASK_BRANCH = "vector"
+    # Train the mask branch alone, on the detector of MODEL.WEIGHTS
+    cfg.MODEL.SOLQ.FREEZE_DETECTOR = False
+    # Mask coding: "dct", "pca", "sparse", "flatten" (pixels), "flatten_logits"; side of the coded mask, length of its
+    # vector
     cfg.MODEL.SOLQ.MASK_CODING = "dct"
     cfg.MODEL.SOLQ.MASK_SIZE = 128
     cfg.MODEL.SOLQ.VECTOR_LENGTH = 256
+    # File with the basis of "pca" or "sparse" (tools/fit_mask_basis.py); "": it comes with the checkpoint of
+    # MODEL.WEIGHTS
+    cfg.MODEL.SOLQ.MASK_BASIS = ""
+    # "pca": noise on the labels, drawn anew for every target vector
+    cfg.MODEL.SOLQ.LABEL_NOISE = True
     cfg.MODEL.SOLQ.VECTOR_HIDDEN_DIM = 1024
     # First decoder layer with a vector loss; the last layer always has one
     cfg.MODEL.SOLQ.VECTOR_START_LAYER = 0
-    # "mean": over matches (of all processes) and entries. "local_mean": the release's mean over the matches of
-    # one process. "sum": sum over entries divided by the number of targets (fast SOLQ)
+    # "l1" distance of vectors, or "l2_dice": mean square over the entries plus the dice loss of the decoded mask, per
+    # target (the release's form for PCA)
+    cfg.MODEL.SOLQ.VECTOR_LOSS = "l1"
+    # Of "l1". "mean": over matches (of all processes) and entries. "local_mean": the release's mean over the matches
+    # of one process. "sum": sum over entries divided by the number of targets (fast SOLQ)
     cfg.MODEL.SOLQ.VECTOR_LOSS_REDUCTION = "mean"
     # "binary": threshold the decoded map at half of its range, paste, threshold again (SOLQ).
     # "soft": paste the decoded map and threshold once (fast SOLQ)
@@ -56,3 +70,9 @@ def add_solq_config(cfg: CfgNode) -> None:
     cfg.MODEL.SOLQ.GIOU_WEIGHT = 2.0
     cfg.MODEL.SOLQ.VECTOR_WEIGHT = 3.0
     cfg.MODEL.SOLQ.FOCAL_ALPHA = 0.25
+
+    # Branch "sqr": weights of the focal and the dice loss of whole masks
+    cfg.MODEL.SOLQ.SQR_MASK_WEIGHT = 1.0
+    cfg.MODEL.SOLQ.SQR_DICE_WEIGHT = 1.0
+    # Cut masks off at their boxes, as the paper says; the release does not
+    cfg.MODEL.SOLQ.SQR_CROP_MASKS = False

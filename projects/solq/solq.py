@@ -7,7 +7,8 @@ Data flow (B images, L levels, Q queries, C width, N decoder layers, K entries o
       -> class head (N, B, Q, classes), box head (N, B, Q, 4), vector head (., K)
       -> training: matching and losses per layer; inference: best pairs of query and class, vectors decoded and pasted
 
-Without the mask branch this is Deformable DETR.
+Without the mask branch this is Deformable DETR. With that of ``sqr`` instead of the vector head it is the paper's
+baseline.
 """
 
 import math
@@ -26,15 +27,18 @@ from querymask.common.compat import has_event_storage
 from querymask.common.deformable_transformer import DeformableTransformer, TransformerOutput, refine_box
 from querymask.common.images import padding_mask, resize_mask
 from querymask.common.layers import MLP, LevelProjections
-from querymask.common.mask_coding import DCTMaskCoding, MaskCoding, binarize_at_half_range
-from querymask.common.masks import crop_masks, instance_masks, paste_masks
+from querymask.common.mask_coding import MaskCoding, binarize_at_half_range, build_mask_coding
+from querymask.common.masks import crop_masks, instance_masks, paste_masks, stack_padded
 from querymask.common.matching import Targets
 from querymask.common.meta_arch import QuerySegmenter, feature_channels, image_names
 from querymask.common.postprocessing import select_top_scores
 from querymask.common.precision import full_precision
 from querymask.common.set_criterion import cardinality_error, class_error
 from querymask.solq.criterion import SOLQCriterion, SOLQOutput
+from querymask.solq.sqr import SeparateMasks, SQRMaskBranch
 
+MASK_BRANCHES = ("vector", "sqr")
+CODINGS = ("dct", "pca", "sparse", "flatten", "flatten_logits")
 PRIOR_PROBABILITY = 0.01
 LOG_PERIOD = 20  # iterations between the statistics that are only logged
 
@@ -50,13 +54,16 @@ class SOLQ(QuerySegmenter):
         num_levels: feature levels.
         num_queries, num_classes: Q and the width of the class head.
         box_refine: every decoder layer has its own heads and moves the reference.
-        coding: mask coding; None: no mask branch.
+        coding: mask coding; None: no vectors.
         vector_hidden_dim: hidden width of the vector head.
         criterion: matching and losses.
         detections_per_image: pairs of query and class that are kept.
         binarize_before_paste: threshold decoded maps at half of their range before pasting (SOLQ), or paste them soft
             and threshold once (fast SOLQ).
         pixel_mean, pixel_std: per channel, for pixels in 0..255.
+        sqr_heads: attention heads of the baseline's mask branch, which takes the place of ``coding``; 0: none.
+        crop_masks: cut masks of the baseline off at their boxes.
+        freeze_detector: train the mask branch alone.
     """
 
     @configurable
@@ -77,6 +84,9 @@ class SOLQ(QuerySegmenter):
         binarize_before_paste: bool,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
+        sqr_heads: int = 0,
+        crop_masks: bool = False,
+        freeze_detector: bool = False,
     ) -> None:
         super().__init__(backbone, pixel_mean, pixel_std, backbone.size_divisibility)
         self.in_features = list(in_features)
@@ -86,10 +96,12 @@ class SOLQ(QuerySegmenter):
         self.criterion = criterion
         self.detections_per_image = detections_per_image
         self.binarize_before_paste = binarize_before_paste
+        self.crop_masks = crop_masks
 
         width = transformer.embed_dim
         two_stage = transformer.num_proposals > 0
-        self.input_proj = LevelProjections(feature_channels(backbone, self.in_features), width, num_levels)
+        channels = feature_channels(backbone, self.in_features)
+        self.input_proj = LevelProjections(channels, width, num_levels)
         self.query_embed = None if two_stage else nn.Embedding(num_queries, 2 * width)
 
         # With refinement one copy per layer, and one for the proposals; else one for all.
@@ -97,7 +109,17 @@ class SOLQ(QuerySegmenter):
         self.class_embed = nn.ModuleList(nn.Linear(width, num_classes) for _ in range(copies))
         self.bbox_embed = nn.ModuleList(MLP(width, width, 4, 3) for _ in range(copies))
         self.vector_embed = None if coding is None else MLP(width, vector_hidden_dim, coding.length, 3)
+        self.mask_branch = SQRMaskBranch(width, sqr_heads, channels) if sqr_heads else None
         self._reset_heads(two_stage)
+        if freeze_detector:
+            self._freeze_detector()
+
+    def _freeze_detector(self) -> None:
+        """Let nothing but the mask branch learn; dropout goes on in training."""
+        self.requires_grad_(False)
+        for branch in (self.vector_embed, self.mask_branch):
+            if branch is not None:
+                branch.requires_grad_(True)
 
     def _reset_heads(self, two_stage: bool) -> None:
         for head in self.class_embed:
@@ -117,7 +139,12 @@ class SOLQ(QuerySegmenter):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Arguments of the constructor."""
         solq = cfg.MODEL.SOLQ
-        coding = build_mask_coding(solq) if solq.MASK_ON else None
+        if solq.MASK_BRANCH not in MASK_BRANCHES:
+            raise ValueError(f"MODEL.SOLQ.MASK_BRANCH is {solq.MASK_BRANCH!r}: choose one of {MASK_BRANCHES}")
+        sqr = solq.MASK_ON and solq.MASK_BRANCH == "sqr"
+        coding = build_coding(solq) if solq.MASK_ON and not sqr else None
+        if solq.FREEZE_DETECTOR and not solq.MASK_ON:
+            raise ValueError("MODEL.SOLQ.FREEZE_DETECTOR leaves nothing to train where MASK_ON is False: set it False")
         if solq.PASTE not in ("binary", "soft"):
             raise ValueError(f"MODEL.SOLQ.PASTE is {solq.PASTE!r}: choose 'binary' or 'soft'")
         return {
@@ -148,16 +175,22 @@ class SOLQ(QuerySegmenter):
                     "loss_ce": solq.CLASS_WEIGHT,
                     "loss_bbox": solq.BBOX_WEIGHT,
                     "loss_giou": solq.GIOU_WEIGHT,
+                    "loss_mask": solq.SQR_MASK_WEIGHT,
+                    "loss_dice": solq.SQR_DICE_WEIGHT,
                 },
                 focal_alpha=solq.FOCAL_ALPHA,
                 vector_weight=solq.VECTOR_WEIGHT,
                 vector_start_layer=solq.VECTOR_START_LAYER,
+                vector_loss=solq.VECTOR_LOSS,
                 vector_reduction=solq.VECTOR_LOSS_REDUCTION,
             ),
             "detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "binarize_before_paste": solq.PASTE == "binary",
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
+            "sqr_heads": solq.NUM_HEADS if sqr else 0,
+            "crop_masks": solq.SQR_CROP_MASKS,
+            "freeze_detector": solq.FREEZE_DETECTOR,
         }
 
     def training_losses(
@@ -193,14 +226,25 @@ class SOLQ(QuerySegmenter):
         else:
             logits = self.class_embed[0](decoded.hidden)
             boxes = self._refine(0, decoded.hidden, decoded.references[0])
-        return decoded, SOLQOutput(logits, boxes, decoded.hidden, self.vector_embed)
+        outputs = SOLQOutput(logits, boxes, decoded.hidden, self.vector_embed, self.coding)
+        if self.mask_branch is not None:
+            height, width = decoded.shapes[-1]
+            context = self.mask_branch.prepare(
+                [features[name] for name in self.in_features],
+                levels[-1],
+                decoded.memory[:, -height * width :],
+                masks[-1],
+            )
+            size = tuple(images.tensor.shape[-2:])
+            outputs.masks = SeparateMasks(self.mask_branch, context, decoded.hidden[-1], size, images.image_sizes)
+        return decoded, outputs
 
     def _refine(self, layer: int, hidden: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         return refine_box(full_precision(self.bbox_embed[layer](hidden)), reference)
 
     def encode_targets(self, batched_inputs: Sequence[Mapping[str, Any]], dtype: torch.dtype) -> Targets:
-        """Ground truth of a batch: normalised boxes and coded masks, once for all decoder layers."""
-        counts, labels, boxes, vectors = [], [], [], []
+        """Ground truth of a batch: normalised boxes, and masks coded once for all decoder layers or whole."""
+        counts, labels, boxes, crops, masks = [], [], [], [], []
         for item in batched_inputs:
             instances = item["instances"].to(self.device)
             height, width = instances.image_size
@@ -209,11 +253,16 @@ class SOLQ(QuerySegmenter):
             labels.append(instances.gt_classes)
             boxes.append(xyxy_to_cxcywh(corners.to(dtype)) / corners.new_tensor([width, height, width, height]))
             if self.coding is not None:
-                crops = crop_masks(instance_masks(instances), corners, self.coding.mask_size)
-                vectors.append(self.coding.encode(crops).to(dtype))
+                crops.append(crop_masks(instance_masks(instances), corners, self.coding.mask_size))
+            elif self.mask_branch is not None:
+                masks.append(instance_masks(instances))
         fields = {"boxes": torch.cat(boxes)}
         if self.coding is not None:
-            fields["vectors"] = torch.cat(vectors)
+            fields["crops"] = torch.cat(crops)
+            if not self.coding.is_random:
+                fields["vectors"] = self.coding.encode(fields["crops"]).to(dtype)
+        elif self.mask_branch is not None:
+            fields["masks"] = stack_padded(masks)
         return Targets(counts, torch.cat(labels), fields, image_names(batched_inputs))
 
     def losses(self, decoded: TransformerOutput, outputs: SOLQOutput, targets: Targets) -> dict[str, torch.Tensor]:
@@ -272,7 +321,10 @@ class SOLQ(QuerySegmenter):
             instances.scores = scores
             instances.pred_classes = classes
             instances.pred_queries = queries
-            if self.coding is not None and outputs.vector_head is not None:
+            if outputs.masks is not None:
+                inside = boxes if self.crop_masks else None
+                instances.pred_masks = outputs.masks.detected(image, queries, (height, width), inside)
+            elif self.coding is not None and outputs.vector_head is not None:
                 vectors = full_precision(outputs.vector_head(outputs.hidden[-1, image, queries]))
                 maps = self.coding.decode(vectors)
                 if self.binarize_before_paste:
@@ -282,8 +334,19 @@ class SOLQ(QuerySegmenter):
         return results
 
 
-def build_mask_coding(solq: CfgNode) -> MaskCoding:
-    """The coding that ``MODEL.SOLQ.MASK_CODING`` names."""
-    if solq.MASK_CODING == "dct":
-        return DCTMaskCoding(solq.MASK_SIZE, solq.VECTOR_LENGTH)
-    raise ValueError(f"MODEL.SOLQ.MASK_CODING is {solq.MASK_CODING!r}: choose 'dct'")
+def build_coding(solq: CfgNode) -> MaskCoding:
+    """The coding that ``MODEL.SOLQ.MASK_CODING`` names.
+
+    Raises:
+        ValueError: it is none that SOLQ can have, or another value does not go with it.
+    """
+    if solq.MASK_CODING not in CODINGS:  # the autoencoder, whose decoder learns, would need a loss of its own
+        raise ValueError(f"MODEL.SOLQ.MASK_CODING is {solq.MASK_CODING!r}: choose one of {', '.join(CODINGS)}")
+    return build_mask_coding(
+        solq.MASK_CODING,
+        solq.MASK_SIZE,
+        solq.VECTOR_LENGTH,
+        section="MODEL.SOLQ",
+        basis=solq.MASK_BASIS,
+        label_noise=solq.LABEL_NOISE,
+    )

@@ -130,7 +130,7 @@ def test_autocast_does_not_change_codes() -> None:
 
 def test_build_errors() -> None:
     for message, arguments in {
-        "MODEL.X.MASK_CODING is 'sparse': choose one of pca, dct": ("sparse", 8, 5),
+        "MODEL.X.MASK_CODING is 'wavelet': choose one of pca, dct, sparse": ("wavelet", 8, 5),
         "64 entries: set VECTOR_LENGTH to that, not 5": ("flatten", 8, 5),
         "8x8 mask has 64 DCT coefficients, not 65": ("dct", 8, 65),
     }.items():

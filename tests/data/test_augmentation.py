@@ -8,8 +8,8 @@ from PIL import Image
 
 from querymask import get_cfg
 from querymask.common.data.augmentation import (
-    GrowingResize,
     CropOrPad,
+    GrowingResize,
     RandomCropOfRange,
     Resize,
     ResizeShortestSide,

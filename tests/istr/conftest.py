@@ -3,28 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from mask_bases import give_basis
 from torch import nn
 
 from querymask import get_cfg
-from querymask.common.mask_coding import AutoencoderMaskCoding, MaskCoding, PCABasis, PCAMaskCoding
-
-
-def give_basis(coding: MaskCoding | None) -> None:
-    """Give a learned coding a random basis."""
-    if isinstance(coding, PCAMaskCoding):
-        rng = np.random.default_rng(0)
-        components = np.linalg.qr(rng.standard_normal((coding.mask_size**2, coding.length)))[0].T
-        mean, variance = rng.standard_normal(coding.mask_size**2), np.geomspace(100, 1, coding.length)
-        values = PCAMaskCoding(coding.mask_size, coding.length, PCABasis(components, mean, variance, variance))
-        coding.load_state_dict(values.state_dict())
-    elif isinstance(coding, AutoencoderMaskCoding):
-        values = AutoencoderMaskCoding(coding.mask_size, coding.length, initialise=True)
-        coding.load_state_dict(values.state_dict())
+from querymask.common.mask_coding import MaskCoding
 
 
 @pytest.fixture

@@ -212,7 +212,7 @@ def test_a_learned_coding_needs_its_basis(make_cfg: MakeCfg, make_batch: MakeBat
 
 
 ERRORS = {
-    "MODEL.ISTR.MASK_CODING is 'wavelet': choose one of pca, dct, autoencoder": {"MASK_CODING": "wavelet"},
+    "MODEL.ISTR.MASK_CODING is 'wavelet': choose one of pca, dct, sparse, autoencoder": {"MASK_CODING": "wavelet"},
     "MODEL.ISTR.MASK_HEAD is 'linear': choose one of vector, convolution, pixel": {"MASK_HEAD": "linear"},
     "MODEL.ISTR.MASK_TARGET is 'box': choose one of ground_truth, predicted": {"MASK_TARGET": "box"},
     "MODEL.ISTR.MASK_COST is 'l2': choose one of cosine, l1, dice, none": {"MASK_COST": "l2"},

@@ -1,5 +1,6 @@
 """SOLQ against its official implementation: network, detections, losses, gradients, and that checkpoints load."""
 
+import re
 from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,12 +14,13 @@ from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 
 import querymask
-from querymask.common.mask_coding import DCTMaskCoding, binarize_at_half_range
+from querymask.common.mask_coding import DCTMaskCoding, PCAMaskCoding, binarize_at_half_range
 from querymask.common.masks import crop_masks, paste_masks
 from querymask.common.matching import Assignment
 from querymask.common.position_encoding import sine_position_encoding
-from querymask.common.set_criterion import Targets
+from querymask.common.set_criterion import Normalizers, Targets
 from querymask.solq.checkpoint import convert
+from querymask.solq.criterion import SOLQCriterion, SOLQOutput
 
 # Official setting -> config key. Settings with a fixed meaning are handled in `configure`.
 SETTINGS = {
@@ -45,49 +47,59 @@ SETTINGS = {
     "bbox_loss_coef": "BBOX_WEIGHT",
     "giou_loss_coef": "GIOU_WEIGHT",
     "focal_alpha": "FOCAL_ALPHA",
+    "mask_loss_coef": "SQR_MASK_WEIGHT",
+    "dice_loss_coef": "SQR_DICE_WEIGHT",
 }
 NUM_CLASSES = 91
 
 
-def is_offered(case: dict[str, Any]) -> bool:
-    """False for the PCA coding and the SQR baseline, which are not among the models of the project yet."""
-    if case["configuration"]["meta_arch"] == "solq_pca":
-        return False
-    return not any(key.startswith("detr.") for key in load_manifest("solq", case["manifest"]))
+# The label noise of the cases is 0.03; noise is 0.05 times a variate
+NOISE_VARIATE = 0.6
 
 
 def model_cases(kind: str) -> list[str]:
-    return [name for name, case in load_cases("solq", kind).items() if is_offered(case)]
+    return list(load_cases("solq", kind))
 
 
-def configure(settings: dict[str, Any]) -> CfgNode:
-    """The project's config for the official settings; a setting without counterpart is an error."""
+def has_sqr(case: dict[str, Any]) -> bool:
+    """The baseline puts a prefix before its detector; no setting tells it."""
+    return any(key.startswith("detr.") for key in load_manifest("solq", case["manifest"]))
+
+
+def configure(case: dict[str, Any]) -> CfgNode:
+    """The project's config for the official settings of a case; a setting without counterpart is an error."""
+    settings = case["configuration"]
     cfg = querymask.get_cfg()
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.META_ARCHITECTURE = "SOLQ"
     solq = cfg.MODEL.SOLQ
     solq.NUM_CLASSES = NUM_CLASSES
-    fast = False
+    architecture = "solq"
     for name, value in settings.items():
         if name in SETTINGS:
             key = SETTINGS[name]
             solq[key] = type(solq[key])(value)
         elif name == "meta_arch":
-            assert value in ("solq", "fast_solq", "deformable_detr"), f"unknown meta_arch {value}"
-            fast = value == "fast_solq"
+            assert value in ("solq", "fast_solq", "solq_pca", "deformable_detr"), f"unknown meta_arch {value}"
+            architecture = value
         elif name == "with_vector":
             solq.MASK_ON = value
         elif name == "no_vector_loss_norm":
             solq.VECTOR_LOSS_REDUCTION = "sum" if value else "mean"
-        elif name in ("mask_loss_coef", "dice_loss_coef"):
-            pass  # losses of the SQR head, which these models do not have
         elif name == "backbone":
             set_backbone(cfg, value)
         else:
             pytest.fail(f"the case has a setting that the project does not know: {name} = {value}")
-    if fast:
+    if architecture == "fast_solq":
         solq.VECTOR_LOSS_REDUCTION = "sum"
         solq.PASTE = "soft"
+    elif architecture == "solq_pca":
+        solq.MASK_CODING = "pca"
+        solq.VECTOR_LOSS = "l2_dice"
+        solq.PASTE = "soft"
+    if has_sqr(case):
+        solq.MASK_ON = True
+        solq.MASK_BRANCH = "sqr"
     if solq.NUM_FEATURE_LEVELS == 1:
         solq.IN_FEATURES = solq.IN_FEATURES[-1:]
     return cfg
@@ -110,6 +122,8 @@ def set_backbone(cfg: CfgNode, name: str) -> None:
 
 def canonical(key: str, box_refine: bool) -> str:
     """The one name whose weights all copies of a shared module have."""
+    if key.startswith("detr."):
+        return "detr." + canonical(key.removeprefix("detr."), box_refine)
     parts = key.removeprefix("transformer.decoder.").split(".")
     if key.startswith("transformer.decoder.") and parts[0] in ("bbox_embed", "class_embed"):
         key = ".".join(parts)
@@ -135,11 +149,30 @@ def load_model(case: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, torch.T
         for key, shape in load_manifest("solq", case["manifest"]).items()
         if not key.endswith("relative_position_index")
     }
+    if "pca_of" in case:
+        quoted = re.search(r'"(\w+)"', case["pca_of"])
+        basis = pca_basis(load_cases("solq")[quoted[1] if quoted else case["pca_of"]]["pca"])
+        state.update({f"processor_pca.{name}": torch.from_numpy(value) for name, value in basis.items()})
     with double_precision():
-        model = build_model(configure(settings)).double().eval()
+        model = build_model(configure(case)).double().eval()
     converted, _ = convert(state, class_ids=None)
     model.load_state_dict(converted, strict=True)
+    if isinstance(model.coding, PCAMaskCoding):
+        model.coding.noise = lambda pixels: torch.full_like(pixels, NOISE_VARIATE)
     return model, state
+
+
+def pca_basis(recipe: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The made-up basis of the cases with PCA, by the release's names."""
+    length, pixels = recipe["vector_length"], recipe["mask_size"] ** 2
+    components, variances, mean = (
+        np.random.default_rng(recipe[f"{name}_seed"]) for name in ("components", "explained_variance", "mean")
+    )
+    return {
+        "components": components.standard_normal((length, pixels)) / recipe["mask_size"],
+        "explained_variances": variances.uniform(0.5, 2.0, length),
+        "means": 0.1 * mean.standard_normal(pixels),
+    }
 
 
 def model_input(image: dict[str, Any]) -> dict[str, Any]:
@@ -216,6 +249,15 @@ def test_solq_inference(name: str) -> None:
     if model.vector_embed is not None:
         with torch.no_grad():
             arrays["vectors"] = model.vector_embed(decoded.hidden)[:, :, ::10, ::4]
+    if outputs.masks is not None:
+        queries = torch.arange(0, decoded.hidden.shape[2], 10)
+        image = torch.arange(len(batch)).repeat_interleave(len(queries))
+        hidden = decoded.hidden[-1][:, queries].flatten(0, 1)
+        with torch.no_grad():
+            logits = model.mask_branch(hidden, outputs.masks.context, image)
+        arrays["mask_logits"] = logits.unflatten(0, (len(batch), -1))
+    compared = {"vectors", "mask_logits"} & set(expected)
+    assert compared == {"vectors", "mask_logits"} & set(arrays)
     for key, array in arrays.items():
         assert_close(array, expected[key], key)
 
@@ -227,7 +269,7 @@ def test_solq_inference(name: str) -> None:
         assert np.array_equal(found.pred_queries[order_actual], expected[f"det_queries_{b}"][order_expected])
         boxes = found.pred_boxes.tensor[order_actual]
         assert_close(boxes, expected[f"det_boxes_{b}"][order_expected], "boxes of detections")
-        if model.vector_embed is None:
+        if model.vector_embed is None and model.mask_branch is None:
             continue
         areas = found.pred_masks.sum((1, 2))[order_actual]
         assert np.array_equal(areas, expected[f"det_mask_areas_{b}"][order_expected]), "areas of masks"
@@ -375,6 +417,38 @@ def test_solq_dct_of_arbitrary_vectors(name: str) -> None:
     full = DCTMaskCoding(128, 128 * 128)
     rows, columns = full.cells // 128, full.cells % 128
     assert np.array_equal(rows * 128 + columns, expected["zigzag_128"])
+
+
+@pytest.mark.parametrize("name", component_cases("pca"))
+def test_solq_pca(name: str) -> None:
+    case = load_cases("solq")[name]
+    expected = load_arrays("solq", case)
+    recipe = case["targets"]
+    height, width = recipe["height"], recipe["width"]
+    _, masks, boxes = fixture().targets(recipe["seed"], height, width, recipe["count"], recipe["num_classes"])
+    masks, boxes = torch.from_numpy(masks), torch.from_numpy(boxes)
+    size, length = case["pca"]["mask_size"], case["pca"]["vector_length"]
+    coding = PCAMaskCoding(size, length, noise=lambda pixels: torch.full_like(pixels, NOISE_VARIATE)).double()
+    coding.load_state_dict({key: torch.from_numpy(value) for key, value in pca_basis(case["pca"]).items()})
+    crops = crop_masks(masks, boxes, size)
+    assert np.array_equal(crops, unpack(expected["crop"], (len(masks), size, size)))
+    vectors = coding.encode(crops)
+    assert_close(vectors, expected["vectors"], "vectors")
+    maps = coding.decode(vectors)
+    assert_close(maps.flatten(1), expected["decoded"], "decoded")
+    pasted = paste_masks(maps, boxes, height, width, threshold=0.5)
+    assert_same_masks(pasted, unpack(expected["pasted"], (len(masks), height, width)), maps, boxes, "pasted")
+
+    shape = (len(masks), length)
+    predicted = torch.from_numpy(np.random.default_rng(case["prediction_seed"]).standard_normal(shape))
+    criterion = SOLQCriterion({}, {}, vector_weight=3.0, vector_loss="l2_dice")
+    index = torch.arange(len(masks))
+    assignment = Assignment(torch.zeros_like(index), torch.zeros_like(index), index, index, num_layers=1)
+    outputs = SOLQOutput(predicted, predicted, predicted[None, None], torch.nn.Identity(), coding)
+    targets = Targets([len(masks)], index, {"crops": crops})
+    count = torch.tensor(float(case["normaliser"]))
+    losses = criterion.vector_losses(outputs, targets, assignment, Normalizers(count, count))
+    assert_close(losses[0], np.asarray(case["loss_vector_at_coefficient_3"]), "loss_vector")
 
 
 @pytest.mark.parametrize("name", component_cases("valid_sizes"))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from mask_bases import give_basis
 from torch import nn
 
 from querymask import get_cfg
@@ -56,9 +57,10 @@ def make_model(make_cfg: Callable[..., CfgNode]) -> Callable[..., nn.Module]:
     def make(**overrides: Any) -> nn.Module:
         torch.manual_seed(0)
         model = build_model(make_cfg(**overrides)).train()
+        give_basis(model.coding)
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.dim() == 2:
+                if parameter.dim() == 2 and parameter.requires_grad:
                     parameter.normal_(std=parameter.shape[1] ** -0.5)
         return model
 

@@ -12,6 +12,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from tool_loader import load_tool
 
 from querymask.common.flops import count_parameters
+from querymask.common.mask_coding import fill_missing_bases
 from querymask.common.solver import build_lr_scheduler, build_optimizer
 
 zoo = load_tool("make_model_zoo")
@@ -55,6 +56,7 @@ PUBLISHED_SIZES = {
     "fast_solq_r50": (54_193_660, 53_971_260),
     "ablations/coding_dct": (45_190_780, 44_968_380),
     "deformable_detr_r50_refine": (52_487_420, 52_265_020),
+    "sqr_r50": (66_957_717, 66_735_317),
 }
 R50_PARTS = {
     "backbone": 23_454_912,
@@ -79,6 +81,10 @@ def reduced_config(name: str) -> CfgNode:
     cfg = LEAVES[name].config()
     for key, value in REDUCED.items():
         cfg.merge_from_list([key, value])
+    if cfg.MODEL.SOLQ.MASK_BRANCH == "sqr":  # the least that its mask head can have
+        cfg.MODEL.SOLQ.HIDDEN_DIM, cfg.MODEL.SOLQ.NUM_HEADS = 128, 8
+        # Clipped together with those of a detector of random weights, its gradients would be below AdamW's epsilon
+        cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1e6
     return cfg
 
 
@@ -105,6 +111,7 @@ def test_training_step(name: str) -> None:
     torch.manual_seed(0)
     cfg = reduced_config(name)
     model = build_model(cfg).train()
+    fill_missing_bases(model)
     for head in (module for module in model.modules() if isinstance(module, torch.nn.Linear)):
         torch.nn.init.normal_(head.weight, std=0.1)  # heads and offsets start at zero, which holds gradients back
     optimizer = build_optimizer(cfg, model)
@@ -132,7 +139,9 @@ def expected_losses(cfg: CfgNode) -> set[str]:
     names = {kind + suffix for kind in ("loss_ce", "loss_bbox", "loss_giou") for suffix in suffixes}
     if solq.TWO_STAGE:
         names |= {"loss_ce_enc", "loss_bbox_enc", "loss_giou_enc"}
-    if solq.MASK_ON:
+    if solq.MASK_ON and solq.MASK_BRANCH == "sqr":
+        names |= {"loss_mask", "loss_dice"}
+    elif solq.MASK_ON:
         names |= {f"loss_vector{suffix}" for suffix in suffixes[min(solq.VECTOR_START_LAYER, last) :]}
     return names
 
@@ -142,6 +151,7 @@ def test_inference(name: str) -> None:
     torch.manual_seed(0)
     cfg = reduced_config(name)
     model = build_model(cfg).eval()
+    fill_missing_bases(model)
     inputs = [{key: value for key, value in item.items() if key != "instances"} for item in batch()]
     with torch.no_grad():
         results = [output["instances"] for output in model(inputs)]
@@ -163,6 +173,17 @@ def test_published_size(name: str) -> None:
     cfg = LEAVES[name].config()
     cfg.MODEL.SOLQ.NUM_CLASSES = 91
     assert size(zoo.build_on_meta(cfg)) == PUBLISHED_SIZES[name]
+
+
+def test_published_size_of_sqr() -> None:
+    """The count in the log with ResNet-101, and those of the release at SOLQ's width, also with a frozen detector."""
+    cfg = LEAVES["sqr_r101"].config()
+    cfg.MODEL.SOLQ.NUM_CLASSES = 91
+    assert size(zoo.build_on_meta(cfg))[1] == 85_675_221
+    for name, trainable in {"sqr_r50": 79_874_037, "sqr_r50_frozen": 27_609_017}.items():
+        cfg = LEAVES[name].config()
+        cfg.MODEL.SOLQ.NUM_CLASSES, cfg.MODEL.SOLQ.HIDDEN_DIM = 91, 384
+        assert size(zoo.build_on_meta(cfg)) == (80_096_437, trainable)
 
 
 def test_published_size_of_each_part() -> None:
@@ -236,12 +257,28 @@ def test_names_of_ablations_say_their_setting() -> None:
     }
 
 
+def test_codings_of_the_ablations() -> None:
+    """Table 3a: coding, side of the mask, length of the vector, loss."""
+    rows = {}
+    for kind in ("dct", "pca", "flatten", "sparse"):
+        solq = LEAVES[f"ablations/coding_{kind}"].config().MODEL.SOLQ
+        rows[solq.MASK_CODING] = (solq.MASK_SIZE, solq.VECTOR_LENGTH, solq.VECTOR_LOSS, solq.PASTE)
+    assert rows == {
+        "dct": (128, 256, "l1", "binary"),
+        "pca": (28, 60, "l2_dice", "soft"),
+        "flatten": (28, 784, "l2_dice", "soft"),
+        "sparse": (28, 256, "l1", "soft"),
+    }
+    assert not LEAVES["ablations/coding_none"].config().MODEL.SOLQ.MASK_ON
+
+
 def test_backbone_as_torchvision_has_it() -> None:
     for name, leaf in COCO_LEAVES.items():
         cfg = leaf.config()
         if cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone":
-            assert "torchvision/R-" in cfg.MODEL.WEIGHTS, name
-            assert cfg.MODEL.WEIGHTS.endswith(f"R-{cfg.MODEL.RESNETS.DEPTH}.pkl"), name
+            if not cfg.MODEL.SOLQ.FREEZE_DETECTOR:  # that starts from a whole detector
+                assert "torchvision/R-" in cfg.MODEL.WEIGHTS, name
+                assert cfg.MODEL.WEIGHTS.endswith(f"R-{cfg.MODEL.RESNETS.DEPTH}.pkl"), name
             assert not cfg.MODEL.RESNETS.STRIDE_IN_1X1, name
             assert (cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.RESNETS.NORM) == (2, "FrozenBN"), name
         assert cfg.INPUT.FORMAT == "RGB" and cfg.MODEL.PIXEL_STD[0] == pytest.approx(0.229 * 255), name

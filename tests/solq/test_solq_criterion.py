@@ -12,6 +12,7 @@ from torch import nn
 from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
 
 from querymask.common.layers import MLP
+from querymask.common.mask_coding import MaskCoding
 from querymask.common.matching import Targets
 from querymask.solq.criterion import VECTOR_LOSS_REDUCTIONS, SOLQCriterion, SOLQOutput
 
@@ -120,6 +121,42 @@ def test_losses(counts: list[int], reduction: str) -> None:
         assert tensor.grad is not None, "every process must give every gradient, also without targets"
         assert torch.isfinite(tensor.grad).all()
     assert bool(outputs.boxes.grad.any()) == bool(outputs.hidden.grad.any()) == (sum(counts) > 0)
+
+
+class Halves(MaskCoding):
+    """A coding of 2x3 pixels: the maps are half of the vectors."""
+
+    length = LENGTH
+
+    def decode(self, vectors: torch.Tensor) -> torch.Tensor:
+        return vectors.view(-1, 2, 3) / 2
+
+
+@pytest.mark.parametrize("counts", [[2, 1], [0, 3], [0, 0], [6, 1]])
+@pytest.mark.parametrize("start", [0, 2])
+def test_squares_and_dice(counts: list[int], start: int) -> None:
+    """Per target, not per pair: with 6 targets and 4 queries both differ."""
+    criterion = make_criterion(vector_loss="l2_dice", vector_weight=0.7, vector_start_layer=start)
+    outputs, targets = make_outputs(len(counts)), make_targets(counts)
+    outputs.coding = Halves()
+    crops = torch.rand(sum(counts), 2, 3, generator=torch.Generator().manual_seed(2)) < 0.5
+    targets.fields["crops"] = crops
+    losses = criterion(outputs, targets)
+    assignment = criterion.match(outputs, targets)
+    vectors = outputs.vector_head(outputs.hidden).detach()
+    expected = [0.0] * LAYERS
+    pairs = zip(assignment.layer, assignment.image, assignment.query, assignment.target, strict=True)
+    for layer, image, query, target in pairs:
+        predicted, truth = vectors[layer, image, query], targets.fields["vectors"][target]
+        p, t = predicted / 2, crops[target].flatten().double()
+        square = sum((a - b) ** 2 for a, b in zip(predicted.tolist(), truth.tolist(), strict=True)) / LENGTH
+        dice = 1 - 2 * (p @ t).item() / ((p @ p).item() + (t @ t).item() + 1e-5)
+        expected[layer] += 0.7 * (square + dice) / max(sum(counts), 1)
+    names = ["loss_vector_0", "loss_vector_1", "loss_vector"][start:]
+    assert names == [name for name in losses if "vector" in name]
+    assert [losses[name].item() for name in names] == pytest.approx(expected[start:], rel=1e-9)
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in outputs.vector_head.parameters())
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 5])

@@ -30,6 +30,12 @@ FORMS = {
     "C5 only": {"IN_FEATURES": ["res5"], "NUM_FEATURE_LEVELS": 1},
     "no masks": {"MASK_ON": False},
     "fast": {"VECTOR_LOSS_REDUCTION": "sum", "PASTE": "soft"},
+    "pca": {"MASK_CODING": "pca", "MASK_SIZE": 12, "VECTOR_LENGTH": 10, "VECTOR_LOSS": "l2_dice", "PASTE": "soft"},
+    "pca, L1": {"MASK_CODING": "pca", "MASK_SIZE": 12, "VECTOR_LENGTH": 10, "PASTE": "soft"},
+    "flatten": {"MASK_CODING": "flatten", "MASK_SIZE": 8, "VECTOR_LENGTH": 64, "VECTOR_LOSS": "l2_dice"},
+    "sparse": {"MASK_CODING": "sparse", "MASK_SIZE": 8, "VECTOR_LENGTH": 20, "PASTE": "soft"},
+    "sqr": {"MASK_BRANCH": "sqr", "HIDDEN_DIM": 128, "NUM_HEADS": 8},
+    "sqr, two stages": {"MASK_BRANCH": "sqr", "HIDDEN_DIM": 128, "NUM_HEADS": 8, "TWO_STAGE": True},
 }
 
 
@@ -41,13 +47,14 @@ def test_training(make_model: MakeModel, make_batch: MakeBatch, form: str, count
     losses = model(make_batch(counts, [(64, 96), (56, 80)][: len(counts)]))
     sum(losses.values()).backward()
     kinds = {"loss_ce", "loss_bbox", "loss_giou"} | ({"loss_vector"} if model.coding else set())
-    expected = kinds | {f"{kind}_0" for kind in kinds}
+    expected = kinds | {f"{kind}_0" for kind in kinds} | ({"loss_mask", "loss_dice"} if model.mask_branch else set())
     if model.transformer.num_proposals:
         expected |= {"loss_ce_enc", "loss_bbox_enc", "loss_giou_enc"}
     assert set(losses) == expected
     assert all(torch.isfinite(loss) for loss in losses.values())
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+        if not name.startswith("coding."):
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
 
 
 def test_forms(make_model: MakeModel, make_batch: MakeBatch) -> None:
@@ -56,15 +63,16 @@ def test_forms(make_model: MakeModel, make_batch: MakeBatch) -> None:
         model = make_model(**overrides)
         with torch.no_grad():
             decoded, outputs = model.predict(model.preprocess(batch))
-        two_stage, refine = form.startswith("two stages"), "no refinement" not in form
+        two_stage, refine = "two stages" in form, "no refinement" not in form
         copies = (3 if two_stage else 2) if refine else 1
         assert len(model.class_embed) == len(model.bbox_embed) == copies, form
-        assert (model.vector_embed is None) == (form == "no masks")
+        assert (model.vector_embed is None) == (form == "no masks" or "sqr" in form)
+        assert (model.mask_branch is None) == (outputs.masks is None) == ("sqr" not in form)
         sizes = [reference.shape[-1] for reference in decoded.references]
         assert sizes == [4 if two_stage else 2] + [4 if two_stage or refine else 2] * 2, form
         assert decoded.shapes == (((2, 3),) if form == "C5 only" else ((8, 12), (4, 6), (2, 3), (1, 2))), form
         assert outputs.logits.shape == (2, 1, 6, 5) and outputs.boxes.shape == (2, 1, 6, 4)
-        assert (outputs.vector_head is None) == (form == "no masks")
+        assert outputs.vector_head is model.vector_embed
 
 
 @pytest.mark.parametrize("two_stage", [False, True])
@@ -206,6 +214,47 @@ def test_detections(make_model: MakeModel, make_batch: MakeBatch, paste: str) ->
     assert found[0].pred_queries.unique().numel() < 9, "a query must be able to appear with several classes"
 
 
+@pytest.mark.parametrize("form", ["pca", "flatten", "sparse"])
+def test_detections_of_other_codings(make_model: MakeModel, make_batch: MakeBatch, form: str) -> None:
+    """The decoded map pasted into the box; the vector is of the query of the detection."""
+    model = make_model(**{**FORMS[form], "PASTE": "soft"}).eval()
+    with torch.no_grad():
+        model.bbox_embed[-1].layers[-1].bias[2:] = 1  # large boxes
+        model.vector_embed.layers[-1].weight.mul_(10)
+        model.vector_embed.layers[-1].bias.fill_(0.4)
+        batch = make_batch([0])
+        (result,) = model(batch)
+        _, outputs = model.predict(model.preprocess(batch))
+        vectors = outputs.vector_head(outputs.hidden[-1, 0]).numpy()
+    instances = result["instances"]
+    for i, query in enumerate(instances.pred_queries.tolist()):
+        code, size = vectors[query], model.coding.mask_size
+        if form == "pca":
+            state = {key: value.numpy() for key, value in model.coding.state_dict().items()}
+            code = expit((code * state["explained_variances"] ** 0.5) @ state["components"] + state["means"])
+        elif form == "sparse":
+            code = code @ model.coding.dictionary.numpy()
+        box = instances.pred_boxes.tensor[i : i + 1]
+        pasted = paste_masks_in_image(torch.from_numpy(code).view(1, size, size), box, (64, 96), 0.5)
+        assert (pasted[0] != instances.pred_masks[i]).sum() <= 1, "but for a pixel at the threshold"
+    assert 0.02 < instances.pred_masks.float().mean() < 0.98
+
+
+def test_label_noise(make_model: MakeModel, make_batch: MakeBatch) -> None:
+    """Drawn anew in every call and for every layer; without it the targets are encoded once."""
+    batch = make_batch([2, 1])
+    model = make_model(**FORMS["pca, L1"])
+    targets = model.encode_targets(batch, torch.float32)
+    assert "vectors" not in targets.fields
+    _, outputs = model.predict(model.preprocess(batch))
+    twice = model.criterion.target_vectors(outputs, targets, torch.tensor([0, 0, 2]))
+    assert twice.shape == (3, 10) and not torch.equal(twice[0], twice[1])
+    assert model(batch)["loss_vector"] != model(batch)["loss_vector"]
+    quiet = make_model(**FORMS["pca, L1"], LABEL_NOISE=False)
+    assert quiet.encode_targets(batch, torch.float32).fields["vectors"].shape == (3, 10)
+    assert quiet(batch)["loss_vector"] == quiet(batch)["loss_vector"]
+
+
 def test_statistics_now_and_then(make_model: MakeModel, make_batch: MakeBatch) -> None:
     model, batch = make_model(), make_batch([2, 0])
     for iteration, logged in ((0, True), (7, False), (40, True)):
@@ -313,7 +362,22 @@ def test_use_checkpoint(make_model: MakeModel, make_batch: MakeBatch) -> None:
 
 
 ERRORS = {
-    "MODEL.SOLQ.MASK_CODING is 'wavelet': choose 'dct'": {"MASK_CODING": "wavelet"},
+    "MODEL.SOLQ.MASK_CODING is 'wavelet': choose one of dct, pca": {"MASK_CODING": "wavelet"},
+    "MODEL.SOLQ.MASK_CODING is 'autoencoder': choose one of dct, pca": {"MASK_CODING": "autoencoder"},
+    "MODEL.SOLQ.MASK_BASIS is 'x.npz', but MODEL.SOLQ.MASK_CODING 'dct' needs none": {"MASK_BASIS": "x.npz"},
+    "x.npz is not a PCA basis": {"MASK_CODING": "pca", "MASK_BASIS": "x.npz"},
+    "entries: set VECTOR_LENGTH to that, not 40": {"MASK_CODING": "flatten"},
+    "MODEL.SOLQ.MASK_BRANCH is 'roi': choose one of": {"MASK_BRANCH": "roi"},
+    "MODEL.SOLQ.FREEZE_DETECTOR leaves nothing to train": {"FREEZE_DETECTOR": True, "MASK_ON": False},
+    "MODEL.SOLQ.VECTOR_LOSS is 'cosine': choose one of": {"VECTOR_LOSS": "cosine"},
+    "VECTOR_LOSS_REDUCTION is 'sum', but VECTOR_LOSS 'l2_dice' has one": {
+        "VECTOR_LOSS": "l2_dice",
+        "VECTOR_LOSS_REDUCTION": "sum",
+    },
+    "needs a width that is a multiple of 128, not 64, and a number of heads that is a multiple of 8, not 4": {
+        "MASK_BRANCH": "sqr"
+    },
+    "reads 3 backbone maps, not 1: name as many in IN_FEATURES": {"MASK_BRANCH": "sqr", "IN_FEATURES": ["res5"]},
     "MODEL.SOLQ.PASTE is 'hard': choose 'binary' or 'soft'": {"PASTE": "hard"},
     "MODEL.SOLQ.VECTOR_LOSS_REDUCTION is 'max': choose one of": {"VECTOR_LOSS_REDUCTION": "max"},
     "IN_FEATURES names ['stage1', 'res6'], but the backbone gives ['res3', 'res4', 'res5']": {

@@ -151,13 +151,28 @@ def test_class_head_can_be_left_out() -> None:
 # ---- Variants -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("manifest", ["checkpoint_sqr.json", "checkpoint_pca.json"])
-def test_other_mask_branches_are_refused_but_their_detector_converts(manifest: str) -> None:
+@pytest.mark.parametrize(
+    ("manifest", "name", "parts"),
+    [
+        ("checkpoint_sqr.json", "sqr_r50.yaml", ["mask_branch.head.blocks.4.1.bias", "mask_branch.skips.2.weight"]),
+        ("checkpoint_pca.json", "solq_r50_pca.yaml", ["coding.explained_variances", "vector_embed.layers.0.bias"]),
+    ],
+)
+def test_other_mask_branches(manifest: str, name: str, parts: list[str]) -> None:
+    """They fit their config, and their detector alone fits that without masks."""
     state = published(manifest)
-    with pytest.raises(CheckpointError, match="(SQR baseline|PCA mask coding).*--detector-only"):
-        convert(state, COCO)
-    width = 256 if "sqr" in manifest else 384
-    cfg = config("solq_r50.yaml", "MODEL.SOLQ.MASK_ON", False, "MODEL.SOLQ.HIDDEN_DIM", width)
+    cfg = config(name)
+    converted, report = convert(state, COCO)
+    fitted, report = fit_to_model(converted, report, shapes_of(cfg))
+    assert report.fits, report.details(*report.MISFITS)
+    assert set(parts) < set(fitted)
+    for line in report.of("used", "renamed"):
+        assert fitted[line.target].flatten()[0] == state[line.source].flatten()[0], line
+    assert {key: tool.lookup(cfg, key) for key in settings(state)} == settings(state)
+    configs = [Path(path).name for path in tool.fitting_configs(settings(state))]
+    assert configs[0] == name
+
+    cfg = config("solq_r50.yaml", "MODEL.SOLQ.MASK_ON", False, "MODEL.SOLQ.HIDDEN_DIM", cfg.MODEL.SOLQ.HIDDEN_DIM)
     _, report = fit_to_model(*convert(state, COCO, detector_only=True), shapes_of(cfg))
     assert report.fits, report.details(*report.MISFITS)
 
@@ -370,7 +385,7 @@ def save(state: dict[str, torch.Tensor]) -> Callable[[Path], None]:
     [
         (save({"heads.gvd.heads.2.qry.0.weight": torch.ones(1)}), "looks like EffSeg"),
         (save({"anything": torch.ones(1)}), "not recognised. Its keys begin with anything"),
-        (save(published("checkpoint_sqr.json")), "release.pth: This is the SQR baseline of SOLQ"),
+        (save(published("checkpoint_sqr.json")), "It looks like the SQR baseline of SOLQ (R50, width 256"),
         (lambda path: path.write_bytes(b"PK\x03\x04 cut"), "damaged or incomplete"),
         (lambda path: path.unlink(), "cannot be opened"),
     ],

@@ -1,5 +1,7 @@
 """Learning mask codings from a data set: result, resuming, what the files hold."""
 
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,15 @@ from detectron2.structures import BoxMode
 from tool_loader import load_tool
 
 from querymask.common.data.mask_crops import MaskCrops
-from querymask.common.mask_coding import PCABasis, PCAMaskCoding, build_mask_coding, fitting, mask_logits
+from querymask.common.mask_coding import (
+    PCABasis,
+    PCAMaskCoding,
+    SparseBasis,
+    SparseMaskCoding,
+    build_mask_coding,
+    fitting,
+    mask_logits,
+)
 from querymask.common.mask_coding.incremental_pca import IncrementalPCA, batch_slices, fit
 
 NAME = "masks_of_a_test"
@@ -138,6 +148,75 @@ def test_a_basis_that_does_not_fit(tmp_path: Path) -> None:
     fitting.fit_pca_basis(MaskCrops([NAME], 12), 6, 40).save(tmp_path / "basis.npz")
     with pytest.raises(ValueError, match=r"components of shape \(6, 144\), but vectors of 8 for masks of 12x12 need"):
         PCAMaskCoding(12, 8, PCABasis.load(tmp_path / "basis.npz"))
+
+
+def test_dictionary_of_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Learned atoms give masks back better than as many masks of the data set do, and the file is used by a config."""
+    pytest.importorskip("sklearn", reason='the extra "sparse" is not installed')
+    tool = load_tool("fit_mask_basis")
+    output = tmp_path / "dictionary.npz"
+    arguments = ["--method", "sparse", "--train", NAME, "--test", NAME, "--output", str(output), "--mask-size", "12"]
+    quality = tool.main([*arguments, "--components", "15", "--batch-size", "40", "--penalty", "0.5", "--seed", "5"])
+    basis = SparseBasis.load(output)
+    assert np.allclose(np.linalg.norm(basis.dictionary, axis=1), 1) and basis.penalty == 0.5
+    again = fitting.fit_dictionary(MaskCrops([NAME], 12), 15, 0.5, 40, seed=5)
+    assert np.allclose(basis.dictionary, again.dictionary, atol=1e-6)
+    crops = torch.stack(list(MaskCrops([NAME], 12)))
+    coding = build_mask_coding("sparse", 12, 15, section="MODEL.SOLQ", basis=str(output))
+    decoded = coding.decode(coding.encode(crops)) >= 0.5
+    iou = ((decoded & crops).sum((1, 2)) / (decoded | crops).sum((1, 2))).mean()
+    assert quality["mask_iou"] == pytest.approx(float(iou), abs=1e-6) and iou > 0.85
+    rows = crops[:15].flatten(1).double()
+    samples = SparseMaskCoding(12, 15, SparseBasis((rows / rows.norm(dim=1, keepdim=True)).numpy(), 0.5))
+    assert quality["mask_iou"] > fitting.reconstruction_quality(samples, MaskCrops([NAME], 12))["mask_iou"]
+    assert "15 atoms, learned with a penalty of 0.5" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dictionary.components.png", "dictionary.npz"]
+
+
+class Learner:
+    """What ``fit_dictionary`` needs of scikit-learn's learner: the last rows of every batch become the atoms."""
+
+    batches: list[int]
+
+    def __init__(self, n_components: int, **options: Any) -> None:
+        self.number, self.options = n_components, options
+        Learner.batches, Learner.last = [], self
+
+    def partial_fit(self, rows: np.ndarray) -> None:
+        assert rows.dtype == np.float64 and set(np.unique(rows)) <= {0.0, 1.0}, "pixels, not logits"
+        self.batches.append(len(rows))
+        self.components_ = rows[-self.number :] / 2
+
+
+def with_learner(monkeypatch: pytest.MonkeyPatch) -> None:
+    package, module = types.ModuleType("sklearn"), types.ModuleType("sklearn.decomposition")
+    module.MiniBatchDictionaryLearning = Learner
+    monkeypatch.setitem(sys.modules, "sklearn", package)
+    monkeypatch.setitem(sys.modules, "sklearn.decomposition", module)
+
+
+def test_what_a_dictionary_is_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every mask once and in order; rows get the length 1. Does not need scikit-learn."""
+    with_learner(monkeypatch)
+    masks = MaskCrops([NAME], 12)
+    basis = fitting.fit_dictionary(masks, 7, 0.4, 32, seed=3)
+    assert Learner.batches == [32, 32, 16]
+    options = {key: Learner.last.options[key] for key in ("alpha", "random_state")}
+    assert options == {"alpha": 0.4, "random_state": 3}
+    rows = torch.stack(list(masks))[-7:].flatten(1).double()
+    assert np.allclose(basis.dictionary, rows / rows.norm(dim=1, keepdim=True)) and basis.penalty == 0.4
+    with pytest.raises(ValueError, match="batches of 32 masks do not suffice for 40 atoms"):
+        fitting.fit_dictionary(masks, 40, batch_size=32)
+
+
+def test_without_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.decomposition", None)
+    with pytest.raises(ImportError, match=r"extra \"sparse\", pip install -e '\.\[sparse\]'"):
+        fitting.fit_dictionary(MaskCrops([NAME], 12), 7)
+    tool = load_tool("fit_mask_basis")
+    with pytest.raises(SystemExit, match="error: learning a dictionary .* needs scikit-learn"):
+        tool.main(["--method", "sparse", "--train", NAME, "--output", str(tmp_path / "dictionary.npz")])
+    assert not list(tmp_path.iterdir())
 
 
 def test_autoencoder(tmp_path: Path) -> None:

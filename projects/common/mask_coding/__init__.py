@@ -12,6 +12,7 @@ from querymask.common.mask_coding.build import MASK_CODINGS, build_mask_coding
 from querymask.common.mask_coding.dct import DCTMaskCoding, zigzag_order
 from querymask.common.mask_coding.flatten import FlattenMaskCoding
 from querymask.common.mask_coding.pca import PCABasis, PCAMaskCoding, mask_logits
+from querymask.common.mask_coding.sparse import SparseBasis, SparseMaskCoding
 
 __all__ = [
     "MASK_CODINGS",
@@ -23,6 +24,8 @@ __all__ = [
     "MissingBasisError",
     "PCABasis",
     "PCAMaskCoding",
+    "SparseBasis",
+    "SparseMaskCoding",
     "binarize_at_half_range",
     "build_mask_coding",
     "fill_missing_bases",

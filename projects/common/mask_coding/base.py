@@ -75,7 +75,7 @@ class LearnedMaskCoding(MaskCoding):
             return
         if not torch.isfinite(self._witness()).all():
             raise MissingBasisError(
-                f"{type(self).__name__} has no basis yet. Make one with tools/fit_mask_basis.py (PCA) or "
+                f"{type(self).__name__} has no basis yet. Make one with tools/fit_mask_basis.py (PCA, sparse) or "
                 "tools/train_mask_autoencoder.py and name its file in MASK_BASIS of the method's section, or load a "
                 "checkpoint that has one with MODEL.WEIGHTS."
             )

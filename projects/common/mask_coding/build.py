@@ -8,8 +8,9 @@ from querymask.common.mask_coding.base import MaskCoding
 from querymask.common.mask_coding.dct import DCTMaskCoding
 from querymask.common.mask_coding.flatten import FlattenMaskCoding
 from querymask.common.mask_coding.pca import PCABasis, PCAMaskCoding
+from querymask.common.mask_coding.sparse import SparseBasis, SparseMaskCoding
 
-MASK_CODINGS = ("pca", "dct", "autoencoder", "flatten", "flatten_logits")
+MASK_CODINGS = ("pca", "dct", "sparse", "autoencoder", "flatten", "flatten_logits")
 
 
 def build_mask_coding(
@@ -21,7 +22,8 @@ def build_mask_coding(
         name: one of ``MASK_CODINGS``.
         mask_size, length: side of the masks and entries of a vector.
         section: of the config, for errors: ``"MODEL.ISTR"``.
-        basis: file with the basis of "pca" or the weights of "autoencoder"; "": they come with a checkpoint.
+        basis: file with the basis of "pca" or "sparse", or the weights of "autoencoder"; "": they come with a
+            checkpoint.
         label_noise: "pca" draws noise on the labels in every call of ``encode``.
 
     Raises:
@@ -30,6 +32,8 @@ def build_mask_coding(
     if name == "pca":
         noise = torch.rand_like if label_noise else None
         return PCAMaskCoding(mask_size, length, PCABasis.load(basis) if basis else None, noise)
+    if name == "sparse":
+        return SparseMaskCoding(mask_size, length, SparseBasis.load(basis) if basis else None)
     if name == "autoencoder":
         coding = AutoencoderMaskCoding(mask_size, length)
         if basis:

@@ -1,4 +1,7 @@
-"""Learning the PCA of mask logits from a data set (ISTR, section 3.2), and how well a coding gives masks back."""
+"""Learning bases of mask codings from a data set, and how well a coding gives masks back.
+
+The PCA of mask logits (ISTR, section 3.2), and a dictionary for sparse coding (SOLQ, Table 3a).
+"""
 
 import json
 import logging
@@ -14,6 +17,7 @@ from tqdm import tqdm
 from querymask.common.mask_coding.base import MaskCoding
 from querymask.common.mask_coding.incremental_pca import IncrementalPCA, batch_slices
 from querymask.common.mask_coding.pca import PCABasis, mask_logits
+from querymask.common.mask_coding.sparse import SparseBasis
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +74,49 @@ def fit_pca_basis(
     if state is not None:
         state.unlink(missing_ok=True)
     return pca.basis()
+
+
+def fit_dictionary(
+    masks: Dataset, num_atoms: int, penalty: float = 1.0, batch_size: int = 1024, *, seed: int = 0, workers: int = 0
+) -> SparseBasis:
+    """Online dictionary learning (Mairal et al. 2009) on the pixels of all masks, once, in their order.
+
+    Done by scikit-learn, which keeps rows within the unit ball; afterwards they are scaled to length 1, as the paper
+    has them. An interrupted run starts anew.
+
+    Args:
+        masks: of (size, size) bool.
+        num_atoms: K.
+        penalty: weight of |v|_1 in |x - v D|^2 / 2 + penalty |v|_1.
+        batch_size: masks of an update.
+        seed: of the initial dictionary, and of what takes the place of atoms that nothing uses.
+        workers: processes that read masks.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: too few masks.
+    """
+    try:
+        from sklearn.decomposition import MiniBatchDictionaryLearning
+    except ImportError as error:
+        raise ImportError(
+            'learning a dictionary for sparse coding needs scikit-learn: install QueryMask\'s extra "sparse", '
+            "pip install -e '.[sparse]' --no-build-isolation (uv: uv run --extra sparse ...). Using a dictionary does "
+            "not need it."
+        ) from error
+    if min(len(masks), batch_size) < num_atoms:
+        raise ValueError(
+            f"batches of {min(len(masks), batch_size)} masks do not suffice for {num_atoms} atoms: use more masks, a "
+            "larger batch or fewer atoms"
+        )
+    learner = MiniBatchDictionaryLearning(num_atoms, alpha=penalty, fit_algorithm="cd", random_state=seed)
+    slices = list(batch_slices(len(masks), batch_size, num_atoms))
+    for batch in tqdm(_loader(masks, slices, workers), unit="batch", mininterval=1):
+        learner.partial_fit(batch.flatten(1).to(torch.float64).numpy())
+    lengths = np.linalg.norm(learner.components_, axis=1, keepdims=True)
+    if not lengths.all():
+        raise ValueError(f"{int((lengths == 0).sum())} of {num_atoms} atoms are empty: use more masks or fewer atoms")
+    return SparseBasis(learner.components_ / lengths, penalty)
 
 
 @torch.no_grad()
