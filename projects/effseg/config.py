@@ -41,6 +41,11 @@ def add_effseg_config(cfg: CfgNode) -> None:
     # Inference: a pair of query and class is left out if its IoU with a better pair of the class is higher
     cfg.MODEL.EFFSEG.NMS_THRESHOLD = 0.5
 
+    # Inference: masks of the original image. "any": the binary mask at the network's size is resized, and any positive
+    # bilinear weight on foreground makes foreground, so that masks grow (release); "paste": probabilities are pasted at
+    # the original size
+    cfg.MODEL.EFFSEG.MASK_EXPORT = "any"
+
     # Segmentation head: "effseg", "mask_rcnn", "pointrend", "refine_mask", or "none", which leaves the detector
     cfg.MODEL.EFFSEG.MASK_HEAD = "effseg"
 

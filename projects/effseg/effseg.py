@@ -27,7 +27,7 @@ from querymask.common.precision import full_precision
 from querymask.effseg.criterion import FQDetCriterion, Matches
 from querymask.effseg.fqdet import Detections, FQDet, FQDetOutput, detect
 from querymask.effseg.heads.build import build_mask_head
-from querymask.effseg.masks import paste_and_resize
+from querymask.effseg.masks import EXPORTS, paste_and_resize
 from querymask.effseg.neck import build_neck
 from querymask.effseg.regions import NUM_MAPS, Regions, RegionTargets, SegmentationHead
 
@@ -46,6 +46,7 @@ class EffSeg(QuerySegmenter):
         max_train_regions: matched queries of a batch that get masks in training, a random choice of them; 0: all.
         nms_threshold: IoU with a better pair of the same class above which a pair of query and class is left out.
         detections_per_image: pairs that are kept.
+        mask_export: how masks get the original image's size, one of ``masks.EXPORTS``.
         pixel_mean, pixel_std: per channel, for pixels in 0..255.
     """
 
@@ -62,6 +63,7 @@ class EffSeg(QuerySegmenter):
         max_train_regions: int,
         nms_threshold: float,
         detections_per_image: int,
+        mask_export: str,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
     ) -> None:
@@ -71,6 +73,8 @@ class EffSeg(QuerySegmenter):
                 f"segmentation heads read the levels 2 to 5, but MODEL.EFFSEG.LEVELS is {list(detector.levels)}: begin "
                 "it with these, or set MODEL.EFFSEG.MASK_HEAD none"
             )
+        if mask_export not in EXPORTS:
+            raise ValueError(f"MODEL.EFFSEG.MASK_EXPORT is {mask_export!r}: choose one of {', '.join(EXPORTS)}")
         self.in_features = list(in_features)
         self.neck = neck
         self.detector = detector
@@ -79,6 +83,7 @@ class EffSeg(QuerySegmenter):
         self.max_train_regions = max_train_regions
         self.nms_threshold = nms_threshold
         self.detections_per_image = detections_per_image
+        self.mask_export = mask_export
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -109,6 +114,7 @@ class EffSeg(QuerySegmenter):
             "max_train_regions": effseg.MAX_TRAIN_REGIONS,
             "nms_threshold": effseg.NMS_THRESHOLD,
             "detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "mask_export": effseg.MASK_EXPORT,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
@@ -164,7 +170,7 @@ class EffSeg(QuerySegmenter):
             if self.mask_head is not None:
                 region, probabilities, region_boxes = self.segment(maps, output, image, found, canvas_size(images))
                 masks, certainty = paste_and_resize(
-                    probabilities, region_boxes, canvas_size(images), (height, width), size
+                    probabilities, region_boxes, canvas_size(images), (height, width), size, self.mask_export
                 )
                 scores = scores * certainty[region]
                 kept = kept & masks.flatten(1).any(1)[region]

@@ -14,6 +14,9 @@ from querymask.common.precision import full_precision
 
 THRESHOLD = 0.5
 """Foreground is what exceeds it."""
+EXPORTS = ("any", "paste")
+"""How a mask of the original image comes about: from the canvas's binary mask, where any positive bilinear weight on
+foreground makes foreground (release), or from the probabilities, pasted anew (as Detectron2 does)."""
 PIXELS_AT_ONCE = 2**25
 """Of all canvases that are held at a time."""
 
@@ -48,7 +51,12 @@ def foreground_certainty(pasted: Tensor) -> Tensor:
 
 
 def paste_and_resize(
-    maps: Tensor, boxes: Tensor, canvas: tuple[int, int], image_size: tuple[int, int], size: tuple[int, int]
+    maps: Tensor,
+    boxes: Tensor,
+    canvas: tuple[int, int],
+    image_size: tuple[int, int],
+    size: tuple[int, int],
+    export: str = "any",
 ) -> tuple[Tensor, Tensor]:
     """Masks of the image as it was before it was resized and padded, in parts that bound the memory.
 
@@ -58,6 +66,7 @@ def paste_and_resize(
         canvas: height and width of the padded image.
         image_size: those of the image without padding.
         size: those of the result.
+        export: one of ``EXPORTS``.
 
     Returns:
         (n, *size) bool, and the certainty (n,) of the foreground on the whole canvas.
@@ -68,9 +77,16 @@ def paste_and_resize(
     for part, rows, columns in _parts(boxes, canvas):
         pasted = paste_probabilities(maps[part], boxes[part].to(maps.dtype), rows, columns)
         certainty[part] = foreground_certainty(pasted)
+        if export == "paste":
+            continue
         binary = torch.zeros(len(pasted), *canvas, dtype=torch.bool, device=maps.device)
         binary[:, slice(*rows), slice(*columns)] = pasted > THRESHOLD
         masks[part] = resize_masks(binary[:, : image_size[0], : image_size[1]], *size)
+    if export == "paste":
+        boxes = boxes * boxes.new_tensor([size[1] / image_size[1], size[0] / image_size[0]] * 2)
+        for part, rows, columns in _parts(boxes, size):
+            pasted = paste_probabilities(maps[part], boxes[part].to(maps.dtype), rows, columns)
+            masks[part, slice(*rows), slice(*columns)] = pasted > THRESHOLD
     return masks, certainty
 
 

@@ -71,3 +71,16 @@ def test_parts_make_the_whole(monkeypatch: pytest.MonkeyPatch, pixels: int | Non
 def test_no_masks() -> None:
     masks, certainty = paste_and_resize(torch.zeros(0, 4, 4), torch.zeros(0, 4), CANVAS, (8, 10), (13, 20))
     assert masks.shape == (0, 13, 20) and certainty.shape == (0,)
+
+
+def test_masks_pasted_at_the_original_size_do_not_grow() -> None:
+    """Pixel by pixel the slow formula at boxes scaled to the image; the certainty is still that of the canvas."""
+    maps, boxes = make_maps(3)
+    masks, certainty = paste_and_resize(maps, boxes[:3], CANVAS, (8, 10), (6, 15), export="paste")
+    scaled = boxes[:3] * torch.tensor([1.5, 0.75, 1.5, 0.75])
+    for index in range(3):
+        for v in range(6):
+            for u in range(15):
+                assert masks[index, v, u] == (slow_paste(maps[index], scaled[index], u, v) > 0.5)
+    grown, same = paste_and_resize(maps, boxes[:3], CANVAS, (8, 10), (6, 15))
+    assert torch.equal(certainty, same) and 0 < masks.sum() < grown.sum()

@@ -34,7 +34,7 @@ SYNSETS = {
     "microwave": "microwave.n.02",
     "mouse": "mouse.n.04",
     "orange": "orange.n.01",
-    "potted plant": "pot.n.04",  # LVIS's flowerpot: the pot alone; Detectron2's list matches them, too
+    "potted plant": "pot.n.04",  # LVIS's flowerpot: the nearest there is
     "remote": "remote_control.n.01",
     "skis": "ski.n.01",
     "sports ball": "ball.n.06",
