@@ -6,10 +6,21 @@ torchrun --nproc-per-node N train_net.py --config-file FILE ...
 """
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from querymask import get_cfg
 from querymask.common.engine import Trainer, choose_device, default_argument_parser, default_setup, launch
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line: Detectron2's arguments, and --results."""
+    parser = default_argument_parser()
+    parser.add_argument("--results", metavar="FILE", help="with --eval-only: evaluate this result file, not a model")
+    args = parser.parse_args(arguments)
+    if args.results and not args.eval_only:
+        parser.error("--results evaluates a file instead of training: give --eval-only, too")
+    return args
 
 
 def setup(args: argparse.Namespace) -> Any:
@@ -36,11 +47,7 @@ def main(args: argparse.Namespace, cfg: Any) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    parser = default_argument_parser()
-    parser.add_argument("--results", metavar="FILE", help="with --eval-only: evaluate this result file, not a model")
-    args = parser.parse_args()
-    if args.results and not args.eval_only:
-        parser.error("--results evaluates a file instead of training: give --eval-only, too")
+    args = parse_arguments()
     cfg = setup(args)
     device = cfg.MODEL.DEVICE.split(":")[0]
     launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, device, (args, cfg))

@@ -12,7 +12,6 @@ from types import ModuleType
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -41,8 +40,7 @@ def test_run_of_the_command_line(train_net: ModuleType, cfg: CfgNode, tmp_path: 
     config = tmp_path / "config.yaml"
     config.write_text(cfg.dump())
     overrides = ["SOLVER.MAX_ITER", "3", "DATASETS.TEST", "('engine_val',)", "TEST.EVAL_PERIOD", "2"]
-    parser = default_argument_parser()
-    args = parser.parse_args(["--config-file", str(config), *overrides])
+    args = train_net.parse_arguments(["--config-file", str(config), *overrides])
     trained = train_net.main(args, train_net.setup(args))
     assert set(trained) == {"bbox", "segm"}
     assert math.isfinite(trained["segm"]["AP"])
@@ -51,17 +49,23 @@ def test_run_of_the_command_line(train_net: ModuleType, cfg: CfgNode, tmp_path: 
     assert {"total_loss", "loss_ce", "loss_bbox", "loss_giou", "loss_vector", "lr", "data_time"} <= set().union(*lines)
 
     weights = str(Path(cfg.OUTPUT_DIR) / "model_final.pth")
-    args = parser.parse_args(["--config-file", str(config), "--eval-only", *overrides, "MODEL.WEIGHTS", weights])
+    overrides += ["MODEL.WEIGHTS", weights]
+    args = train_net.parse_arguments(["--config-file", str(config), "--eval-only", *overrides])
     evaluated = train_net.main(args, train_net.setup(args))
     assert evaluated["bbox"]["AP"] == pytest.approx(trained["bbox"]["AP"], nan_ok=True)
-    args = parser.parse_args(["--config-file", str(config), "--eval-only", "--resume", *overrides])
+    args = train_net.parse_arguments(["--config-file", str(config), "--eval-only", "--resume", *overrides])
     resumed = train_net.main(args, train_net.setup(args))
     assert resumed["segm"]["AP"] == pytest.approx(trained["segm"]["AP"], nan_ok=True)
+
+    results = str(Path(cfg.OUTPUT_DIR) / "inference" / "coco_instances_results.json")
+    args = train_net.parse_arguments(["--config-file", str(config), "--eval-only", "--results", results, *overrides])
+    from_file = train_net.main(args, train_net.setup(args))
+    assert from_file["segm"]["AP"] == pytest.approx(trained["segm"]["AP"], nan_ok=True)
 
 
 def test_unknown_key_is_refused(train_net: ModuleType) -> None:
     with pytest.raises((AssertionError, KeyError), match="NUM_CLASES"):
-        train_net.setup(default_argument_parser().parse_args(["MODEL.SOLQ.NUM_CLASES", "3"]))
+        train_net.setup(train_net.parse_arguments(["MODEL.SOLQ.NUM_CLASES", "3"]))
 
 
 def test_device_is_cpu_where_there_is_no_gpu(
