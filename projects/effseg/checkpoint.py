@@ -72,9 +72,13 @@ _MASK_HEADS = (
     (r"\.heads\.2\.mask_head\.semantic_convs\.", "refine_mask"),
     (r"\.heads\.2\.mask_head\.conv_logits\.", "mask_rcnn"),
 )
-# Layers with a row for each class
-_CLASS_HEAD = r"^detector\.class_head\."
+# The class head (in FQDet a network of its own), and the layers of segmentation heads with a mask or an input for each
+# class: the last layers of Mask R-CNN's and PointRend's, those of RefineMask's stages, PointRend's point layers
+_CLASS_LAYERS = (
+    r"^(detector\.class_head\.|mask_head\.((coarse_)?layers\.classifier|classifiers\.[0-2]|point_layers\..+)\.[^.]+$)"
+)
 _MASK_BRANCH = r"^mask_head\."
+_CLASSES_NOT_ASKED_FOR = "layer that depends on the classes, not asked for"
 _NOT_ASKED_FOR = "segmentation head, not asked for"
 
 
@@ -114,7 +118,8 @@ def convert(
         state: the release's tensors by key, of any segmentation head on FQDet or FQDetV2, or of the detector alone.
         class_ids: not used: published heads have one row for each of COCO's 80 classes, in the model's order, and a
             last one for "no object".
-        drop_classes: leave the class head out, for training on another data set.
+        drop_classes: leave out the class head and the other layers that depend on the number of classes, for training
+            on another data set.
         detector_only: leave the segmentation head out (``MODEL.EFFSEG.MASK_HEAD none``).
 
     Returns:
@@ -131,7 +136,7 @@ def convert(
         Rename(r"^(?=(selector|transitions|anchor_encoder|layers|class_head|box_head)\.)", "detector."),
     ]
     if drop_classes:
-        rules.append(Drop(_CLASS_HEAD, "class head, not asked for"))
+        rules.append(Drop(_CLASS_LAYERS, _CLASSES_NOT_ASKED_FOR))
     return apply_rules(state, rules)
 
 
@@ -212,7 +217,7 @@ def _convert_release(state: State, options: Options) -> tuple[State, Report]:
 def _convert_own(state: State, options: Options) -> tuple[State, Report]:
     rules: list[Rule] = []
     if options.drop_classes:
-        rules.append(Drop(_CLASS_HEAD, "class head, not asked for"))
+        rules.append(Drop(_CLASS_LAYERS, _CLASSES_NOT_ASKED_FOR))
     if options.detector_only:
         rules.append(Drop(_MASK_BRANCH, _NOT_ASKED_FOR))
     return apply_rules(state, rules)
@@ -228,7 +233,7 @@ def _release_settings(state: State, options: Options) -> dict[str, Any]:
 
 
 def _new_keys(options: Options) -> str | None:
-    return _CLASS_HEAD if options.drop_classes else None
+    return _CLASS_LAYERS if options.drop_classes else None
 
 
 register_format(

@@ -245,10 +245,13 @@ def pad_masks(masks: Tensor, canvas: tuple[int, int]) -> Tensor:
 
 
 def matched_regions(output: FQDetOutput, matches: Matches, labels: Sequence[Tensor]) -> Regions:
-    """The matched queries with their predicted boxes and the classes (T,) of their targets."""
+    """The matched queries with their predicted boxes and the classes (T,) of their targets.
+
+    As in the release, the box head learns nothing from masks, although EffSeg reads maps at places within the boxes.
+    """
     starts = torch.tensor([0, *(len(x) for x in labels[:-1])], device=matches.image.device).cumsum(0)
     return Regions(
-        boxes=output.boxes[matches.image, matches.query],
+        boxes=output.boxes.detach()[matches.image, matches.query],
         images=matches.image,
         queries=output.queries[matches.image, matches.query],
         labels=torch.cat(list(labels))[starts[matches.image] + matches.target],

@@ -26,7 +26,7 @@ class Regions:
     """Boxes that get masks.
 
     Attributes:
-        boxes: (n, 4) x0, y0, x1, y1 in pixels of the network's input, not clipped, with their gradient.
+        boxes: (n, 4) x0, y0, x1, y1 in pixels of the network's input, not clipped.
         images: (n,) numbers of their images.
         queries: (n, C) after the decoder's last layer.
         labels: (n,) classes, which heads with a mask for each class ask for.

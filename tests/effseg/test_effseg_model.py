@@ -166,12 +166,13 @@ def test_regions_at_inference(make_model: MakeModel, make_batch: MakeBatch, per_
 
 
 def test_regions_in_training(make_model: MakeModel, make_batch: MakeBatch) -> None:
-    """Matched queries with their predicted boxes, whose gradient reaches the box head, and masks on the canvas."""
+    """Matched queries with their predicted boxes, which get no gradient, and masks on the canvas."""
     model = make_model()
     model.mask_head = head = Recorder(False)
     batch = make_batch([3, 0, 2], [(64, 96), (50, 50), (80, 50)])
     loss = model(batch)["loss_recorded"]
     maps, canvas, regions, targets = head.calls[0]
+    assert regions.queries.requires_grad and not regions.boxes.requires_grad
     assert canvas == (80, 96) and [len(m) for m in targets.masks] == [3, 0, 2]
     assert set(regions.images.tolist()) == {0, 2} and len(regions) == len(targets.index)
     for image, index, label in zip(regions.images.tolist(), targets.index.tolist(), regions.labels.tolist()):
@@ -182,7 +183,9 @@ def test_regions_in_training(make_model: MakeModel, make_batch: MakeBatch) -> No
         assert torch.equal(masks[:, :height, :width], instance_masks(item["instances"]))
         assert not masks[:, height:].any() and not masks[:, :, width:].any()
     loss.backward()
-    assert model.detector.box_head[-1].weight.grad.abs().sum() > 0
+    assert model.detector.layers[-1].ffn.layer[3].weight.grad is None  # the recorded loss is of boxes and maps
+    assert model.detector.box_head[-1].weight.grad is None
+    assert model.neck.outputs[0].weight.grad.abs().sum() > 0
 
 
 def test_nothing_is_found(make_model: MakeModel, make_batch: MakeBatch) -> None:

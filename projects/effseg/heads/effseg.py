@@ -121,7 +121,7 @@ class RefinementStage(nn.Module):
 def sample_cells(sparse: SparseMap, sampler: MapSampler, regions: Regions, number: int) -> Tensor:
     """The backbone's features at the centres of the active cells: (N_A, C).
 
-    Each stage reads one map finer than the stage before, until the finest. The boxes keep their gradient.
+    Each stage reads one map finer than the stage before, until the finest.
 
     Args:
         sparse: the map of the regions.

@@ -55,9 +55,9 @@ def mask_coverage(regions: Regions, targets: RegionTargets, sizes: Sequence[int]
     return shares
 
 
-def is_border(coverage: Tensor) -> Tensor:
-    """Cells that a mask covers in part: those to be refined."""
-    return (coverage > COVERAGE_TOLERANCE) & (coverage < 1 - COVERAGE_TOLERANCE)
+def is_border(coverage: Tensor, tolerance: float = COVERAGE_TOLERANCE) -> Tensor:
+    """Cells that a mask covers in part, by more than ``tolerance``: those to be refined."""
+    return (coverage > tolerance) & (coverage < 1 - tolerance)
 
 
 class RefinementCriterion(nn.Module):
@@ -68,10 +68,18 @@ class RefinementCriterion(nn.Module):
     Args:
         segmentation_weights: of the stages, for "more than half of the cell belongs to the mask".
         refinement_weights: of the stages, for "the mask's border is in the cell".
+        coverage_tolerance: a cell that the mask covers up to this share, or leaves free up to it, is no border. The
+            release has 0, where rounding makes borders of some full cells.
     """
 
-    def __init__(self, segmentation_weights: Sequence[float], refinement_weights: Sequence[float]) -> None:
+    def __init__(
+        self,
+        segmentation_weights: Sequence[float],
+        refinement_weights: Sequence[float],
+        coverage_tolerance: float = COVERAGE_TOLERANCE,
+    ) -> None:
         super().__init__()
+        self.coverage_tolerance = coverage_tolerance
         self.segmentation_weights = tuple(segmentation_weights)
         self.refinement_weights = tuple(refinement_weights)
 
@@ -91,7 +99,7 @@ class RefinementCriterion(nn.Module):
         for stage, share in zip(stages, mask_coverage(regions, targets, sizes)):
             share = share[stage.features.cells.long().unbind(1)]
             segmentation.append(_cross_entropy(stage.segmentation, share > 0.5))
-            refinement.append(_cross_entropy(stage.refinement, is_border(share)))
+            refinement.append(_cross_entropy(stage.refinement, is_border(share, self.coverage_tolerance)))
         return {
             "loss_segmentation": len(regions) * _weighted(segmentation, self.segmentation_weights),
             "loss_refinement": len(regions) * _weighted(refinement, self.refinement_weights),

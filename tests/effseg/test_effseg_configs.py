@@ -1,0 +1,199 @@
+"""Every config of EffSeg: it loads, has the size that the published model has, trains and detects."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from tool_loader import load_tool
+
+from querymask.common.flops import count_parameters
+from querymask.common.solver import build_lr_scheduler, build_optimizer, parameter_groups
+
+zoo = load_tool("make_model_zoo")
+LEAVES = {leaf.name: leaf for leaf in zoo.find_leaves() if leaf.method == "effseg"}
+SHAPES = {name for name in LEAVES if name.endswith("_shapes")}  # on other data than COCO, with a schedule of their own
+# Everything that makes a model slow, and nothing that makes it the model of its row
+REDUCED = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.WEIGHTS": "",
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
+    "MODEL.EFFSEG.NUM_CLASSES": 5,
+    "MODEL.EFFSEG.NUM_QUERIES": 500,  # so many that some are matched without any training
+    "MODEL.EFFSEG.HIDDEN_DIM": 32,
+    "MODEL.EFFSEG.DEC_LAYERS": 2,
+    "MODEL.EFFSEG.NUM_HEADS": 4,
+    "MODEL.EFFSEG.DIM_FEEDFORWARD": 24,
+    "MODEL.EFFSEG.ENC_LAYERS": 1,
+    "MODEL.EFFSEG.ENC_DIM_FEEDFORWARD": 24,
+    "MODEL.EFFSEG.REFINEMENTS": 300,
+    "TEST.DETECTIONS_PER_IMAGE": 9,
+}
+HEADS = {"effseg": 4_208_872, "mask_rcnn": 2_906_192, "pointrend": 3_191_968, "refine_mask": 6_580_590}
+# Trained parameters of the whole models, as measured on the release or summed from its parts
+TRAINED = {
+    "mask_rcnn_r50": 37_507_214,
+    "pointrend_r50": 37_792_990,
+    "refine_mask_r50": 41_181_612,
+    "effseg_r50": 38_809_894,
+    "ablations/processing_sfm": 38_809_894,
+    "mask_rcnn_v2_r50": 40_524_174,
+    "pointrend_v2_r50": 40_809_950,
+    "refine_mask_v2_r50": 44_198_572,
+    "effseg_v2_r50": 41_826_854,
+}
+# Millions, in the tables of the paper and of the release
+ROUNDED = {
+    "mask_rcnn_r50_deform_encoder": 45.0,
+    "pointrend_r50_deform_encoder": 45.3,
+    "refine_mask_r50_deform_encoder": 48.7,
+    "effseg_r50_deform_encoder": 46.3,
+    "fqdet_r50": 33.9,
+}
+PARTS = {"backbone": 23_232_512, "neck": 4_524_544, "detector": 6_843_966}
+DETECTOR_V2, DEFORM_ENCODER = 9_860_926, 12_037_184
+LOSSES = {
+    "none": set(),
+    "effseg": {"loss_segmentation", "loss_refinement"},
+    "mask_rcnn": {"loss_mask"},
+    "pointrend": {"loss_mask", "loss_point"},
+    "refine_mask": {"loss_mask"},
+}
+DETECTOR_LOSSES = {"loss_selection", "loss_class", "loss_box"}
+
+
+def trained(name: str) -> dict[str, int]:
+    """Trained parameters of a row's model, of the whole ("") and of its parts."""
+    counts = count_parameters(zoo.build_on_meta(LEAVES[name].config()))
+    return {part: counts[part].trainable for part in ("", *PARTS, "mask_head") if part in counts}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_published_size(name: str) -> None:
+    cfg = LEAVES[name].config()
+    counts = trained(name)
+    assert counts.pop("") == TRAINED[name]
+    version = {"detector": DETECTOR_V2} if cfg.MODEL.EFFSEG.VERSION == 2 else {}
+    assert counts == PARTS | version | {"mask_head": HEADS[cfg.MODEL.EFFSEG.MASK_HEAD]}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounded_size(name: str) -> None:
+    counts = trained(name)
+    assert round(counts[""] / 1e6, 1) == ROUNDED[name]
+    if "deform_encoder" in name:
+        assert counts["neck"] == DEFORM_ENCODER
+
+
+def test_more_epochs_are_of_the_same_model() -> None:
+    longer = [name for name in LEAVES if name.endswith("_24_epochs")]
+    assert len(longer) == 8
+    for name in longer:
+        assert LEAVES[name].config().MODEL == LEAVES[name.removesuffix("_24_epochs")].config().MODEL, name
+
+
+def reduced_config(name: str) -> CfgNode:
+    cfg = LEAVES[name].config()
+    for key, value in REDUCED.items():
+        cfg.merge_from_list([key, value])
+    return cfg
+
+
+@pytest.mark.parametrize("name", [name for name in LEAVES if not name.endswith("_24_epochs")])
+def test_training_step_and_inference(name: str, make_batch: Callable[..., list[dict[str, Any]]]) -> None:
+    """One step of the row's optimiser changes every trained parameter and no other; then the model detects."""
+    torch.manual_seed(0)
+    cfg = reduced_config(name)
+    cfg.SOLVER.WARMUP_ITERS = 0
+    model = build_model(cfg).train()
+    optimizer = build_optimizer(cfg, model)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    before = copy.deepcopy(dict(model.named_parameters()))
+
+    sizes = [(64, 96), (80, 50)]
+    losses = model(make_batch([3, 0], sizes))
+    assert set(losses) == DETECTOR_LOSSES | LOSSES[cfg.MODEL.EFFSEG.MASK_HEAD]
+    assert all(torch.isfinite(loss) and loss > 0 for loss in losses.values())
+    sum(losses.values()).backward()
+    optimizer.step()
+    scheduler.step()
+    for key, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, key
+        # A parameter of zeros that this image does not reach stays zero
+        reached = parameter.requires_grad and bool(parameter.grad.any() or before[key].any())
+        assert torch.equal(parameter, before[key]) != reached, key
+
+    inputs = [{key: value for key, value in item.items() if key != "instances"} for item in make_batch([0, 0], sizes)]
+    with torch.no_grad():
+        results = [output["instances"] for output in model.eval()(inputs)]
+    for instances, size in zip(results, sizes, strict=True):
+        assert 0 < len(instances) <= 9
+        if cfg.MODEL.EFFSEG.MASK_HEAD != "none":
+            assert instances.pred_masks.shape == (len(instances), *size)
+
+
+EPOCHS = {"fqdet_r50": (9, 11, 12)}  # others: 9 and 12, or 18, 22 and 24
+
+
+@pytest.mark.parametrize("name", sorted(set(LEAVES) - SHAPES))
+def test_published_schedule(name: str) -> None:
+    cfg = LEAVES[name].config()
+    images = 4 if name == "fqdet_r50" else 2
+    epochs = EPOCHS.get(name, (18, 22, 24) if name.endswith("_24_epochs") else (9, 12))
+    solver = cfg.SOLVER
+    assert (*solver.STEPS, solver.MAX_ITER) == tuple(118_287 // images * epoch for epoch in epochs)
+    assert (solver.IMS_PER_BATCH, solver.GAMMA, solver.WARMUP_ITERS) == (images, 0.1, 0)
+    clip = solver.CLIP_GRADIENTS
+    assert clip.ENABLED == ("deform_encoder" in name)
+    if clip.ENABLED:
+        assert (clip.CLIP_TYPE, clip.CLIP_VALUE) == ("full_model", 0.1)
+    assert not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and not solver.AMP.ENABLED
+    assert cfg.DATASETS.TRAIN == ("coco_2017_train",) and cfg.DATASETS.TEST == ("coco_2017_val",)
+    assert cfg.INPUT.DETR_CROP.ENABLED and list(cfg.INPUT.MIN_SIZE_TRAIN) == list(range(480, 801, 32))
+    assert (cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) == (1333, 800, 1333)
+    assert cfg.MODEL.WEIGHTS.endswith("torchvision/R-50.pkl")
+    assert not cfg.MODEL.RESNETS.STRIDE_IN_1X1 and cfg.MODEL.RESNETS.NORM == "FrozenBN"
+    assert cfg.MODEL.EFFSEG.MAX_TRAIN_REGIONS == 0
+
+
+def test_detectors() -> None:
+    """What neither the number of parameters nor a small run shows."""
+    for name in set(LEAVES) - SHAPES:
+        effseg, v2 = LEAVES[name].config().MODEL.EFFSEG, "_v2_" in name
+        assert (effseg.VERSION, effseg.NUM_QUERIES, effseg.NMS_THRESHOLD) == ((2, 600, 0.65) if v2 else (1, 300, 0.5))
+        assert effseg.REFINEMENTS == 10_000 and list(effseg.DILATIONS) == [1, 3, 5]
+
+
+@pytest.mark.parametrize("name", ["effseg_r50", "effseg_v2_r50", "effseg_r50_deform_encoder", "mask_rcnn_r50"])
+def test_published_optimiser(name: str) -> None:
+    """AdamW; by names, "offset" and "backbone" learn at a tenth of the rate; everything decays."""
+    cfg = LEAVES[name].config()
+    model = zoo.build_on_meta(cfg)
+    assert isinstance(build_optimizer(cfg, model), torch.optim.AdamW)
+    rates = {id(p): group["lr"] for group in parameter_groups(cfg, model) for p in group["params"]}
+    assert {group["weight_decay"] for group in parameter_groups(cfg, model)} == {1e-4}
+    found = {name: rates.pop(id(p)) for name, p in model.named_parameters() if p.requires_grad}
+    assert not rates
+    slow = {name for name in found if name.startswith("backbone.") or "sampling_offsets" in name}
+    assert found == {name: pytest.approx(1e-5 if name in slow else 1e-4) for name in found}
+    layers = 2 * (cfg.MODEL.EFFSEG.DEC_LAYERS + (cfg.MODEL.EFFSEG.ENC_LAYERS if "deform" in cfg.MODEL.EFFSEG.NECK else 0))
+    assert sum("offset" in name for name in found) == layers  # weight and bias of each
+
+
+# Entries of MODEL.EFFSEG that the row has, where they differ from the paper's model
+PROCESSING = ("mlp", "conv", "deform_conv", "sfm", "dense_sfm")
+
+
+def test_rows_differ_in_their_setting_alone() -> None:
+    rows = {name for name in LEAVES if name.startswith("ablations/")}
+    assert rows == {f"ablations/processing_{processing}" for processing in PROCESSING}
+    for processing in PROCESSING:
+        base, cfg = LEAVES["effseg_r50"].config(), LEAVES[f"ablations/processing_{processing}"].config()
+        assert cfg.MODEL.EFFSEG.PROCESSING == processing
+        base.MODEL.EFFSEG.PROCESSING = processing
+        assert (cfg.MODEL, cfg.SOLVER, cfg.INPUT) == (base.MODEL, base.SOLVER, base.INPUT)
