@@ -157,7 +157,7 @@ def view_refinement(
 
 
 def _cells_of_pixels(start: float, side: float, size: int, extent: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels of 0 to ``extent`` whose centres are between ``start`` and ``start + side``, and their cells of ``size``."""
+    """Pixels below ``extent`` with centres from ``start`` to ``start + side``, and the cell of ``size`` of each."""
     first, last = np.clip(np.ceil(np.array([start, start + side]) - 0.5), 0, extent).astype(int)
     pixels = np.arange(first, last)
     return pixels, np.clip(((pixels + 0.5 - start) / side * size).astype(int), 0, size - 1)
