@@ -5,8 +5,8 @@
     python demo.py --config-file FILE --webcam --opts MODEL.WEIGHTS FILE
 
 Without --output, pictures are shown in a window. Pictures have at most 1280 pixels on their longer side. --view shows
-what goes on inside a method: reference_points (ISDA), stages (ISTR), coefficients (SOLQ). Files that cannot be read are
-reported and left out; the exit status is 1 if there were any.
+what goes on inside a method: reference_points (ISDA), stages (ISTR), coefficients (SOLQ), refinement (EffSeg). Files
+that cannot be read are reported and left out; the exit status is 1 if there were any.
 """
 
 import argparse

@@ -205,17 +205,26 @@ class EffSeg(QuerySegmenter):
             the region (D,) of every detection, and the regions' probabilities (n, S, S) and boxes (n, 4).
         """
         assert self.mask_head is not None
+        region, _, regions = self.regions(output, image, found)
+        maps = [feature[image : image + 1] for feature in maps]
+        return region, self.mask_head(maps, canvas, regions), regions.boxes
+
+    def regions(self, output: FQDetOutput, image: int, found: Detections) -> tuple[Tensor, Tensor, Regions]:
+        """What the segmentation head gets for the detections of an image.
+
+        Returns:
+            the region (D,) of every detection; the query (n,) of every region, ascending where masks do not depend on
+            classes; the regions, whose maps are those of this image alone.
+        """
+        assert self.mask_head is not None
         if self.mask_head.per_class:  # every pair of query and class has a mask of its own
             queries, labels = found.queries, found.labels
             region = torch.arange(len(queries), device=queries.device)
         else:
             queries, region = found.queries.unique(return_inverse=True)
             labels = torch.zeros_like(queries)
-        regions = Regions(
-            output.boxes[image, queries], torch.zeros_like(queries), output.queries[image, queries], labels
-        )
-        maps = [feature[image : image + 1] for feature in maps]
-        return region, self.mask_head(maps, canvas, regions), regions.boxes
+        images = torch.zeros_like(queries)
+        return region, queries, Regions(output.boxes[image, queries], images, output.queries[image, queries], labels)
 
 
 def check_levels(backbone: Backbone, in_features: Sequence[str], levels: Sequence[int]) -> None:
