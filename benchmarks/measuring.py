@@ -12,9 +12,9 @@ import torch
 from querymask.common.ops.extension import EXTENSION
 
 
-def median_time(run: Callable[[], object], device: str, repeat: int) -> float:
-    """Median milliseconds of one run after three for warming up."""
-    for _ in range(3):
+def median_time(run: Callable[[], object], device: str, repeat: int, warmup: int = 3) -> float:
+    """Median milliseconds of one run after some for warming up."""
+    for _ in range(warmup):
         run()
     times = []
     for _ in range(repeat):

@@ -1,5 +1,6 @@
 """How the refinement stages of an ISTR change boxes and masks."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import nn
 
 from querymask.common.views import register_view
 from querymask.common.visualization import contact_sheet, draw_instances
+
+MOST_COLUMNS = 5  # panels in a row of a picture; rows are filled evenly
 
 
 def draw_stages(
@@ -32,7 +35,8 @@ def draw_stages(
     titles = [] if annotations is None else ["ground truth"]
     panels += [draw_instances(image, instances, class_names, score_threshold) for instances in stages]
     titles += [f"stage {number}" for number in range(1, len(stages) + 1)]
-    return contact_sheet(panels, columns=4, titles=titles)
+    rows = math.ceil(len(panels) / MOST_COLUMNS)
+    return contact_sheet(panels, columns=math.ceil(len(panels) / rows), titles=titles)
 
 
 @register_view("stages", "ISTR")

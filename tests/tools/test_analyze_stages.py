@@ -16,6 +16,7 @@ from tool_loader import load_tool
 from querymask.common.data import register_shapes
 from querymask.common.data.segmentation import decode_segmentation
 from querymask.istr import ISTR
+from querymask.istr.figures import draw_stages
 
 ROOT = Path(__file__).parents[2]
 NAME = "shapes_of_stages"
@@ -85,6 +86,15 @@ def test_each_stage_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(pictures) == 2
     with Image.open(pictures[0]) as picture:
         assert picture.width > 3 * picture.height / 1.7, "three panels beside each other"
+
+
+@pytest.mark.parametrize(("stages", "columns", "rows"), [(1, 2, 1), (4, 5, 1), (6, 4, 2)])
+def test_rows_are_filled_evenly(stages: int, columns: int, rows: int) -> None:
+    """With the ground truth: 2, 5 and 7 panels."""
+    image = np.zeros((512, 512, 3), np.uint8)
+    found = truth_of({"annotations": []}, (512, 512))
+    height, width, _ = draw_stages(image, [found] * stages, (), 0.3, []).shape
+    assert (width // 512, height // 512) == (columns, rows)
 
 
 def test_real_model_and_other_methods(tmp_path: Path) -> None:
