@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from measuring import machine, median_time, peak_memory
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
+from querymask.common.measuring import machine, median_time, peak_memory
 from querymask.common.ops import multi_scale_deformable_attention
 
 HEADS, CHANNELS, POINTS = 8, 32, 4

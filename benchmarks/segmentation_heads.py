@@ -19,11 +19,11 @@ import querymask  # noqa: F401  (before Detectron2, which it makes importable on
 # isort: split
 import torch
 from fvcore.nn import FlopCountAnalysis
-from measuring import machine, median_time, peak_memory
 from tabulate import tabulate
 from torch import Tensor, nn
 
 from querymask.common.flops import count_parameters, flop_handles
+from querymask.common.measuring import machine, median_time, peak_memory
 from querymask.effseg.heads.effseg import EffSegHead
 from querymask.effseg.heads.mask_rcnn import MaskRCNNHead
 from querymask.effseg.heads.pointrend import PointRendHead

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from measuring import machine, median_time, peak_memory
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, linear
 
+from querymask.common.measuring import machine, median_time, peak_memory
 from querymask.common.ops import sparse_conv2d
 from querymask.common.ops.sps_reference import neighbour_rows
 from querymask.common.sps import SparseMap, keep_highest

@@ -12,6 +12,7 @@ Data flow (B images, A anchors, S cells of all maps, Q queries, C width, K class
 Anchors are fixed: boxes are not refined between layers, and only the last layer has heads.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,7 +67,7 @@ class Selector(nn.Module):
         bottleneck = nn.Sequential(NormActConv(width, inner), NormActConv(inner, inner, 3), NormActConv(inner, width))
         self.layers = nn.Sequential(NormActConv(width, width), Residual(bottleneck), nn.ReLU())
         self.projection = nn.Conv2d(width, ANCHORS_PER_CELL, 1)
-        nn.init.constant_(self.projection.bias, -torch.logit(torch.tensor(1 - PRIOR_PROBABILITY)).item())
+        nn.init.constant_(self.projection.bias, -math.log(1 / PRIOR_PROBABILITY - 1))
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Maps (B, C, H_l, W_l) -> logits (B, A), in the order of the anchors."""

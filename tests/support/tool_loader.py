@@ -11,6 +11,8 @@ ROOT = Path(__file__).parents[2]
 def load_tool(name: str) -> ModuleType:
     """The module of ``tools/NAME.py``, once for all tests."""
     key = f"tools_{name}"
+    if str(ROOT / "tools") not in sys.path:
+        sys.path.append(str(ROOT / "tools"))  # as when a tool runs: some import others
     if key not in sys.modules:
         spec = importlib.util.spec_from_file_location(key, ROOT / "tools" / f"{name}.py")
         assert spec is not None and spec.loader is not None

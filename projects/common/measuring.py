@@ -1,4 +1,4 @@
-"""What the benchmarks of operators share: time, peak memory, and on what they were measured."""
+"""What measurements on a machine share: time, peak memory, and on what they were measured."""
 
 import ctypes
 import platform

@@ -1,0 +1,87 @@
+"""Every config of every method, at a tiny size: it builds, makes a training step, detects, and is evaluated."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.modeling import build_model
+from mask_bases import give_basis
+from tiny_configs import LEAVES, NUM_CLASSES, tiny_config
+
+from querymask.common.evaluation import InstanceEvaluator
+from querymask.common.solver import build_lr_scheduler, build_optimizer
+
+DATASET = "every_config_val"
+HEIGHT, WIDTH = 64, 96
+
+
+@pytest.fixture(scope="module")
+def ground_truth(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
+    """The images of a registered data set of one image with an object of every class."""
+    image = {"id": 7, "file_name": "7.png", "height": HEIGHT, "width": WIDTH}
+    boxes = [[16 * index, 8 * index, 20, 24] for index in range(NUM_CLASSES)]
+    annotations = [
+        {
+            "id": index + 1,
+            "image_id": 7,
+            "category_id": index + 1,
+            "bbox": [x, y, w, h],
+            "area": w * h,
+            "iscrowd": 0,
+            "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
+        }
+        for index, (x, y, w, h) in enumerate(boxes)
+    ]
+    categories = [{"id": index + 1, "name": f"class {index}"} for index in range(NUM_CLASSES)]
+    path = tmp_path_factory.mktemp("every_config") / "val.json"
+    path.write_text(json.dumps({"images": [image], "annotations": annotations, "categories": categories}))
+    register_coco_instances(DATASET, {}, str(path), str(path.parent))
+    yield DatasetCatalog.get(DATASET)
+    DatasetCatalog.remove(DATASET)
+    MetadataCatalog.remove(DATASET)
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_train_detect_evaluate(
+    name: str, ground_truth: list[dict[str, Any]], make_batch: Callable[..., list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    cfg = tiny_config(name)
+    cfg.SOLVER.WARMUP_ITERS = 0  # whose first steps may be of length zero
+    model = build_model(cfg).train()
+    give_basis(getattr(model, "coding", None))
+    optimizer = build_optimizer(cfg, model)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    losses = model(make_batch([2, 0], [(HEIGHT, WIDTH), (80, 50)]))
+    assert losses and all(torch.isfinite(loss) for loss in losses.values())
+    sum(losses.values()).backward()
+    optimizer.step()
+    scheduler.step()
+    for (key, parameter), old in zip(model.named_parameters(), before, strict=True):
+        assert torch.isfinite(parameter).all(), key
+        assert parameter.requires_grad or torch.equal(parameter, old), f"{key} is frozen but moved"
+    assert any(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+    evaluator = InstanceEvaluator(DATASET, str(tmp_path))
+    evaluator.reset()
+    model.eval()
+    with torch.no_grad():
+        for entry in ground_truth:
+            inputs = [{**entry, "image": make_batch([0], [(HEIGHT, WIDTH)])[0]["image"]}]
+            outputs = model(inputs)
+            evaluator.process(inputs, outputs)
+    instances = outputs[0]["instances"]
+    assert 0 < len(instances) <= cfg.TEST.DETECTIONS_PER_IMAGE and instances.image_size == (HEIGHT, WIDTH)
+    scores = evaluator.evaluate()
+    tasks = [task for task, field in (("bbox", "pred_boxes"), ("segm", "pred_masks")) if instances.has(field)]
+    assert list(scores) == tasks and tasks
+    assert all(0 <= scores[task]["AP"] <= 100 for task in tasks)
+    results = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    assert len(results) == len(instances) and {result["image_id"] for result in results} == {7}
+    assert {result["category_id"] for result in results} <= set(range(1, NUM_CLASSES + 1))

@@ -1,0 +1,83 @@
+"""Every config, and how it is made small: what makes a model slow goes, what makes it the model of its row stays."""
+
+from typing import Any
+
+from detectron2.config import CfgNode
+from tool_loader import load_tool
+
+zoo = load_tool("make_model_zoo")
+LEAVES = {f"{leaf.method}/{leaf.name}": leaf for leaf in zoo.find_leaves()}
+NUM_CLASSES = 5
+BACKBONES: dict[str, Any] = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.WEIGHTS": "",
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
+    "MODEL.SWIN.EMBED_DIM": 8,
+    "MODEL.SWIN.DEPTHS": [2, 2, 2, 2],
+    "MODEL.SWIN.NUM_HEADS": [1, 2, 4, 8],
+    "MODEL.SWIN.WINDOW_SIZE": 4,
+    "MODEL.SWIN.DROP_PATH_RATE": 0.0,
+}
+# By the folder of the method
+REDUCED: dict[str, dict[str, Any]] = {
+    "solq": {
+        "MODEL.SOLQ.NUM_CLASSES": NUM_CLASSES,
+        "MODEL.SOLQ.NUM_QUERIES": 12,
+        "MODEL.SOLQ.HIDDEN_DIM": 32,
+        "MODEL.SOLQ.NUM_HEADS": 4,
+        "MODEL.SOLQ.ENC_LAYERS": 1,
+        "MODEL.SOLQ.DIM_FEEDFORWARD": 32,
+        "MODEL.SOLQ.VECTOR_HIDDEN_DIM": 32,
+    },
+    "isda": {
+        "MODEL.ISDA.NUM_CLASSES": NUM_CLASSES,
+        "MODEL.ISDA.NUM_QUERIES": 12,
+        "MODEL.ISDA.HIDDEN_DIM": 64,
+        "MODEL.ISDA.NUM_HEADS": 4,
+        "MODEL.ISDA.ENC_LAYERS": 1,
+        "MODEL.ISDA.DEC_LAYERS": 2,
+        "MODEL.ISDA.DIM_FEEDFORWARD": 32,
+        "MODEL.ISDA.MASK_FEATURE_DIM": 64,
+    },
+    "istr": {
+        "MODEL.FPN.OUT_CHANNELS": 16,
+        "MODEL.ISTR.NUM_CLASSES": NUM_CLASSES,
+        "MODEL.ISTR.NUM_QUERIES": 6,
+        "MODEL.ISTR.HIDDEN_DIM": 16,
+        "MODEL.ISTR.NUM_HEADS": 4,
+        "MODEL.ISTR.DIM_FEEDFORWARD": 24,
+        "MODEL.ISTR.DIM_DYNAMIC": 4,
+    },
+    "effseg": {
+        "MODEL.EFFSEG.NUM_CLASSES": NUM_CLASSES,
+        "MODEL.EFFSEG.NUM_QUERIES": 100,
+        "MODEL.EFFSEG.HIDDEN_DIM": 64,  # the selector's eight groups need two channels each where a level has one cell
+        "MODEL.EFFSEG.NUM_HEADS": 4,
+        "MODEL.EFFSEG.DEC_LAYERS": 2,
+        "MODEL.EFFSEG.DIM_FEEDFORWARD": 24,
+        "MODEL.EFFSEG.ENC_LAYERS": 1,
+        "MODEL.EFFSEG.ENC_DIM_FEEDFORWARD": 24,
+        "MODEL.EFFSEG.REFINEMENTS": 300,
+        "MODEL.EFFSEG.MAX_TRAIN_REGIONS": 4,
+        "TEST.DETECTIONS_PER_IMAGE": 6,
+    },
+}
+
+
+def tiny_config(name: str) -> CfgNode:
+    """The small form of a leaf.
+
+    Args:
+        name: of ``LEAVES``, such as "solq/ablations/stages_1".
+    """
+    leaf = LEAVES[name]
+    cfg = leaf.config()
+    for key, value in {**BACKBONES, **REDUCED[leaf.method]}.items():
+        cfg.merge_from_list([key, value])
+    if leaf.method == "solq" and cfg.MODEL.SOLQ.MASK_BRANCH == "sqr":  # the least that its mask head can have
+        cfg.MODEL.SOLQ.HIDDEN_DIM, cfg.MODEL.SOLQ.NUM_HEADS = 128, 8
+        # Clipped together with those of a detector of random weights, its gradients would be below AdamW's epsilon
+        cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1e6
+    return cfg

@@ -1,0 +1,185 @@
+"""Costs of models side by side, and AP plotted against them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tool_loader import load_tool
+
+from querymask import get_cfg
+
+tool = load_tool("compare_costs")
+plots = load_tool("plot_costs")
+ROOT = Path(__file__).parents[2]
+TINY = """
+_BASE_: {base}
+MODEL:
+  DEVICE: cpu
+  WEIGHTS: ""
+  BACKBONE: {{NAME: build_basic_resnet_backbone}}
+  RESNETS: {{DEPTH: 18, STEM_OUT_CHANNELS: 8, RES2_OUT_CHANNELS: 8}}
+  EFFSEG: {{LEVELS: [2, 3, 4, 5], NUM_QUERIES: 30, NUM_CLASSES: 6, HIDDEN_DIM: 32, NUM_HEADS: 2,
+            DEC_LAYERS: 1, DIM_FEEDFORWARD: 16, REFINEMENTS: 500, MASK_HEAD: {head}}}
+INPUT: {{MIN_SIZE_TEST: 60}}
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Any:
+    """Function (name of a head, name of the file) that writes the config of a tiny EffSeg."""
+
+    def write(head: str, name: str = "tiny") -> Path:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(TINY.format(base=ROOT / "projects/effseg/configs/Base-EffSeg.yaml", head=head))
+        return path
+
+    return write
+
+
+def measured(path: Path, *options: str) -> Any:
+    return tool.measure_config(path, tool.parse_arguments([str(path), "--repeat", "0", *options]))
+
+
+def linear_layers_at(detections: int, regions: int) -> int:
+    """Multiply-adds of what is linear in the number of regions: fusion of queries, convolutions, classifiers."""
+    width, cells = 32, 196 * regions
+    dense = 2 * width * width + width * width + 4 * 9 * width * width + 2 * (width * width + width)
+    return cells * dense + regions * width * width
+
+
+def test_parameters_and_flops(tiny: Any) -> None:
+    path = tiny("effseg")
+    result = measured(path, "--detections", "20", "--regions", "7", "--height", "64", "--width", "96")
+    cfg = get_cfg()
+    cfg.merge_from_file(str(path))
+    model = tool.build_model(cfg)
+    assert result.parameters == sum(p.numel() for p in model.parameters())
+    assert result.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad) < result.parameters
+    assert (result.name, result.source, result.head) == ("tiny", "measured", "mask_head")
+    assert (result.detections, result.regions) == (20, 7)
+    assert 0 < result.head_gflops < result.gflops
+    assert (result.fps, result.memory, result.ap) == (None, None, None)
+
+
+@pytest.mark.parametrize("regions", [2, 12, 20])
+def test_flops_of_effsegs_head(tiny: Any, regions: int) -> None:
+    """The formula of docs/analysis.md, written out for the tiny width and 500 refinements."""
+    width, limit, total = 32, 500, 0
+    active, passive = 196 * regions, 0
+    for number in range(3):
+        features = width >> number
+        kept = min(active, limit)
+        passive += active - kept
+        active, half = 4 * kept, features // 2
+        total += kept * 4 * features**2  # what tells the children apart
+        total += active * (features**2 + (features + width) * features + features**2 + 4 * width)  # fusion, sampling
+        total += (active + passive) * features * half  # transition
+        total += active * (3 + 27) * half**2  # processing
+        total += 2 * active * (half**2 + half)  # classifiers
+    result = measured(tiny("effseg"), "--detections", "20", "--regions", str(regions))
+    assert result.head_gflops * 1e9 == pytest.approx(total + linear_layers_at(20, regions), rel=0.06)
+
+
+def test_masks_by_class_are_made_for_every_detection(tiny: Any) -> None:
+    path = tiny("mask_rcnn")
+    few, many = (measured(path, "--detections", "20", "--regions", regions) for regions in ("5", "20"))
+    assert (few.regions, many.regions) == (20, 20) and few.head_gflops == pytest.approx(many.head_gflops, rel=0.01)
+
+
+def test_model_without_masks(tiny: Any) -> None:
+    result = measured(tiny("none"), "--detections", "20")
+    assert (result.head, result.head_gflops, result.regions) == (None, None, None) and result.gflops > 0
+    cells = dict(zip(tool.COLUMNS, [c.strip() for c in tool.table([result]).splitlines()[-1].strip("|").split("|")]))
+    assert cells["head GFLOPs"] == cells["regions"] == cells["mask AP"] == "–"
+
+
+def test_mean_over_images(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean of what single images cost."""
+    path = tiny("effseg")
+    sizes = [(64, 64), (64, 128), (96, 128)]
+    items = [{"image": torch.zeros(3, *size), "height": size[0], "width": size[1]} for size in sizes]
+    monkeypatch.setattr(tool, "inputs", lambda args, cfg: items[: args.num_images])
+    mean = measured(path, "--num-images", "3", "--detections", "20")
+    singles = []
+    for item in items:
+        monkeypatch.setattr(tool, "inputs", lambda args, cfg, item=item: [item])
+        singles.append(measured(path, "--num-images", "1", "--detections", "20"))
+    assert singles[0].gflops < singles[1].gflops < singles[2].gflops
+    for field in ("gflops", "head_gflops"):
+        values = [getattr(single, field) for single in singles]
+        assert getattr(mean, field) == pytest.approx(sum(values) / 3)
+
+
+def test_paper_beside_measured(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are marked; the files can be read again, and plotted."""
+    path = tiny("effseg", "effseg_r50")  # the name decides whose numbers are put beside
+    saved, rows = tmp_path / "table.md", tmp_path / "rows.json"
+    options = ["--detections", "20", "--repeat", "1", "--height", "64", "--width", "64"]
+    assert tool.main([str(path), "--paper", "effseg", "--save", str(saved), "--json", str(rows), *options]) == 0
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in saved.read_text().splitlines()
+        if line.startswith("| effseg_r50 ")
+    ]
+    assert [line[1] for line in lines] == ["paper", "measured"]
+    assert lines[0] == ["effseg_r50", "paper", "40.1", "–", "38.8", "245.4", "80.3", "–", "–", "–", "–", "–"]
+    assert float(lines[1][10]) > 0 and lines[1][2] == "–"
+    said, found = json.loads(rows.read_text())
+    assert (said["source"], found["source"]) == ("paper", "measured") and found["fps"] > 0
+
+    output = tmp_path / "plots"
+    assert plots.main([str(rows), "--output", str(output), "--ap", "effseg_r50=39.5"]) == 0
+    drawn = {"trainable", "gflops", "head_gflops", "parameters", "fps", "memory"}
+    assert {p.stem for p in output.iterdir()} <= {f"ap_against_{cost}" for cost in drawn}
+    assert {f"ap_against_{cost}" for cost in drawn - {"memory"}} <= {p.stem for p in output.iterdir()}
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in output.iterdir())
+
+
+@pytest.mark.parametrize("paper", ["effseg", "effseg_release"])
+def test_models_of_papers_are_configs_of_that_size(paper: str) -> None:
+    """Trained parameters as published, to a digit; the configs are there."""
+    content = json.loads((tool.PAPERS / f"{paper}.json").read_text())
+    for model in content["models"]:
+        cfg = get_cfg()
+        cfg.merge_from_file(str(ROOT / model["config"]))
+        cfg.MODEL.DEVICE = "meta"
+        with torch.device("meta"):
+            trainable = tool.count_parameters(tool.build_model(cfg))[""].trainable
+        assert trainable == pytest.approx(model["trainable"], abs=0.06e6), model["config"]
+        assert not set(model) - {"config", "ap", "trainable", "gflops", "head_gflops", "fps"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["a.yaml", "--height", "9"], ["a.yaml", "--regions", "101"], ["a.yaml", "--load-weights", "--regions", "5"]],
+)
+def test_contradicting_options_are_refused(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        tool.parse_arguments(arguments)
+
+
+def test_more_regions_than_queries(tiny: Any) -> None:
+    with pytest.raises(ValueError, match="31 regions are asked for, but the model has 30 queries"):
+        measured(tiny("effseg"), "--detections", "31")
+
+
+def test_plot(tmp_path: Path) -> None:
+    points = [
+        {"name": "a", "source": "paper", "ap": 40.0, "gflops": 100.0},
+        {"name": "a", "source": "measured", "ap": None, "gflops": 120.0, "trainable": 5e6},
+        {"name": "b", "source": "measured", "ap": 41.0, "gflops": 150.0, "trainable": None},
+    ]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(points))
+    points = plots.read_points([str(path)], {"a": 39.0})
+    axes = plots.draw(points, "gflops").axes[0]
+    offsets = [collection.get_offsets().tolist() for collection in axes.collections]
+    assert offsets == [[[100, 40]], [[120, 39], [150, 41]]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["paper", "measured"]
+    assert [text.get_text() for text in axes.texts] == ["a", "a", "b"]
+    assert plots.draw(points, "trainable").axes[0].collections[0].get_offsets().tolist() == [[5, 39]]
+    assert plots.draw(points, "fps") is None
+    with pytest.raises(ValueError, match=r"--ap names \['c'\], but the files measured \['a', 'b'\]"):
+        plots.read_points([str(path)], {"c": 1.0})

@@ -1,0 +1,266 @@
+"""Print what models cost side by side: parameters, FLOPs, images per second, memory; and what a paper says of them.
+
+    python tools/compare_costs.py CONFIG [CONFIG ...] [--num-images N] [--save TABLE.md] [--json RESULTS.json]
+    python tools/compare_costs.py --paper effseg --regions 61
+
+Weights are random, unless --load-weights is given. What the segmentation head is, and how the number of detections is
+fixed: docs/analysis.md.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from querymask import get_cfg  # before Detectron2, which it makes importable on current libraries
+
+# isort: split
+import torch
+from analyze_model import GIGA, MEGA, inputs
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from make_model_zoo import MISSING, prepare_for_measurement
+from tabulate import tabulate
+from torch import nn
+
+from querymask.common.engine import choose_device
+from querymask.common.flops import count_parameters, measure
+from querymask.common.measuring import machine, median_time, peak_memory
+from querymask.effseg.effseg import EffSeg
+from querymask.effseg.fqdet import Detections, FQDetOutput
+
+ROOT = Path(__file__).resolve().parent.parent
+PAPERS = Path(__file__).resolve().parent / "paper_costs"
+HEADS = {
+    "EffSeg": ("mask_head",),
+    "SOLQ": ("vector_embed", "mask_branch"),
+    "ISDA": ("mask_features", "kernel_embed"),
+    "ISTR": ("stages.*.mask_head",),
+}
+"""Modules that make masks, by meta-architecture. Decoding of mask vectors and pasting are no modules."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row; None stands for what is not known.
+
+    Attributes:
+        name: of the config.
+        source: "measured", or whose number it is.
+        ap: mask AP on COCO's val2017.
+        parameters, trainable: numbers.
+        gflops, head_gflops: of an image, for the whole model and for the segmentation head.
+        head: the head's modules.
+        detections, regions: pairs of query and class that get masks, and masks that are made for them.
+        fps: images per second.
+        memory: MiB at the peak, beyond weights and input.
+    """
+
+    name: str
+    source: str = "measured"
+    ap: float | None = None
+    parameters: float | None = None
+    trainable: float | None = None
+    gflops: float | None = None
+    head_gflops: float | None = None
+    head: str | None = None
+    detections: int | None = None
+    regions: int | None = None
+    fps: float | None = None
+    memory: float | None = None
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    papers = sorted(path.stem for path in PAPERS.glob("*.json"))
+    parser.add_argument("configs", nargs="*", metavar="CONFIG", help="default with --paper: the paper's models")
+    parser.add_argument("--paper", choices=papers, help="print what it says beside what is measured")
+    parser.add_argument("--num-images", type=int, metavar="N", help="mean over the first N images of DATASETS.TEST")
+    parser.add_argument("--height", type=int, metavar="H", help="rows of an image of random pixels")
+    parser.add_argument("--width", type=int, metavar="W", help="columns of it")
+    parser.add_argument("--detections", type=int, default=100, metavar="D", help="of an image (default 100)")
+    parser.add_argument("--regions", type=int, metavar="R", help="EffSeg: queries that these are of (default: D)")
+    parser.add_argument("--load-weights", action="store_true", help="load MODEL.WEIGHTS; EffSeg finds what it finds")
+    parser.add_argument("--repeat", type=int, default=3, metavar="K", help="timed runs; 0: no FPS and no memory")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the table to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file, for plot_costs.py")
+    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="overrides of the configs")
+    args = parser.parse_args(arguments)
+    if not args.configs and not args.paper:
+        parser.error("name configs, or a paper with --paper")
+    if (args.height is None) != (args.width is None):
+        parser.error("--height and --width belong together")
+    if args.num_images is not None and (args.height is not None or args.num_images < 1):
+        parser.error("--num-images must be positive, and excludes --height and --width")
+    args.regions = args.detections if args.regions is None else args.regions
+    if not 1 <= args.regions <= args.detections:
+        parser.error(f"--regions must be from 1 to the number of detections, {args.detections}")
+    if args.load_weights and args.regions != args.detections:
+        parser.error("--regions is for models without weights")
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print and write; returns the exit status."""
+    args = parse_arguments(arguments)
+    paper = json.loads((PAPERS / f"{args.paper}.json").read_text()) if args.paper else None
+    said = {Path(model["config"]).stem: model for model in paper["models"]} if paper else {}
+    results = []
+    for path in args.configs or [ROOT / model["config"] for model in said.values()]:
+        name = Path(path).stem
+        if name in said:
+            results.append(from_paper(said[name], paper["mark"]))
+        results.append(measure_config(Path(path), args))
+        print(f"{name}: {results[-1].gflops:.1f} GFLOPs", flush=True)
+    remarks = [describe(args)]
+    if paper:
+        remarks.append(f'"{paper["mark"]}": {paper["source"]}.')
+    text = "\n\n".join([*remarks, table(results)]) + "\n"
+    print(text)
+    if args.save:
+        args.save.write_text(f"# Costs\n\nWritten by `tools/compare_costs.py`.\n\n{text}")
+    if args.json:
+        args.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+    return 0
+
+
+def describe(args: argparse.Namespace) -> str:
+    """What was measured on what."""
+    if args.num_images:
+        images = f"the first {args.num_images} image(s) of the test set"
+    elif args.height:
+        images = f"an image of random pixels, {args.height} x {args.width}"
+    else:
+        images = "an image of random pixels, 4:3 at the config's test size"
+    where = f" On: {machine('cuda' if torch.cuda.is_available() else 'cpu')}" if args.repeat else ""
+    weights = "weights of the configs" if args.load_weights else "random weights"
+    return f'"measured": {images}; {weights}. A multiply-add is one FLOP.{where}'
+
+
+def from_paper(model: Mapping[str, Any], mark: str) -> Result:
+    """The row of a model in a paper's file."""
+    known = {field.name for field in fields(Result)}
+    return Result(Path(model["config"]).stem, mark, **{key: model[key] for key in model if key in known})
+
+
+def measure_config(path: Path, args: argparse.Namespace) -> Result:
+    """The row of a config.
+
+    Raises:
+        ValueError: more regions are asked for than EffSeg has queries.
+    """
+    cfg = get_cfg()
+    cfg.merge_from_file(str(path))
+    cfg.merge_from_list(["TEST.DETECTIONS_PER_IMAGE", args.detections, *args.opts])
+    choose_device(cfg)
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    if args.load_weights:
+        DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    else:
+        prepare_for_measurement(model)
+    detections, regions = cfg.TEST.DETECTIONS_PER_IMAGE, None
+    if isinstance(model, EffSeg) and not args.load_weights:
+        regions = force_detections(model, detections, args.regions)
+    items = list(inputs(args, cfg))
+    costs = [measure(model, item).flops_by_module for item in items]
+    heads = head_modules(model, cfg)
+    counts = count_parameters(model)[""]
+    fps, memory = speed(model, items[0], cfg, args.repeat) if args.repeat else (None, None)
+    return Result(
+        name=path.stem,
+        parameters=counts.total,
+        trainable=counts.trainable,
+        gflops=fmean(cost[""] for cost in costs) / GIGA,
+        head_gflops=fmean(sum(cost.get(name, 0) for name in heads) for cost in costs) / GIGA if heads else None,
+        head=", ".join(heads) or None,
+        detections=detections,
+        regions=regions,
+        fps=fps,
+        memory=memory,
+    )
+
+
+def head_modules(model: nn.Module, cfg: CfgNode) -> list[str]:
+    """Names of the modules that make masks; none if the model makes none, or its method is not known here."""
+    patterns = HEADS.get(cfg.MODEL.META_ARCHITECTURE, ())
+    return [name for name, _ in model.named_modules() if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def force_detections(model: EffSeg, detections: int, queries: int) -> int | None:
+    """Have EffSeg detect a fixed number of pairs of query and class, of as many queries as said.
+
+    Random weights would otherwise decide how many queries the pairs are of, on which EffSeg's cost depends.
+
+    Returns:
+        how many masks are made for them: one a query, or one a pair where masks depend on the class; None without
+        masks.
+
+    Raises:
+        ValueError: the model has fewer queries.
+    """
+    available = model.detector.num_queries
+    if queries > available:
+        raise ValueError(f"{queries} regions are asked for, but the model has {available} queries: lower --regions")
+
+    def select(output: FQDetOutput, image: int) -> Detections:
+        boxes = output.boxes[image]
+        chosen = torch.arange(detections, device=boxes.device) % queries
+        labels = torch.arange(detections, device=boxes.device) // queries
+        scores = output.class_logits[image].sigmoid()[chosen, labels % (output.class_logits.shape[2] - 1)]
+        return Detections(chosen, labels % (output.class_logits.shape[2] - 1), scores, boxes[chosen])
+
+    model.select = select  # type: ignore[method-assign]
+    if model.mask_head is None:
+        return None
+    return detections if model.mask_head.per_class else queries
+
+
+def speed(model: nn.Module, item: Mapping[str, Any], cfg: CfgNode, repeat: int) -> tuple[float, float]:
+    """Images per second and MiB at the peak, for one image."""
+    device = torch.device(cfg.MODEL.DEVICE).type
+
+    @torch.no_grad()
+    def run() -> None:
+        model([item])
+
+    return 1e3 / median_time(run, device, repeat), peak_memory(run, device)
+
+
+COLUMNS: dict[str, Callable[[Result], str | None]] = {
+    "model": lambda r: r.name,
+    "source": lambda r: r.source,
+    "mask AP": lambda r: _number(r.ap, 1, 1),
+    "parameters (M)": lambda r: _number(r.parameters, MEGA, 2),
+    "trainable (M)": lambda r: _number(r.trainable, MEGA, 2 if r.source == "measured" else 1),
+    "GFLOPs": lambda r: _number(r.gflops, 1, 1),
+    "head GFLOPs": lambda r: _number(r.head_gflops, 1, 1),
+    "head": lambda r: r.head,
+    "detections": lambda r: _number(r.detections, 1, 0),
+    "regions": lambda r: _number(r.regions, 1, 0),
+    "images/s": lambda r: _number(r.fps, 1, 2),
+    "peak MiB": lambda r: _number(r.memory, 1, 0),
+}
+
+
+def _number(value: float | None, unit: float, digits: int) -> str | None:
+    return None if value is None else f"{value / unit:.{digits}f}"
+
+
+def table(results: Sequence[Result]) -> str:
+    """The rows in Markdown."""
+    rows = [
+        [MISSING if (cell := column(result)) is None else cell for column in COLUMNS.values()] for result in results
+    ]
+    return tabulate(rows, headers=list(COLUMNS), tablefmt="pipe", disable_numparse=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

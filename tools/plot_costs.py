@@ -1,0 +1,97 @@
+"""Draw AP against what models cost, a plot for every cost (EffSeg's Figure 4, for any models).
+
+    python tools/plot_costs.py RESULTS.json [...] --output FOLDER [--ap NAME=VALUE ...]
+
+Result files are those of compare_costs.py --json, with AP in the file or on the command line.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib.figure import Figure  # noqa: E402
+
+COSTS = {
+    "parameters": ("parameters (million)", 1e6),
+    "trainable": ("trained parameters (million)", 1e6),
+    "gflops": ("GFLOPs", 1.0),
+    "head_gflops": ("GFLOPs of the segmentation head", 1.0),
+    "fps": ("images per second", 1.0),
+    "memory": ("peak memory (MiB)", 1.0),
+}
+"""Fields of a result: label and unit."""
+MARKERS = "osD^vP*X"
+
+
+def read_points(paths: Sequence[str], ap: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The results of all files, with the AP of the command line where it names a measured one.
+
+    Raises:
+        ValueError: the command line names a model that no file measured, or a file holds no results.
+    """
+    points = []
+    for path in paths:
+        content = json.loads(Path(path).read_text())
+        if not isinstance(content, list) or not all(
+            isinstance(p, dict) and {"name", "source"} <= set(p) for p in content
+        ):
+            raise ValueError(f"{path} has no results: write it with tools/compare_costs.py --json")
+        points += content
+    measured = {point["name"] for point in points if point["source"] == "measured"}
+    if unknown := sorted(set(ap) - measured):
+        raise ValueError(f"--ap names {unknown}, but the files measured {sorted(measured)}")
+    return [{**p, "ap": ap[p["name"]]} if p["source"] == "measured" and p["name"] in ap else p for p in points]
+
+
+def draw(points: Sequence[Mapping[str, Any]], cost: str) -> Figure | None:
+    """AP against a cost, with a marker for each source; None if no point has both."""
+    points = [point for point in points if point.get("ap") is not None and point.get(cost) is not None]
+    if not points:
+        return None
+    label, unit = COSTS[cost]
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for marker, source in zip(MARKERS, dict.fromkeys(point["source"] for point in points)):
+        members = [point for point in points if point["source"] == source]
+        x, y = [point[cost] / unit for point in members], [point["ap"] for point in members]
+        axes.scatter(x, y, marker=marker, label=source)
+        for left, bottom, point in zip(x, y, members):
+            axes.annotate(point["name"], (left, bottom), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.margins(0.2)
+    axes.set_xlabel(label)
+    axes.set_ylabel("mask AP")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read, draw, write; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", metavar="FILE", help="of compare_costs.py --json")
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where plots are written")
+    parser.add_argument("--ap", nargs="+", default=[], metavar="NAME=VALUE", help="mask AP of measured models")
+    args = parser.parse_args(arguments)
+    try:
+        points = read_points(args.files, {name: float(value) for name, _, value in (a.partition("=") for a in args.ap)})
+    except ValueError as error:
+        parser.error(str(error))
+    figures = {cost: figure for cost in COSTS if (figure := draw(points, cost)) is not None}
+    if not figures:
+        parser.error('no result has an AP: give it with --ap NAME=VALUE, or as "ap" in the file')
+    args.output.mkdir(parents=True, exist_ok=True)
+    for cost, figure in figures.items():
+        path = args.output / f"ap_against_{cost}.png"
+        figure.savefig(path, dpi=150)
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
