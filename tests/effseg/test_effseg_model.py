@@ -10,6 +10,7 @@ from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from querymask.common.masks import instance_masks
+from querymask.effseg.criterion import Matches
 from querymask.effseg.masks import paste_and_resize
 from querymask.effseg.regions import Regions, RegionTargets, SegmentationHead, pool_regions
 
@@ -228,3 +229,37 @@ def test_no_regions(make_model: MakeModel, make_batch: MakeBatch) -> None:
 def test_errors(make_cfg: MakeCfg, overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_model(make_cfg(**overrides))
+
+
+# ---- A bounded number of regions in training ----------------------------------------------------------------------
+
+
+def test_limited_matches() -> None:
+    """A random choice, in order, each match whole; no limit where it is 0 or not reached."""
+    query = torch.arange(50)
+    matches = Matches(query // 10, query, query + 100)
+    for number in (0, 50, 51):
+        assert matches.limit(number) is matches
+    torch.manual_seed(0)
+    choices = [matches.limit(7) for _ in range(200)]
+    for kept in choices:
+        assert len(kept.query) == 7 and (kept.query.diff() > 0).all()
+        assert torch.equal(kept.image, kept.query // 10) and torch.equal(kept.target, kept.query + 100)
+    counts = torch.cat([kept.query for kept in choices]).bincount(minlength=50)
+    assert 10 < counts.min() and counts.max() < 60  # 28 on average, with a standard deviation of 5
+
+
+def test_limited_regions(make_model: MakeModel, make_batch: MakeBatch) -> None:
+    """MAX_TRAIN_REGIONS bounds what the head gets, and leaves the detector's losses as they are."""
+    losses, given = [], []
+    for number in (0, 2):
+        model = make_model(MAX_TRAIN_REGIONS=number)
+        model.mask_head = head = Recorder(False)
+        losses.append(model(make_batch([3, 2])))
+        given.append(head.calls[0][2:])
+    (every, targets), (chosen, chosen_targets) = given
+    assert len(every) > len(chosen) == len(chosen_targets.index) == 2
+    assert all(torch.equal(losses[0][name], losses[1][name]) for name in DETECTOR_LOSSES)
+    for box, image, index in zip(chosen.boxes, chosen.images, chosen_targets.index):
+        same = (every.boxes == box).all(1) & (every.images == image) & (targets.index == index)
+        assert same.any()
