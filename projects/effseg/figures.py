@@ -17,7 +17,7 @@ from querymask.effseg.heads.effseg import EffSegHead, assemble_masks
 from querymask.effseg.masks import THRESHOLD, paste_probabilities
 from querymask.effseg.regions import ROI_SIZE
 
-OPACITY = 0.5
+OPACITY = 0.6
 MIN_GRID = 5  # pixels: lines between smaller cells would hide the image
 
 
