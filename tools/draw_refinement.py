@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=8, help="images of the test set (default: 8)")
     parser.add_argument("--score-threshold", type=float, default=0.3, help="least score of an object (default: 0.3)")
     parser.add_argument("--width", type=int, default=0, help="reduce pictures to this width (default: as drawn)")
+    parser.add_argument("--quality", type=int, default=92, help="of the JPEG files, from 1 to 95 (default: 92)")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
     args = parser.parse_intermixed_args()
     cfg = querymask.get_cfg()
@@ -49,7 +50,7 @@ def main() -> None:
         if 0 < args.width < picture.shape[1]:
             size = (args.width, round(picture.shape[0] * args.width / picture.shape[1]))
             picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
-        write_image(Path(args.output) / f"{Path(file).stem}.jpg", picture)
+        write_image(Path(args.output) / f"{Path(file).stem}.jpg", picture, args.quality)
     print(f"pictures are in {args.output}")
 
 

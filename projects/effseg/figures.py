@@ -17,7 +17,7 @@ from querymask.effseg.heads.effseg import EffSegHead, assemble_masks
 from querymask.effseg.masks import THRESHOLD, paste_probabilities
 from querymask.effseg.regions import ROI_SIZE
 
-OPACITY = 0.5
+OPACITY = 0.6
 MIN_GRID = 5  # pixels: lines between smaller cells would hide the image
 
 
@@ -116,7 +116,7 @@ def draw_active_cells(image: np.ndarray, boxes: Tensor, active: Tensor) -> np.nd
             first = (np.diff(rows, prepend=rows[0]) > 0)[:, None] | (np.diff(columns, prepend=columns[0]) > 0)
             window[inside & first] = (0.6 * window[inside & first]).astype(np.uint8)
         corners = [(int(xs[i]), int(ys[i])) for i in (0, -1)]
-        cv2.rectangle(canvas, *corners, class_colour(index), 1, cv2.LINE_AA)
+        cv2.rectangle(canvas, *corners, class_colour(index))
     return canvas
 
 
