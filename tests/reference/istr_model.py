@@ -1,12 +1,54 @@
-"""The official weights of ISTR's reference cases."""
+"""What the tests against ISTR's official implementations share: settings, weights, targets, comparison of masks."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from cases import fixture, load_document
+from cases import fixture, load_document, load_manifest
+from detectron2.config import CfgNode
+from detectron2.structures import BitMasks, Boxes, Instances
+
+import querymask
+
+# Official name -> project's name of a loss
+LOSSES = {
+    "loss_ce": "loss_ce",
+    "loss_bbox": "loss_bbox",
+    "loss_giou": "loss_giou",
+    "loss_feat": "loss_vector",
+    "loss_dice": "loss_dice",
+}
+CODINGS = {"PCA": "pca", "DCT": "dct", "AE": "autoencoder", "SMT": "autoencoder", "SMT (autoencoder)": "autoencoder"}
+# Setting -> config key, for settings whose values are the project's too
+SETTINGS = {
+    "num_proposals": "NUM_QUERIES",
+    "num_queries": "NUM_QUERIES",
+    "num_stages": "NUM_STAGES",
+    "embedding_dim": "VECTOR_LENGTH",
+    "mask_size": "MASK_SIZE",
+    "num_classes": "NUM_CLASSES",
+    "use_image_feature": "USE_IMAGE_FEATURE",
+    "image_feature": "USE_IMAGE_FEATURE",
+    "deep_supervision": "DEEP_SUPERVISION",
+}
+# Names that the two switches of table 1e may have: pooling of the image feature, and the position embedding
+POOLING_NAME = r"(image_|feature_|image_feature_|query_|spatial_)?pool(ing)?(_type)?"
+POSITION_NAME = r"(use_|with_)?pos(ition)?(al)?(_embed(ding)?s?)?"
+POOLING = {"max": "max", "maximum": "max", "avg": "mean", "average": "mean", "mean": "mean"}
+V2 = {
+    "MASK_HEAD": "convolution",
+    "MASK_TARGET": "predicted",
+    "FIRST_SCORED_STAGE": 2,
+    "VECTOR_LOSS": "smooth_l1",
+    "VECTOR_WEIGHT": 1.0,
+    "DICE_WEIGHT": 5.0,
+    "COST_MASK": 1.0,
+    "PASTE_THRESHOLD": 0.45,
+}
 
 
 @contextmanager
@@ -73,3 +115,87 @@ def official_value(key: str, shape: Sequence[int], dct: bool = False) -> torch.T
         if re.search(pattern, key) and (dct or not only_dct):
             value = change(value)
     return torch.from_numpy(np.ascontiguousarray(value))
+
+
+def configure(settings: Mapping[str, Any]) -> CfgNode:
+    """The project's config for the official settings; a setting without counterpart fails by name."""
+    cfg = querymask.get_cfg()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.META_ARCHITECTURE = "ISTR"
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    cfg.MODEL.FPN.IN_FEATURES = cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
+    istr = cfg.MODEL.ISTR
+    istr.LABEL_NOISE = False  # u = 0.5
+    for name, value in settings.items():
+        if name == "release":
+            assert value in ("paper", "v2"), f"unknown release {value}"
+            if value == "v2":
+                for key, changed in V2.items():
+                    istr[key] = changed
+            cfg.MODEL.BACKBONE.FREEZE_AT = 2 if value == "paper" else 0
+        elif name == "backbone_depth":
+            cfg.MODEL.RESNETS.DEPTH = value
+        elif name == "mask_encoding":
+            assert value in CODINGS, f"unknown mask encoding {value}"
+            istr.MASK_CODING = CODINGS[value]
+        elif re.fullmatch(POOLING_NAME, name):
+            assert value in POOLING, f"unknown pooling {value}"
+            istr.QUERY_POOLING = POOLING[value]
+        elif name in SETTINGS or re.fullmatch(POSITION_NAME, name):
+            key = SETTINGS.get(name, "USE_POSITION")
+            assert isinstance(value, type(istr[key])), f"{name} = {value!r}"
+            istr[key] = value
+        else:
+            pytest.fail(f"the case has a setting that the project does not know: {name} = {value}")
+    return cfg
+
+
+def official_shapes(cfg: CfgNode) -> dict[str, list[int]]:
+    """Keys and shapes of the official checkpoint for a config: a stored one, with what depends on the sizes adapted."""
+    istr = cfg.MODEL.ISTR
+    if istr.MASK_HEAD == "vector":
+        name = {50: "checkpoint.json", 101: "checkpoint_r101.json"}[cfg.MODEL.RESNETS.DEPTH]
+    else:
+        assert cfg.MODEL.RESNETS.DEPTH == 50, "no checkpoint of that depth is stored"
+        kind = {"pca": "pca", "dct": "dct", "autoencoder": "smt"}[istr.MASK_CODING]
+        name = f"checkpoint_v2_{kind}_r50.json"
+    shapes = dict(load_manifest("istr", name))
+    for key, shape in list(shapes.items()):
+        parts = key.split(".")
+        if key == "pos_embeddings.weight" and not istr.USE_POSITION:
+            del shapes[key]
+        elif key.startswith("head.head_series.") and int(parts[2]) >= istr.NUM_STAGES:
+            del shapes[key]
+        elif key in ("pos_embeddings.weight", "init_proposal_boxes.weight"):
+            shapes[key] = [istr.NUM_QUERIES, *shape[1:]]
+        elif "class_logits" in parts:
+            shapes[key] = [istr.NUM_CLASSES, *shape[1:]]
+        elif "mask_logits" in parts or key == "mask_encoding.explained_variances":
+            shapes[key] = [istr.VECTOR_LENGTH, *shape[1:]]
+        elif key == "mask_encoding.components":
+            shapes[key] = [istr.VECTOR_LENGTH, istr.MASK_SIZE**2]
+    missing = {f"head.head_series.{stage}" for stage in range(istr.NUM_STAGES)} - {
+        ".".join(key.split(".")[:3]) for key in shapes
+    }
+    for prefix in missing:
+        for key, shape in list(shapes.items()):
+            if key.startswith("head.head_series.0."):
+                shapes[key.replace("head.head_series.0", prefix)] = shape
+    return shapes
+
+
+def make_targets(seed: int, size: tuple[int, int], count: int, num_classes: int) -> Instances:
+    labels, masks, boxes = fixture().targets(seed, *size, count, num_classes)
+    instances = Instances(size)
+    instances.gt_boxes = Boxes(torch.zeros(len(boxes), 4))
+    instances.gt_boxes.tensor = torch.from_numpy(boxes)  # the constructor would make it float32
+    instances.gt_classes = torch.from_numpy(labels)
+    instances.gt_masks = BitMasks(torch.from_numpy(masks))
+    return instances
+
+
+def check_masks(masks: np.ndarray, truth: np.ndarray, name: str) -> None:
+    """Equal but for at most one pixel a mask, which may lie at the threshold."""
+    different = (masks != truth).sum((1, 2))
+    assert different.max(initial=0) <= 1 and different.sum() <= 2, f"{name}: {different}"
