@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from tiny_configs import tiny_config
 from tool_loader import load_tool
 
 from querymask.common.flops import count_parameters
@@ -16,22 +16,6 @@ from querymask.common.solver import build_lr_scheduler, build_optimizer
 zoo = load_tool("make_model_zoo")
 LEAVES = {leaf.name: leaf for leaf in zoo.find_leaves() if leaf.method == "isda"}
 COCO_LEAVES = {name: leaf for name, leaf in LEAVES.items() if "shapes" not in name}
-# Everything that makes a model slow, and nothing that makes it the model of its row
-REDUCED = {
-    "MODEL.DEVICE": "cpu",
-    "MODEL.WEIGHTS": "",
-    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
-    "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
-    "MODEL.ISDA.NUM_CLASSES": 5,
-    "MODEL.ISDA.NUM_QUERIES": 12,
-    "MODEL.ISDA.HIDDEN_DIM": 64,
-    "MODEL.ISDA.NUM_HEADS": 4,
-    "MODEL.ISDA.ENC_LAYERS": 1,
-    "MODEL.ISDA.DEC_LAYERS": 2,
-    "MODEL.ISDA.DIM_FEEDFORWARD": 32,
-    "MODEL.ISDA.MASK_FEATURE_DIM": 64,
-}
 
 # Values of a R50 model, batch norms' affine parameters (53,120, frozen) included, as measured on the release
 FROZEN_NORMS = 53_120
@@ -62,17 +46,11 @@ def size(module: torch.nn.Module) -> tuple[int, int]:
     return counts.total, counts.trainable
 
 
-def reduced_config(name: str) -> CfgNode:
-    cfg = LEAVES[name].config()
-    cfg.merge_from_list([item for pair in REDUCED.items() for item in pair])
-    return cfg
-
-
 @pytest.mark.parametrize("name", LEAVES)
 def test_training_step(name: str, make_batch: Callable[..., list[dict[str, Any]]]) -> None:
     """The losses reach every trained parameter, and one step of the row's optimiser changes all."""
     torch.manual_seed(0)
-    cfg = reduced_config(name)
+    cfg = tiny_config(f"isda/{name}")
     model = build_model(cfg).train()
     optimizer = build_optimizer(cfg, model)
     scheduler = build_lr_scheduler(cfg, optimizer)
@@ -92,7 +70,7 @@ def test_training_step(name: str, make_batch: Callable[..., list[dict[str, Any]]
 @pytest.mark.parametrize("name", LEAVES)
 def test_inference(name: str, make_batch: Callable[..., list[dict[str, Any]]]) -> None:
     torch.manual_seed(0)
-    cfg = reduced_config(name)
+    cfg = tiny_config(f"isda/{name}")
     model = build_model(cfg).eval()
     with torch.no_grad():
         (result,) = model([{**make_batch([0], [(64, 90)])[0], "height": 32, "width": 45}])

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from tiny_configs import tiny_config
 from tool_loader import load_tool
 
 from querymask.common.flops import count_parameters
@@ -19,26 +19,6 @@ LEAVES = {leaf.name: leaf for leaf in zoo.find_leaves() if leaf.method == "istr"
 # Other schedules, each with a test of its own
 OTHER = {"istr_v2_smt_swin_l_lsj_50ep", "istr_v2_smt_swin_l_lsj_100ep", "istr_v2_smt_r50_cityscapes"}
 OWN = {name for name in LEAVES if name.startswith("istr_shapes")}  # on other data than COCO
-# Everything that makes a model slow, and nothing that makes it the model of its row
-REDUCED = {
-    "MODEL.DEVICE": "cpu",
-    "MODEL.WEIGHTS": "",
-    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
-    "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
-    "MODEL.SWIN.EMBED_DIM": 8,
-    "MODEL.SWIN.DEPTHS": [2, 2, 2, 2],
-    "MODEL.SWIN.NUM_HEADS": [1, 2, 4, 8],
-    "MODEL.SWIN.WINDOW_SIZE": 4,
-    "MODEL.SWIN.DROP_PATH_RATE": 0.0,
-    "MODEL.FPN.OUT_CHANNELS": 16,
-    "MODEL.ISTR.NUM_CLASSES": 5,
-    "MODEL.ISTR.NUM_QUERIES": 6,
-    "MODEL.ISTR.HIDDEN_DIM": 16,
-    "MODEL.ISTR.NUM_HEADS": 4,
-    "MODEL.ISTR.DIM_FEEDFORWARD": 24,
-    "MODEL.ISTR.DIM_DYNAMIC": 4,
-}
 # All parameters and trained ones with 80 classes, those of the backbone that are trained, of the head, of a stage,
 # and entries of the state dict, as measured on the releases
 PUBLISHED_SIZES = {
@@ -79,18 +59,11 @@ def batch(make_batch: Callable[..., list[dict[str, Any]]]) -> list[dict[str, Any
     return make_batch([2, 0], [(64, 96), (80, 50)])
 
 
-def reduced_config(name: str) -> CfgNode:
-    cfg = LEAVES[name].config()
-    for key, value in REDUCED.items():
-        cfg.merge_from_list([key, value])
-    return cfg
-
-
 @pytest.mark.parametrize("name", LEAVES)
 def test_training_step_and_inference(name: str, make_batch: Any, give_basis: Any) -> None:
     """One step of the row's optimiser changes every trained parameter and no other; then the model detects."""
     torch.manual_seed(0)
-    cfg = reduced_config(name)
+    cfg = tiny_config(f"istr/{name}")
     cfg.SOLVER.WARMUP_ITERS = 0
     model = build_model(cfg).train()
     give_basis(model.coding)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from detectron2.structures import ImageList
 from torch import nn
 
 from querymask.common.mask_coding import MissingBasisError
@@ -241,3 +242,31 @@ ERRORS = {
 def test_errors_of_the_config(make_cfg: MakeCfg, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         build_model(make_cfg(**ERRORS[message]))
+
+
+class Network(nn.Module):
+    """Normalised images (B, 3, H, W) of one size -> logits, boxes and mask vectors of the last stage."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        outputs = self.model.predict(ImageList(images, [tuple(images.shape[-2:])] * len(images)))
+        queries = torch.arange(self.model.num_queries, device=images.device)
+        code = outputs.mask_code(-1, torch.zeros_like(queries), queries)
+        return outputs.logits[-1], outputs.boxes[-1], code.vectors
+
+
+def test_export(make_model: MakeModel) -> None:
+    """The exported program gives what eager execution gives, also on other pixels."""
+    network = Network(make_model().eval())
+    generator = torch.Generator().manual_seed(0)
+    example, image = torch.randn(2, 1, 3, 64, 96, generator=generator)
+    program = torch.export.export(network, (example,)).module()
+    with torch.no_grad():
+        outputs = program(image)
+        for actual, expected in zip(outputs, network(image), strict=True):
+            assert actual.shape == expected.shape
+            assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(outputs[0], program(example)[0])

@@ -9,6 +9,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
+from tiny_configs import tiny_config
 from tool_loader import load_tool
 
 from querymask.common.flops import count_parameters
@@ -24,27 +25,6 @@ OWN = {
     "deformable_detr_shapes",
 }  # this project's, on other data than COCO
 COCO_LEAVES = {name: leaf for name, leaf in LEAVES.items() if name not in OWN}
-NUM_CLASSES = 5
-NUM_QUERIES = 12
-# Everything that makes a model slow, and nothing that makes it the model of its row
-REDUCED = {
-    "MODEL.DEVICE": "cpu",
-    "MODEL.WEIGHTS": "",
-    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
-    "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
-    "MODEL.SWIN.EMBED_DIM": 8,
-    "MODEL.SWIN.DEPTHS": [2, 2, 2, 2],
-    "MODEL.SWIN.NUM_HEADS": [1, 2, 4, 8],
-    "MODEL.SWIN.DROP_PATH_RATE": 0.0,
-    "MODEL.SOLQ.NUM_CLASSES": NUM_CLASSES,
-    "MODEL.SOLQ.NUM_QUERIES": NUM_QUERIES,
-    "MODEL.SOLQ.HIDDEN_DIM": 32,
-    "MODEL.SOLQ.NUM_HEADS": 4,
-    "MODEL.SOLQ.ENC_LAYERS": 1,
-    "MODEL.SOLQ.DIM_FEEDFORWARD": 32,
-    "MODEL.SOLQ.VECTOR_HIDDEN_DIM": 32,
-}
 
 # Parameters with 91 classes, in all and trained, as measured on the release
 PUBLISHED_SIZES = {
@@ -77,17 +57,6 @@ def size(module: torch.nn.Module) -> tuple[int, int]:
     return counts.total, counts.trainable
 
 
-def reduced_config(name: str) -> CfgNode:
-    cfg = LEAVES[name].config()
-    for key, value in REDUCED.items():
-        cfg.merge_from_list([key, value])
-    if cfg.MODEL.SOLQ.MASK_BRANCH == "sqr":  # the least that its mask head can have
-        cfg.MODEL.SOLQ.HIDDEN_DIM, cfg.MODEL.SOLQ.NUM_HEADS = 128, 8
-        # Clipped together with those of a detector of random weights, its gradients would be below AdamW's epsilon
-        cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1e6
-    return cfg
-
-
 def batch() -> list[dict[str, Any]]:
     """Two images of different size, the second without instances."""
     generator = torch.Generator().manual_seed(0)
@@ -109,7 +78,7 @@ def batch() -> list[dict[str, Any]]:
 def test_training_step(name: str) -> None:
     """The losses of the row are there, reach every trained parameter, and one step of its optimiser changes all."""
     torch.manual_seed(0)
-    cfg = reduced_config(name)
+    cfg = tiny_config(f"solq/{name}")
     model = build_model(cfg).train()
     fill_missing_bases(model)
     for head in (module for module in model.modules() if isinstance(module, torch.nn.Linear)):
@@ -149,19 +118,20 @@ def expected_losses(cfg: CfgNode) -> set[str]:
 @pytest.mark.parametrize("name", LEAVES)
 def test_inference(name: str) -> None:
     torch.manual_seed(0)
-    cfg = reduced_config(name)
+    cfg = tiny_config(f"solq/{name}")
     model = build_model(cfg).eval()
     fill_missing_bases(model)
     inputs = [{key: value for key, value in item.items() if key != "instances"} for item in batch()]
     with torch.no_grad():
         results = [output["instances"] for output in model(inputs)]
     for item, instances in zip(inputs, results, strict=True):
-        count = min(cfg.TEST.DETECTIONS_PER_IMAGE, NUM_QUERIES * NUM_CLASSES)
+        solq = cfg.MODEL.SOLQ
+        count = min(cfg.TEST.DETECTIONS_PER_IMAGE, solq.NUM_QUERIES * solq.NUM_CLASSES)
         assert len(instances) == count
         assert instances.image_size == (item["height"], item["width"])
         assert torch.isfinite(instances.pred_boxes.tensor).all()
         assert (instances.scores.diff() <= 0).all() and instances.scores.min() > 0
-        assert instances.pred_classes.max() < NUM_CLASSES
+        assert instances.pred_classes.max() < solq.NUM_CLASSES
         assert instances.has("pred_masks") == cfg.MODEL.SOLQ.MASK_ON
         if cfg.MODEL.SOLQ.MASK_ON:
             assert instances.pred_masks.dtype == torch.bool
