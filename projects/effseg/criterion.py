@@ -16,6 +16,7 @@ from torchvision.ops import box_iou
 
 from querymask.common.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from querymask.common.losses import sigmoid_focal_loss
+from querymask.common.precision import full_precision
 from querymask.effseg.anchors import encode_deltas
 from querymask.effseg.fqdet import FQDetOutput
 
@@ -169,6 +170,7 @@ class FQDetCriterion(nn.Module):
     def _class_loss(
         self, logits: Tensor, matches: Matches, classes: Tensor, predicted: Tensor, targets: Tensor
     ) -> Tensor:
+        logits = full_precision(logits)
         wanted = torch.zeros_like(logits)
         wanted[..., -1] = 1
         wanted[matches.image, matches.query, -1] = 0

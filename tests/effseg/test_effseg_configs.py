@@ -184,10 +184,9 @@ def test_published_optimiser(name: str) -> None:
     assert not rates
     slow = {name for name in found if name.startswith("backbone.") or "sampling_offsets" in name}
     assert found == {name: pytest.approx(1e-5 if name in slow else 1e-4) for name in found}
-    layers = 2 * (
-        cfg.MODEL.EFFSEG.DEC_LAYERS + (cfg.MODEL.EFFSEG.ENC_LAYERS if "deform" in cfg.MODEL.EFFSEG.NECK else 0)
-    )
-    assert sum("offset" in name for name in found) == layers  # weight and bias of each
+    effseg = cfg.MODEL.EFFSEG
+    layers = effseg.DEC_LAYERS + (effseg.ENC_LAYERS if effseg.NECK == "deform_encoder" else 0)
+    assert sum("offset" in name for name in found) == 2 * layers  # weight and bias of each
 
 
 # Entries of MODEL.EFFSEG that the row has, where they differ from the paper's model

@@ -67,7 +67,7 @@ def test_inference(make_model: MakeModel, make_batch: MakeBatch, form: str) -> N
             assert instances.pred_masks.flatten(1).any(1).all()
 
 
-@pytest.mark.parametrize("form", ["paper", "Mask R-CNN", "PointRend", "RefineMask", "deformable encoder"])
+@pytest.mark.parametrize("form", ["paper", "release", "Mask R-CNN", "PointRend", "RefineMask", "deformable encoder"])
 def test_autocast(make_model: MakeModel, make_batch: MakeBatch, form: str) -> None:
     """Losses in bfloat16 are near those in float32, and detection works."""
     results = []
