@@ -1,6 +1,6 @@
 """Draw where an EffSeg refines its masks, stage by stage (Figure 1 of the paper), and the masks after every stage.
 
-    python tools/draw_refinement.py --config-file CONFIG --output FOLDER [--images FILE ...] MODEL.WEIGHTS FILE
+    python tools/draw_refinement.py --config-file CONFIG [--images FILE ...] --output FOLDER MODEL.WEIGHTS FILE
 
 Without --images, the first images of DATASETS.TEST are drawn.
 """
