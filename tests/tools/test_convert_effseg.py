@@ -28,8 +28,9 @@ PUBLISHED = {
     ("checkpoint_heads", "pointrend"): ("pointrend_v2_r50", "PointRend++ on FQDetV2"),
     ("checkpoint_heads", "refinemask"): ("refine_mask_v2_r50", "RefineMask++ on FQDetV2"),
 }
+# Of the segmentation heads
 CLASS_LAYERS = {
-    "effseg_v2_r50": {"detector.class_head.0"},
+    "effseg_v2_r50": set(),
     "mask_rcnn_v2_r50": {"mask_head.layers.classifier"},
     "pointrend_v2_r50": {
         "mask_head.coarse_layers.classifier",
@@ -74,7 +75,8 @@ def shapes_of(cfg: CfgNode) -> dict[str, torch.Size]:
 
 def test_every_published_file_is_tested() -> None:
     assert {path.stem for path in GOLDEN.glob("checkpoint*.json")} == {name for name, _ in PUBLISHED}
-    assert set(manifest("checkpoint_heads")) == {entry for _, entry in PUBLISHED if entry}
+    heads = {entry for _, entry in PUBLISHED if entry} | {"conv"}  # EffSeg's with another module, of no published file
+    assert set(manifest("checkpoint_heads")) == heads
 
 
 @pytest.mark.parametrize("file", PUBLISHED)
