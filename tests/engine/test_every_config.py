@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
 from mask_bases import give_basis
-from tiny_configs import LEAVES, NUM_CLASSES, tiny_config
+from tiny_configs import LEAVES, NUM_CLASSES, tiny_config, zoo
 
 from querymask.common.evaluation import InstanceEvaluator
 from querymask.common.solver import build_lr_scheduler, build_optimizer
@@ -55,6 +55,7 @@ def test_train_detect_evaluate(
     cfg.SOLVER.WARMUP_ITERS = 0  # whose first steps may be of length zero
     model = build_model(cfg).train()
     give_basis(getattr(model, "coding", None))
+    zoo.prepare_for_measurement(model)  # boxes stay in the image
     optimizer = build_optimizer(cfg, model)
     scheduler = build_lr_scheduler(cfg, optimizer)
     before = [parameter.detach().clone() for parameter in model.parameters()]

@@ -61,7 +61,7 @@ REDUCED: dict[str, dict[str, Any]] = {
         "MODEL.EFFSEG.ENC_DIM_FEEDFORWARD": 24,
         "MODEL.EFFSEG.REFINEMENTS": 300,
         "MODEL.EFFSEG.MAX_TRAIN_REGIONS": 4,
-        "TEST.DETECTIONS_PER_IMAGE": 6,
+        "TEST.DETECTIONS_PER_IMAGE": 9,
     },
 }
 
