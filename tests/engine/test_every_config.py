@@ -58,8 +58,8 @@ def test_train_detect_evaluate(
     give_basis(getattr(model, "coding", None))
     zoo.prepare_for_measurement(model)  # boxes stay in the image
     for key, parameter in model.named_parameters():  # EffSeg leaves out detections whose mask is empty
-        if re.search(r"mask_head\.(segmentation\.\d\.2|.*classifiers?(\.\d)?)\.bias", key):
-            torch.nn.init.constant_(parameter, 4)
+        if re.search(r"mask_head\.(segmentation\.\d\.2|.*classifiers?(\.\d)?)\.(weight|bias)$", key):
+            torch.nn.init.constant_(parameter, 4 if key.endswith("bias") else 1e-3)
     optimizer = build_optimizer(cfg, model)
     scheduler = build_lr_scheduler(cfg, optimizer)
     before = [parameter.detach().clone() for parameter in model.parameters()]
