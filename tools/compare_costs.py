@@ -25,7 +25,7 @@ from analyze_model import GIGA, MEGA, inputs
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from make_model_zoo import MISSING, prepare_for_measurement
+from make_model_zoo import MISSING, force_detections, prepare_for_measurement
 from tabulate import tabulate
 from torch import nn
 
@@ -33,7 +33,6 @@ from querymask.common.engine import choose_device
 from querymask.common.flops import count_parameters, measure
 from querymask.common.measuring import machine, median_time, peak_memory
 from querymask.effseg.effseg import EffSeg
-from querymask.effseg.fqdet import Detections, FQDetOutput
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPERS = Path(__file__).resolve().parent / "paper_costs"
@@ -192,35 +191,6 @@ def head_modules(model: nn.Module, cfg: CfgNode) -> list[str]:
     """Names of the modules that make masks; none if the model makes none, or its method is not known here."""
     patterns = HEADS.get(cfg.MODEL.META_ARCHITECTURE, ())
     return [name for name, _ in model.named_modules() if any(fnmatchcase(name, pattern) for pattern in patterns)]
-
-
-def force_detections(model: EffSeg, detections: int, queries: int) -> int | None:
-    """Have EffSeg detect a fixed number of pairs of query and class, of as many queries as said.
-
-    Random weights would otherwise decide how many queries the pairs are of, on which EffSeg's cost depends.
-
-    Returns:
-        how many masks are made for them: one a query, or one a pair where masks depend on the class; None without
-        masks.
-
-    Raises:
-        ValueError: the model has fewer queries.
-    """
-    available = model.detector.num_queries
-    if queries > available:
-        raise ValueError(f"{queries} regions are asked for, but the model has {available} queries: lower --regions")
-
-    def select(output: FQDetOutput, image: int) -> Detections:
-        boxes = output.boxes[image]
-        chosen = torch.arange(detections, device=boxes.device) % queries
-        labels = torch.arange(detections, device=boxes.device) // queries
-        scores = output.class_logits[image].sigmoid()[chosen, labels % (output.class_logits.shape[2] - 1)]
-        return Detections(chosen, labels % (output.class_logits.shape[2] - 1), scores, boxes[chosen])
-
-    model.select = select  # type: ignore[method-assign]
-    if model.mask_head is None:
-        return None
-    return detections if model.mask_head.per_class else queries
 
 
 def speed(model: nn.Module, item: Mapping[str, Any], cfg: CfgNode, repeat: int) -> tuple[float, float]:

@@ -29,6 +29,8 @@ from torch import nn
 
 from querymask.common.flops import count_parameters, measure
 from querymask.common.mask_coding import fill_missing_bases
+from querymask.effseg.effseg import EffSeg
+from querymask.effseg.fqdet import Detections, FQDetOutput
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "docs" / "model_zoo.md"
@@ -44,7 +46,7 @@ Written by `tools/make_model_zoo.py` from the configs; change those and run it a
 A row is a config, with the row of the paper that it stands for. **AP in the column "Paper" is the authors', with their
 own code; it was not measured here.** "Measured here" holds what this project reached itself. Parameters, with the data
 set's own number of classes and without frozen batch norms, are measured, and so are GFLOPs: multiply-adds of inference
-on one image of {HEIGHT}x{WIDTH}.
+on one image of {HEIGHT}x{WIDTH}, those of EffSeg with as many different queries as detections.
 """
 
 USAGE = """## Training and evaluation
@@ -170,6 +172,8 @@ def measure_gflops(leaves: Sequence[Leaf]) -> Iterator[tuple[str, str]]:
             torch.manual_seed(0)
             model = build_model(cfg)
             prepare_for_measurement(model)
+            if isinstance(model, EffSeg):
+                force_detections(model, cfg.TEST.DETECTIONS_PER_IMAGE, cfg.TEST.DETECTIONS_PER_IMAGE)
             cost = measure(model, {"image": pixels, "height": HEIGHT, "width": WIDTH})
             by_network[network] = f"{cost.flops_by_module[''] / 1e9:.1f}"
         yield leaf.name, by_network[network]
@@ -184,6 +188,35 @@ def prepare_for_measurement(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if "bboxes_delta" in name:
             nn.init.zeros_(parameter)
+
+
+def force_detections(model: EffSeg, detections: int, queries: int) -> int | None:
+    """Have EffSeg detect a fixed number of pairs of query and class, of as many queries as said.
+
+    Random weights would otherwise decide how many queries the pairs are of, on which EffSeg's cost depends.
+
+    Returns:
+        how many masks are made for them: one a query, or one a pair where masks depend on the class; None without
+        masks.
+
+    Raises:
+        ValueError: the model has fewer queries.
+    """
+    available = model.detector.num_queries
+    if queries > available:
+        raise ValueError(f"{queries} regions are asked for, but the model has {available} queries: lower --regions")
+
+    def select(output: FQDetOutput, image: int) -> Detections:
+        boxes = output.boxes[image]
+        chosen = torch.arange(detections, device=boxes.device) % queries
+        labels = torch.arange(detections, device=boxes.device) // queries
+        scores = output.class_logits[image].sigmoid()[chosen, labels % (output.class_logits.shape[2] - 1)]
+        return Detections(chosen, labels % (output.class_logits.shape[2] - 1), scores, boxes[chosen])
+
+    model.select = select  # type: ignore[method-assign]
+    if model.mask_head is None:
+        return None
+    return detections if model.mask_head.per_class else queries
 
 
 def row(leaf: Leaf, gflops: str) -> tuple[str, ...]:
