@@ -7,9 +7,8 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from tiny_models import tiny_cfg
 from torch import nn
-
-from querymask import get_cfg
 
 
 @pytest.fixture
@@ -17,16 +16,6 @@ def make_cfg() -> Callable[..., CfgNode]:
     """Function (keys of MODEL.ISDA) that gives the config of a tiny model with all parts."""
 
     def make(**overrides: Any) -> CfgNode:
-        cfg = get_cfg()
-        cfg.MODEL.DEVICE = "cpu"
-        cfg.MODEL.META_ARCHITECTURE = "ISDA"
-        cfg.MODEL.WEIGHTS = ""
-        cfg.MODEL.BACKBONE.NAME = "build_basic_resnet_backbone"
-        cfg.MODEL.BACKBONE.FREEZE_AT = 0
-        cfg.MODEL.RESNETS.DEPTH = 18
-        cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 8
-        cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
-        cfg.TEST.DETECTIONS_PER_IMAGE = 9
         settings = {
             "NUM_CLASSES": 5,
             "NUM_QUERIES": 6,
@@ -39,10 +28,7 @@ def make_cfg() -> Callable[..., CfgNode]:
             "MASK_FEATURE_DIM": 64,
             **overrides,
         }
-        for key, value in settings.items():
-            assert key in cfg.MODEL.ISDA, f"MODEL.ISDA has no key {key}"
-            cfg.MODEL.ISDA[key] = value
-        return cfg
+        return tiny_cfg("ISDA", ["res2", "res3", "res4", "res5"], settings)
 
     return make
 

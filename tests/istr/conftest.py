@@ -8,9 +8,9 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from mask_bases import give_basis
+from tiny_models import tiny_cfg
 from torch import nn
 
-from querymask import get_cfg
 from querymask.common.mask_coding import MaskCoding
 
 
@@ -19,17 +19,6 @@ def make_cfg() -> Callable[..., CfgNode]:
     """Function (keys of MODEL.ISTR) that gives the config of a tiny model with DCT vectors."""
 
     def make(**overrides: Any) -> CfgNode:
-        cfg = get_cfg()
-        cfg.MODEL.DEVICE = "cpu"
-        cfg.MODEL.META_ARCHITECTURE = "ISTR"
-        cfg.MODEL.WEIGHTS = ""
-        cfg.MODEL.BACKBONE.NAME = "build_basic_resnet_fpn_backbone"
-        cfg.MODEL.BACKBONE.FREEZE_AT = 0
-        cfg.MODEL.RESNETS.DEPTH = 18
-        cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 8
-        cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
-        cfg.MODEL.FPN.OUT_CHANNELS = 16
-        cfg.TEST.DETECTIONS_PER_IMAGE = 9
         settings = {
             "NUM_CLASSES": 5,
             "NUM_QUERIES": 6,
@@ -46,9 +35,11 @@ def make_cfg() -> Callable[..., CfgNode]:
             "MASK_POOL_SIZE": 8,
             **overrides,
         }
-        for key, value in settings.items():
-            assert key in cfg.MODEL.ISTR, f"MODEL.ISTR has no key {key}"
-            cfg.MODEL.ISTR[key] = value
+        features = ["res2", "res3", "res4", "res5"]
+        cfg = tiny_cfg("ISTR", features, settings)
+        cfg.MODEL.BACKBONE.NAME = "build_basic_resnet_fpn_backbone"
+        cfg.MODEL.FPN.IN_FEATURES = features
+        cfg.MODEL.FPN.OUT_CHANNELS = 16
         return cfg
 
     return make
