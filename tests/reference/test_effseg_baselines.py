@@ -1,6 +1,5 @@
 """The heads that EffSeg is compared with, against the official implementation."""
 
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from cases import assert_close, fixture, load_arrays, load_cases, load_manifest
-from torch import Tensor, nn
+from effseg_inputs import make_input, paste
+from torch import Tensor
 
 from querymask.common.checkpoint import apply_rules
 from querymask.effseg.fqdet import Detections, detect
@@ -47,11 +47,6 @@ def make_head(case: Mapping[str, Any]) -> ClassMaskHead:
     return head.eval()
 
 
-def make_input(case: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:
-    name = f"{case['input_prefix']}.{name}"
-    return torch.from_numpy(np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape))
-
-
 def make_pairs(case: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[tuple[Regions, Detections, Tensor]]:
     """For every image its pairs of query and class, its detections, and the numbers of the pairs' boxes."""
     boxes, images = torch.from_numpy(arrays["boxes"]).double(), torch.from_numpy(arrays["box_image"]).long()
@@ -64,15 +59,6 @@ def make_pairs(case: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> lis
         chosen = rows[found.queries]
         result.append((Regions(boxes[chosen], images[chosen], queries[chosen], found.labels), found, chosen))
     return result
-
-
-def paste(masks: Tensor, boxes: Tensor, canvas: tuple[int, int]) -> Tensor:
-    """Bilinear reads of the masks at the canvas' pixel centres, zero outside of them."""
-    y, x = (torch.arange(size, dtype=boxes.dtype) + 0.5 for size in canvas)
-    x = 2 * (x - boxes[:, :1]) / (boxes[:, 2:3] - boxes[:, :1]) - 1
-    y = 2 * (y - boxes[:, 1:2]) / (boxes[:, 3:] - boxes[:, 1:2]) - 1
-    grid = torch.stack([x[:, None].expand(-1, y.shape[1], -1), y[:, :, None].expand(-1, -1, x.shape[1])], -1)
-    return nn.functional.grid_sample(masks[:, None], grid, align_corners=False)[:, 0]
 
 
 @pytest.mark.parametrize("name", CASES)
