@@ -20,9 +20,9 @@ SHAPES = {name for name in LEAVES if name.endswith("_shapes")}  # on other data 
 REDUCED = {
     "MODEL.DEVICE": "cpu",
     "MODEL.WEIGHTS": "",
-    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": 8,
-    "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 16,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 16,
     "MODEL.EFFSEG.NUM_CLASSES": 5,
     "MODEL.EFFSEG.NUM_QUERIES": 500,  # so many that some are matched without any training
     "MODEL.EFFSEG.HIDDEN_DIM": 32,

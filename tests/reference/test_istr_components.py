@@ -127,7 +127,7 @@ class Parts:
         cfg = configure(settings)
         cfg.MODEL.BACKBONE.NAME = "build_basic_resnet_fpn_backbone"
         cfg.MODEL.RESNETS.DEPTH = 18
-        cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 8
+        cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 16
         cfg.MODEL.ISTR.NUM_STAGES = 1
         with double_precision():
             self.model: ISTR = build_model(cfg)

@@ -23,7 +23,7 @@ def tiny_cfg(meta_architecture: str, features: list[str], settings: Mapping[str,
     cfg.MODEL.BACKBONE.NAME = "build_basic_resnet_backbone"
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     cfg.MODEL.RESNETS.DEPTH = 18
-    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 8
+    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 16
     cfg.MODEL.RESNETS.OUT_FEATURES = features
     cfg.TEST.DETECTIONS_PER_IMAGE = 9
     section = meta_architecture.upper()
