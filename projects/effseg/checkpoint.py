@@ -19,7 +19,14 @@ from querymask.common.checkpoint import (
     apply_rules,
     register_format,
 )
-from querymask.common.checkpoint.formats import resnet_rules, resnet_settings
+from querymask.common.checkpoint.formats import (
+    drop_class_head,
+    drop_mask_branch,
+    new_if_dropped,
+    own_format,
+    resnet_rules,
+    resnet_settings,
+)
 
 _HEADS = r"^heads\.gvd\."
 
@@ -77,9 +84,6 @@ _MASK_HEADS = (
 _CLASS_LAYERS = (
     r"^(detector\.class_head\.|mask_head\.((coarse_)?layers\.classifier|classifiers\.[0-2]|point_layers\..+)\.[^.]+$)"
 )
-_MASK_BRANCH = r"^mask_head\."
-_CLASSES_NOT_ASKED_FOR = "layer that depends on the classes, not asked for"
-_NOT_ASKED_FOR = "segmentation head, not asked for"
 
 
 def convert_detector(state: Mapping[str, Tensor | np.ndarray]) -> tuple[State, Report]:
@@ -131,12 +135,12 @@ def convert(
     state = {key: torch.as_tensor(value) for key, value in state.items()}
     rules = [
         *_BODY_RULES,
-        *([Drop(rf"{_HEADS}heads\.2\.", _NOT_ASKED_FOR)] if detector_only else _head_rules(_mask_head(state))),
+        *([drop_mask_branch(rf"{_HEADS}heads\.2\.")] if detector_only else _head_rules(_mask_head(state))),
         *_DETECTOR_RULES,
         Rename(r"^(?=(selector|transitions|anchor_encoder|layers|class_head|box_head)\.)", "detector."),
     ]
     if drop_classes:
-        rules.append(Drop(_CLASS_LAYERS, _CLASSES_NOT_ASKED_FOR))
+        rules.append(drop_class_head(_CLASS_LAYERS))
     return apply_rules(state, rules)
 
 
@@ -214,15 +218,6 @@ def _convert_release(state: State, options: Options) -> tuple[State, Report]:
     return convert(state, drop_classes=options.drop_classes, detector_only=options.detector_only)
 
 
-def _convert_own(state: State, options: Options) -> tuple[State, Report]:
-    rules: list[Rule] = []
-    if options.drop_classes:
-        rules.append(Drop(_CLASS_LAYERS, _CLASSES_NOT_ASKED_FOR))
-    if options.detector_only:
-        rules.append(Drop(_MASK_BRANCH, _NOT_ASKED_FOR))
-    return apply_rules(state, rules)
-
-
 def _release_settings(state: State, options: Options) -> dict[str, Any]:
     found = settings(state)
     if options.detector_only:
@@ -232,10 +227,6 @@ def _release_settings(state: State, options: Options) -> dict[str, Any]:
     return found
 
 
-def _new_keys(options: Options) -> str | None:
-    return _CLASS_LAYERS if options.drop_classes else None
-
-
 register_format(
     Format(
         "EffSeg or FQDet (DetSeg)",
@@ -243,14 +234,9 @@ register_format(
         describe=describe,
         settings=_release_settings,
         convert=_convert_release,
-        new_keys=_new_keys,
+        new_keys=new_if_dropped(_CLASS_LAYERS),
     )
 )
 register_format(
-    Format(
-        "EffSeg in QueryMask's own names",
-        (r"^detector\.selector\.", r"^detector\.transitions\."),
-        convert=_convert_own,
-        new_keys=_new_keys,
-    )
+    own_format("EffSeg", (r"^detector\.selector\.", r"^detector\.transitions\."), _CLASS_LAYERS, r"^mask_head\.")
 )

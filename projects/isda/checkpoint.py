@@ -30,10 +30,16 @@ from querymask.common.checkpoint import (
     pick_classes,
     register_format,
 )
-from querymask.common.checkpoint.formats import resnet_rules, resnet_settings
+from querymask.common.checkpoint.formats import (
+    drop_class_head,
+    new_if_dropped,
+    own_format,
+    resnet_rules,
+    resnet_settings,
+)
 
 _NEW_PARTS = r"^(fine_proj|mask_features|kernel_embed)\."
-_CLASS_HEAD = Drop(r"^class_embed\.", "class head, not asked for")
+_CLASS_HEAD = r"^class_embed\."
 
 # mmdetection's names of a transformer; version 3 has no `bbox_head.transformer` in front and named its attentions
 _TRANSFORMER_RULES: list[Rule] = [
@@ -97,7 +103,7 @@ def convert(state: Mapping[str, Tensor | np.ndarray], *, drop_classes: bool = Fa
         # Linear layers alternate with ReLU
         Rename(r"^bbox_head\.kernel_branches\.0\.(\d+)\.", lambda m: f"kernel_embed.layers.{int(m[1]) // 2}."),
     ]
-    return apply_rules(state, [*rules, *([_CLASS_HEAD] if drop_classes else [])])
+    return apply_rules(state, [*rules, *([drop_class_head(_CLASS_HEAD)] if drop_classes else [])])
 
 
 def convert_mmdetection_detector(
@@ -117,7 +123,7 @@ def convert_mmdetection_detector(
         Drop(r"^bbox_head\.reg_branches\.", "box head: ISDA has no boxes"),
         *_mmdetection_rules(_count(state, r"^neck\.convs\.(\d+)\.")),
     ]
-    return apply_rules(state, [*rules, *([_CLASS_HEAD] if drop_classes else [])])
+    return apply_rules(state, [*rules, *([drop_class_head(_CLASS_HEAD)] if drop_classes else [])])
 
 
 def convert_original_detector(
@@ -148,7 +154,7 @@ def convert_original_detector(
         *([] if own else resnet_rules(r"^backbone\.0\.body\.", "backbone.")),
     ]
     if drop_classes:
-        rules.append(_CLASS_HEAD)
+        rules.append(drop_class_head(_CLASS_HEAD))
     elif class_ids is not None:
         rules.append(pick_classes(r"^class_embed\.(weight|bias)$", state["class_embed.0.bias"].shape[0], class_ids))
     return apply_rules(state, rules)
@@ -221,12 +227,8 @@ def _release_settings(state: State, options: Options) -> dict[str, Any]:
     return found
 
 
-def _new_keys(options: Options) -> str | None:
-    return r"^class_embed\." if options.drop_classes else None
-
-
 def _new_keys_of_start(options: Options) -> str:
-    return _NEW_PARTS + (r"|^class_embed\." if options.drop_classes else "")
+    return _NEW_PARTS + (f"|{_CLASS_HEAD}" if options.drop_classes else "")
 
 
 register_format(
@@ -236,17 +238,10 @@ register_format(
         describe=describe,
         settings=_release_settings,
         convert=lambda state, options: convert(state, drop_classes=options.drop_classes),
-        new_keys=_new_keys,
+        new_keys=new_if_dropped(_CLASS_HEAD),
     )
 )
-register_format(
-    Format(
-        "ISDA in QueryMask's own names",
-        (r"^transformer\.level_embed$", r"^kernel_embed\."),
-        convert=lambda state, options: apply_rules(state, [_CLASS_HEAD] if options.drop_classes else []),
-        new_keys=_new_keys,
-    )
-)
+register_format(own_format("ISDA", (r"^transformer\.level_embed$", r"^kernel_embed\."), _CLASS_HEAD))
 register_format(
     Format(
         "Deformable DETR of mmdetection, as the start of an ISDA",

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from querymask.common.checkpoint import (
-    Drop,
     Format,
     Options,
     Rename,
@@ -22,13 +21,19 @@ from querymask.common.checkpoint import (
     apply_rules,
     register_format,
 )
-from querymask.common.checkpoint.formats import swin_rules, swin_settings
+from querymask.common.checkpoint.formats import (
+    drop_class_head,
+    drop_mask_branch,
+    new_if_dropped,
+    own_format,
+    swin_rules,
+    swin_settings,
+)
 
 _BODY = "backbone.bottom_up."
 _FIRST = "head.head_series.0."
 _CLASS_HEAD = r"^stages\.\d+\.class_logits\."
 _MASK_BRANCH = r"^(stages\.\d+\.mask_head|coding)\."
-_NOT_ASKED_FOR = "mask branch, not asked for"
 # Blocks of res4 -> depth
 _DEPTHS = {6: 50, 23: 101, 36: 152}
 
@@ -63,9 +68,9 @@ def convert(
         *swin_rules(_BODY),
     ]
     if detector_only:
-        rules.append(Drop(_MASK_BRANCH, _NOT_ASKED_FOR))
+        rules.append(drop_mask_branch(_MASK_BRANCH))
     if drop_classes:
-        rules.append(Drop(_CLASS_HEAD, "class head, not asked for"))
+        rules.append(drop_class_head(_CLASS_HEAD))
     return apply_rules(state, rules)
 
 
@@ -149,15 +154,6 @@ def _convert_release(state: State, options: Options) -> tuple[State, Report]:
     return convert(state, drop_classes=options.drop_classes, detector_only=options.detector_only)
 
 
-def _convert_own(state: State, options: Options) -> tuple[State, Report]:
-    rules: list[Rule] = []
-    if options.drop_classes:
-        rules.append(Drop(_CLASS_HEAD, "class head, not asked for"))
-    if options.detector_only:
-        rules.append(Drop(_MASK_BRANCH, _NOT_ASKED_FOR))
-    return apply_rules(state, rules)
-
-
 def _release_settings(state: State, options: Options) -> dict[str, Any]:
     found = settings(state)
     if options.detector_only:
@@ -169,10 +165,6 @@ def _release_settings(state: State, options: Options) -> dict[str, Any]:
     return found
 
 
-def _new_keys(options: Options) -> str | None:
-    return _CLASS_HEAD if options.drop_classes else None
-
-
 for _format in (
     Format(
         "ISTR",
@@ -180,7 +172,7 @@ for _format in (
         describe=describe,
         settings=_release_settings,
         convert=_convert_release,
-        new_keys=_new_keys,
+        new_keys=new_if_dropped(_CLASS_HEAD),
     ),
     Format(
         "ISTR v2",
@@ -189,13 +181,8 @@ for _format in (
         describe=describe,
         settings=_release_settings,
         convert=_convert_release,
-        new_keys=_new_keys,
+        new_keys=new_if_dropped(_CLASS_HEAD),
     ),
-    Format(
-        "ISTR in QueryMask's own names",
-        (r"^stages\.0\.inst_interact\.", r"^init_proposal_boxes\."),
-        convert=_convert_own,
-        new_keys=_new_keys,
-    ),
+    own_format("ISTR", (r"^stages\.0\.inst_interact\.", r"^init_proposal_boxes\."), _CLASS_HEAD, _MASK_BRANCH),
 ):
     register_format(_format)

@@ -27,11 +27,20 @@ from querymask.common.checkpoint import (
     pick_classes,
     register_format,
 )
-from querymask.common.checkpoint.formats import resnet_rules, resnet_settings, swin_rules, swin_settings
+from querymask.common.checkpoint.formats import (
+    drop_class_head,
+    drop_mask_branch,
+    new_if_dropped,
+    own_format,
+    resnet_rules,
+    resnet_settings,
+    swin_rules,
+    swin_settings,
+)
 
 _BODY = "backbone.0.body."
 _MASK_BRANCH = r"^(vector_embed|processor_pca|bbox_attention|mask_head|seg_input_proj)\."
-_OWN_MASK_BRANCH = r"^(vector_embed|coding|mask_branch)\."
+_CLASS_HEAD = r"^class_embed\."
 # The release's names of the SQR baseline's mask branch, which count from 1
 _SQR_RULES: list[Rule] = [
     Rename(r"^bbox_attention\.q_linear\.", "mask_branch.attention.query."),
@@ -78,10 +87,10 @@ def convert(
     if not _has_refinement(state):
         rules.append(Copy(r"^(class|bbox)_embed\.[1-9]\d*\.(.*)", r"\1_embed.0.\2"))
     if detector_only:
-        rules.append(Drop(_MASK_BRANCH, "mask branch, not asked for"))
+        rules.append(drop_mask_branch(_MASK_BRANCH))
     rules += [Rename(r"^processor_pca\.", "coding."), *_SQR_RULES]
     if drop_classes:
-        rules.append(Drop(r"^class_embed\.", "class head, not asked for"))
+        rules.append(drop_class_head(_CLASS_HEAD))
     elif class_ids is not None:
         rows = _detector(state)["class_embed.0.bias"].shape[0]
         rules.append(pick_classes(r"^class_embed\.\d+\.(weight|bias)$", rows, class_ids))
@@ -184,15 +193,6 @@ def _convert_release(state: State, options: Options) -> tuple[State, Report]:
     return convert(state, options.class_ids, drop_classes=options.drop_classes, detector_only=options.detector_only)
 
 
-def _convert_own(state: State, options: Options) -> tuple[State, Report]:
-    rules: list[Rule] = []
-    if options.drop_classes:
-        rules.append(Drop(r"^class_embed\.", "class head, not asked for"))
-    if options.detector_only:
-        rules.append(Drop(_OWN_MASK_BRANCH, "mask branch, not asked for"))
-    return apply_rules(state, rules)
-
-
 def _release_settings(state: State, options: Options) -> dict[str, Any]:
     found = settings(state)
     if options.detector_only:
@@ -205,10 +205,6 @@ def _release_settings(state: State, options: Options) -> dict[str, Any]:
     return found
 
 
-def _new_keys(options: Options) -> str | None:
-    return r"^class_embed\." if options.drop_classes else None
-
-
 register_format(
     Format(
         "SOLQ or Deformable DETR",
@@ -217,14 +213,14 @@ register_format(
         describe=describe,
         settings=_release_settings,
         convert=_convert_release,
-        new_keys=_new_keys,
+        new_keys=new_if_dropped(_CLASS_HEAD),
     )
 )
 register_format(
-    Format(
-        "SOLQ or Deformable DETR in QueryMask's own names",
+    own_format(
+        "SOLQ or Deformable DETR",
         (r"^transformer\.level_embed$", r"^bbox_embed\.0\.", r"^backbone\.(stem|patch_embed)\."),
-        convert=_convert_own,
-        new_keys=_new_keys,
+        _CLASS_HEAD,
+        r"^(vector_embed|coding|mask_branch)\.",
     )
 )

@@ -107,6 +107,37 @@ def pick_classes(pattern: str, rows: int, class_ids: Sequence[int]) -> Change:
     return Change(pattern, lambda value: value[index], f"{len(class_ids)} of {rows} rows")
 
 
+def drop_class_head(pattern: str) -> Drop:
+    """The rule for ``Options.drop_classes``; ``pattern`` is of the keys that depend on the classes."""
+    return Drop(pattern, "class head, not asked for")
+
+
+def drop_mask_branch(pattern: str) -> Drop:
+    """The rule for ``Options.detector_only``."""
+    return Drop(pattern, "mask branch, not asked for")
+
+
+def new_if_dropped(class_head: str) -> Callable[[Options], str | None]:
+    """``new_keys`` of a format: the class head, if it is left out."""
+    return lambda options: class_head if options.drop_classes else None
+
+
+def own_format(name: str, signature: tuple[str, ...], class_head: str, mask_branch: str | None = None) -> Format:
+    """The format of a model of this project, which keeps all names.
+
+    Args:
+        class_head, mask_branch: patterns of their keys; None where no part makes masks alone.
+    """
+
+    def convert(state: State, options: Options) -> tuple[State, Report]:
+        rules: list[Rule] = [drop_class_head(class_head)] if options.drop_classes else []
+        if options.detector_only and mask_branch is not None:
+            rules.append(drop_mask_branch(mask_branch))
+        return apply_rules(state, rules)
+
+    return Format(f"{name} in QueryMask's own names", signature, convert=convert, new_keys=new_if_dropped(class_head))
+
+
 # ---- Backbones ----------------------------------------------------------------------------------------------------
 
 # Blocks of the third stage -> depth, for bottleneck (with conv3) and for basic blocks
