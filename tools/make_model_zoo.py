@@ -7,7 +7,7 @@ What a config is and where its numbers come from stands in the comments at its h
     # One line whose first sentence says what the model is
     # Paper: row of the paper | numbers of its authors
     # Measured: numbers of this project
-    # Weights: whose published file fits
+    # Weights: whose published file fits, a name of RELEASES, and which it is
     # Any other line is a remark for readers of the config
 
 All but the first line may be missing. Parameters and FLOPs are measured. A file named Base... is no model of its own.
@@ -25,6 +25,7 @@ import querymask  # before Detectron2, which it makes importable on current libr
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from tabulate import tabulate
 from torch import nn
 
 from querymask.common.flops import count_parameters, measure
@@ -35,9 +36,20 @@ from querymask.effseg.fqdet import Detections, FQDetOutput
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "docs" / "model_zoo.md"
 MISSING = "–"
+NOT_PUBLISHED = "none were published"
 COLUMNS = ("Config", "Model", "Paper", "Measured here", "Parameters", "Trainable", "GFLOPs", "Weights")
 # FLOPs are those of one image of this size, COCO's usual 480x640 at a shorter side of 800
 HEIGHT, WIDTH = 800, 1066
+
+
+@dataclass(frozen=True)
+class Release:
+    """Published files: the page that links them, where they lie, and their format."""
+
+    page: str
+    host: str
+    format: str
+
 
 INTRODUCTION = f"""# Model zoo
 
@@ -48,6 +60,33 @@ own code; it was not measured here.** "Measured here" holds what this project re
 set's own number of classes and without frozen batch norms, are measured, and so are GFLOPs: multiply-adds of inference
 on one image of {HEIGHT}x{WIDTH}, those of EffSeg with as many different queries as detections.
 """
+
+RELEASES = {
+    "SOLQ's release": Release(
+        "https://github.com/megvii-research/SOLQ",
+        "Google Drive",
+        "`.pth`, weights under `model`; class heads of 91 rows, indexed by COCO's raw category ids: conversion picks "
+        "80",
+    ),
+    "Deformable DETR's release": Release(
+        "https://github.com/fundamentalvision/Deformable-DETR", "Google Drive", "as SOLQ's"
+    ),
+    "ISTR's release of May 2021": Release(
+        "https://github.com/hujiecpp/ISTR",
+        "no longer linked: the second release took its place",
+        "`.pth` of Detectron2; class heads of 80 rows, COCO's categories in order",
+    ),
+    "ISTR's release of March 2022": Release(
+        "https://github.com/hujiecpp/ISTR", "Baidu, some on Google Drive", "as the first; another network"
+    ),
+    "EffSeg's release": Release(
+        "https://github.com/CedricPicron/DetSeg",
+        "a file-sharing drive",
+        "`.pth`, weights under `model` beside the optimiser's state; class heads of 81 rows, COCO's 80 in order and "
+        '"no object"',
+    ),
+}
+"""What the fact ``Weights`` of a config can begin with; the rest says which file it is."""
 
 USAGE = """## Training and evaluation
 
@@ -68,16 +107,9 @@ uv run train_net.py --config-file $CONFIG --eval-only MODEL.WEIGHTS weights/solq
 
 ## Published weights
 
-- "release": files of SOLQ's authors, linked from the read-me of
-  [megvii-research/SOLQ](https://github.com/megvii-research/SOLQ) (Google Drive).
-- "release of May 2021", "release of March 2022": files of ISTR's authors. The second ones are linked from the page of
-  [hujiecpp/ISTR](https://github.com/hujiecpp/ISTR), where they took the place of the first; the two are of different
-  models.
-- "Deformable DETR's release": linked from the read-me of
-  [fundamentalvision/Deformable-DETR](https://github.com/fundamentalvision/Deformable-DETR) (Google Drive).
+Names in the column "Weights" link to the page from which their authors link the files.
 
-SOLQ's and Deformable DETR's are `.pth` files with a class head of 91 rows, indexed by COCO's raw category ids;
-conversion picks COCO's 80. ISTR's have 80 rows, in the order of COCO's categories.
+{releases}
 
 Training starts from a backbone:
 
@@ -133,13 +165,16 @@ def read_leaf(path: Path, projects: Path) -> Leaf:
     """Read the head of a config.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or weights of an unknown release.
     """
     comments = re.match(r"(?:#.*\n)*", path.read_text())
     lines = [line.lstrip("# ") for line in comments[0].splitlines()] if comments else []
     if not lines:
         raise ValueError(f"{path}: its first line must be a comment that says what the model is")
     facts = dict(match.groups() for line in lines if (match := re.match(r"(Paper|Measured|Weights): (.*)", line)))
+    release = facts.get("Weights", NOT_PUBLISHED).partition(", ")[0]
+    if release not in {*RELEASES, NOT_PUBLISHED}:
+        raise ValueError(f"{path}: weights of {release}, which is none of {', '.join(RELEASES)}")
     method, _, name = path.relative_to(projects).with_suffix("").as_posix().partition("/configs/")
     title = lines[0].partition(". ")[0].rstrip(".")
     return Leaf(method, name, path, title, facts)
@@ -222,11 +257,22 @@ def force_detections(model: EffSeg, detections: int, queries: int) -> int | None
 def row(leaf: Leaf, gflops: str) -> tuple[str, ...]:
     """The cells of a config's row, in the order of ``COLUMNS``."""
     parameters = count_parameters(build_on_meta(leaf.config()))[""]
+    weights = link_release(leaf.facts["Weights"]) if "Weights" in leaf.facts else MISSING
     link = f"[{leaf.name}](../projects/{leaf.method}/configs/{leaf.name}.yaml)"
-    paper, measured, weights = (
-        leaf.facts.get(key, MISSING).replace(" | ", "<br>") for key in ("Paper", "Measured", "Weights")
-    )
+    paper, measured = (leaf.facts.get(key, MISSING).replace(" | ", "<br>") for key in ("Paper", "Measured"))
     return (link, leaf.title, paper, measured, f"{parameters.total:,}", f"{parameters.trainable:,}", gflops, weights)
+
+
+def link_release(weights: str) -> str:
+    """The cell of the fact ``Weights``."""
+    name, _, which = weights.partition(", ")
+    return f"[{name}]({RELEASES[name].page}), {which}" if name in RELEASES else weights
+
+
+def render_releases() -> str:
+    """The table of ``RELEASES``."""
+    rows = [[f"[{name}]({release.page})", release.host, release.format] for name, release in RELEASES.items()]
+    return tabulate(rows, headers=("Name", "Files", "Format"), tablefmt="github")
 
 
 def render(leaves: Sequence[Leaf], gflops: Mapping[str, str]) -> str:
@@ -244,7 +290,7 @@ def render(leaves: Sequence[Leaf], gflops: Mapping[str, str]) -> str:
     for title, members in sections.items():
         rows = [COLUMNS, ("---",) * len(COLUMNS), *(row(leaf, gflops.get(leaf.name, MISSING)) for leaf in members)]
         parts.append(f"## {title}\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in rows))
-    return "\n".join([*parts, USAGE])
+    return "\n".join([*parts, USAGE.replace("{releases}", render_releases())])
 
 
 def _heading(method: str) -> str:
@@ -254,7 +300,7 @@ def _heading(method: str) -> str:
 
 def read_gflops(page: str) -> dict[str, str]:
     """The cells of the GFLOPs column by name of the config, from a page that was written before."""
-    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| [")]
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if re.match(r"\| \[.*/configs/", line)]
     column = COLUMNS.index("GFLOPs")
     return {cells[0][1:].partition("]")[0]: cells[column] for cells in rows if cells[column] != MISSING}
 

@@ -275,9 +275,12 @@ def test_model_zoo_is_in_step() -> None:
         assert page.count(f"/configs/{leaf.name}.yaml)") == 1, f"{leaf.name} must have one row"
 
 
-def test_configs_without_a_head_are_refused(tmp_path: Path) -> None:
+def test_configs_with_an_incomplete_head_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "solq" / "configs" / "nameless.yaml"
     path.parent.mkdir(parents=True)
     path.write_text("MODEL: {}\n")
     with pytest.raises(ValueError, match=r"nameless\.yaml: its first line must be a comment"):
+        zoo.find_leaves(tmp_path)
+    path.write_text("# A model\n# Weights: somebody's, R50\nMODEL: {}\n")
+    with pytest.raises(ValueError, match=r"nameless\.yaml: weights of somebody's, which is none of SOLQ's release,"):
         zoo.find_leaves(tmp_path)
