@@ -22,7 +22,7 @@ from torch.nn.functional import conv2d, interpolate, linear
 from querymask.common.measuring import machine, median_time, peak_memory
 from querymask.common.ops import sparse_conv2d
 from querymask.common.ops.sps_reference import neighbour_rows
-from querymask.common.sps import SparseMap, keep_highest
+from querymask.common.sps import SparseMap
 
 DENSITY = 0.39  # of active cells
 
@@ -36,7 +36,7 @@ class Case:
         scores = torch.randn(1, 1, side // 8, side // 8, generator=generator)
         scores = interpolate(scores, (side, side), mode="bicubic").flatten()
         coarse = torch.randn(1, channels, side, side, generator=generator)
-        sparse = SparseMap.from_dense(coarse).split(keep_highest(scores, active // 4)).upsample()
+        sparse = SparseMap.from_dense(coarse).split_highest(scores, active // 4).upsample()
         sparse = sparse.replace_active(torch.randn(sparse.active.shape, generator=generator))
         self.features = sparse.features.to(device, dtype)
         self.index_map, self.cells = sparse.index_map.to(device), sparse.cells.to(device)

@@ -110,22 +110,40 @@ class SparseMap:
         The remaining active ones keep their order, and so do the passive ones, which the new ones follow.
 
         Args:
-            keep: [N_A] booleans: which stay active. See :func:`keep_highest`.
+            keep: [N_A] booleans: which stay active.
         """
-        num_active, num_passive = len(self.active), len(self.passive)
+        num_active = len(self.active)
         if keep.dtype != torch.bool or list(keep.shape) != [num_active]:
             raise ValueError(f"keep must be [{num_active}] booleans, got shape {list(keep.shape)} of {keep.dtype}")
-        active, cells = self.active[keep], self.cells[keep]
-        passive = torch.cat([self.passive, self.active[~keep]])
-        rank_kept, rank_left = keep.cumsum(0) - 1, (~keep).cumsum(0) - 1
+        return self._split(keep, int(keep.sum()))
+
+    def split_highest(self, scores: Tensor, count: int) -> "SparseMap":
+        """:meth:`split` that keeps the ``count`` active features of the highest scores, or all if there are no more.
+
+        Shapes depend on no values, so a GPU is not waited for, and ``torch.export`` can follow.
+
+        Args:
+            scores: [N_A].
+            count: how many stay active.
+        """
+        if list(scores.shape) != [len(self.active)]:
+            raise ValueError(f"scores must be [{len(self.active)}], got shape {list(scores.shape)}")
+        return self._split(keep_highest(scores, count), min(count, len(self.active)))
+
+    def _split(self, keep: Tensor, num_kept: int) -> "SparseMap":
+        num_active, num_passive = len(self.active), len(self.passive)
+        rank = torch.where(keep, keep.cumsum(0) - 1, num_kept + (~keep).cumsum(0) - 1)
+        order = torch.empty_like(rank).scatter_(0, rank, torch.arange(num_active, device=keep.device))
+        kept, left = order[:num_kept], order[num_kept:]
+        passive = torch.cat([self.passive, self.active.index_select(0, left)])
         new_rows = torch.cat(
             [
-                torch.where(keep, rank_kept, len(active) + num_passive + rank_left),
-                torch.arange(len(active), len(active) + num_passive, device=keep.device),
+                torch.where(keep, rank, rank + num_passive),
+                torch.arange(num_kept, num_kept + num_passive, device=keep.device),
             ]
         ).int()
         index_map = new_rows.index_select(0, self.index_map.flatten()).view_as(self.index_map)
-        return SparseMap(active, passive, index_map, cells)
+        return SparseMap(self.active.index_select(0, kept), passive, index_map, self.cells.index_select(0, kept))
 
     def upsample(self) -> "SparseMap":
         """Makes the map twice as fine: each active cell becomes four, a passive feature fills four times its cells.

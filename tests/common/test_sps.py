@@ -118,6 +118,17 @@ def test_keep_highest():
     assert keep_highest(scores[:0], 3).shape == (0,)
 
 
+@pytest.mark.parametrize("count", [0, 1, 5, 8, 20])
+def test_split_highest(count: int):
+    sparse = SparseMap.from_dense(normal(2, 3, 2, 2, seed=0))
+    for scores in (normal(8, seed=1), normal(min(count, 8), seed=2)):
+        expected, sparse = sparse.split(keep_highest(scores, count)), sparse.split_highest(scores, count)
+        for name in ("active", "passive", "index_map", "cells"):
+            assert torch.equal(getattr(sparse, name), getattr(expected, name)), name
+    with pytest.raises(ValueError, match=rf"scores must be \[{min(count, 8)}\], got shape \[9\]"):
+        sparse.split_highest(torch.zeros(9), 2)
+
+
 def test_replaced_features():
     """Their width may change, together."""
     sparse = SparseMap.from_dense(normal(1, 3, 2, 2, seed=0)).split(torch.tensor([True, False, True, True]))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from querymask.common.masks import instance_masks
@@ -101,6 +102,34 @@ def test_images_of_a_batch_do_not_meet(make_model: MakeModel, make_batch: MakeBa
 
 
 # ---- What a head gets ---------------------------------------------------------------------------------------------
+
+
+class Network(nn.Module):
+    """A normalised image (1, 3, H, W) of one size -> logits and boxes of the queries, masks of the first six."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        size = tuple(image.shape[-2:])
+        maps, output = self.model.predict(ImageList(image, [size]))
+        zeros = torch.zeros(6, dtype=torch.long, device=image.device)
+        regions = Regions(output.boxes[0, :6], zeros, output.queries[0, :6], zeros)
+        return output.class_logits, output.boxes, self.model.mask_head(maps, size, regions)
+
+
+@pytest.mark.parametrize("form", [form for form, settings in FORMS.items() if "MASK_HEAD" in settings])
+def test_export(make_model: MakeModel, form: str) -> None:
+    """The exported program gives what eager execution gives, also on other pixels."""
+    network = Network(make_model(**FORMS[form]).eval())
+    example, image = torch.randn(2, 1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    program = torch.export.export(network, (example,)).module()
+    with torch.no_grad():
+        outputs = program(image)
+        for actual, expected in zip(outputs, network(image), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(outputs[0], program(example)[0])
 
 
 class Recorder(SegmentationHead):

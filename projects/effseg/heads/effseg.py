@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from querymask.common.precision import full_precision
-from querymask.common.sps import SparseMap, keep_highest
+from querymask.common.sps import SparseMap
 from querymask.effseg.heads.effseg_losses import RefinementCriterion, Stage
 from querymask.effseg.heads.processing import PROCESSING
 from querymask.effseg.heads.sampling import MapSampler
@@ -236,7 +236,7 @@ class EffSegHead(SegmentationHead):
         stages = [self._classify(0, sparse)]
         for number, refine in enumerate(self.stages, 1):
             if self.refinements is not None:
-                sparse = sparse.split(keep_highest(stages[-1].refinement.detach(), self.refinements))
+                sparse = sparse.split_highest(stages[-1].refinement.detach(), self.refinements)
             sparse = refine(sparse, sampler, regions, number)
             stages.append(self._classify(number, sparse))
         return stages
