@@ -1,6 +1,7 @@
 """Detect and draw: images, folders, patterns, a video or a webcam, with any config and checkpoint.
 
     python demo.py --config-file FILE --input a.jpg folder "holiday/*.png" --output FOLDER --opts MODEL.WEIGHTS FILE
+    python demo.py --config-file FILE --test-images 8 --output FOLDER --opts MODEL.WEIGHTS FILE
     python demo.py --config-file FILE --video-input FILE --output FILE.mp4 --opts MODEL.WEIGHTS FILE
     python demo.py --config-file FILE --webcam --opts MODEL.WEIGHTS FILE
 
@@ -18,7 +19,8 @@ from pathlib import Path
 import querymask  # isort: skip  (before Detectron2: makes it importable)
 import cv2
 import numpy as np
-from detectron2.data import detection_utils
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, detection_utils
 from tqdm import tqdm
 
 from querymask.common.engine import choose_device
@@ -37,6 +39,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--config-file", required=True, metavar="FILE")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", metavar="PATH", help="images, folders of images, or patterns in quotes")
+    source.add_argument("--test-images", type=int, metavar="N", help="the first images of DATASETS.TEST")
     source.add_argument("--video-input", metavar="FILE", help="a video")
     source.add_argument("--webcam", action="store_true", help="the first camera")
     parser.add_argument("--output", metavar="PATH", help="folder of the pictures; for a video or camera, an .mp4 file")
@@ -46,12 +49,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def make_draw(args: argparse.Namespace) -> Draw:
-    """From an image to its picture, both uint8 [H, W, 3] RGB."""
+def load_config(args: argparse.Namespace) -> CfgNode:
+    """The config with its overrides."""
     cfg = querymask.get_cfg()
     cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
     choose_device(cfg)
+    return cfg
+
+
+def make_draw(args: argparse.Namespace, cfg: CfgNode) -> Draw:
+    """From an image to its picture, both uint8 [H, W, 3] RGB."""
     view = choose_view(args.view, cfg.MODEL.META_ARCHITECTURE) if args.view else None
     if not cfg.MODEL.WEIGHTS:
         print("MODEL.WEIGHTS is empty: the weights are random", file=sys.stderr)
@@ -171,11 +179,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit status."""
     args = parse_arguments(arguments)
     try:
-        draw = make_draw(args)
+        cfg = load_config(args)
+        if args.test_images is not None:
+            args.input = [entry["file_name"] for entry in DatasetCatalog.get(cfg.DATASETS.TEST[0])[: args.test_images]]
+        draw = make_draw(args, cfg)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    failed = run_on_images(args, draw) if args.input else run_on_video(args, draw)
+    failed = run_on_images(args, draw) if args.input is not None else run_on_video(args, draw)
     return int(failed > 0)
 
 

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import nn
@@ -24,6 +25,8 @@ TINY = {
     "isda": "ISDA: {NUM_QUERIES: 5, HIDDEN_DIM: 64, NUM_HEADS: 2, ENC_LAYERS: 1, DEC_LAYERS: 1, DIM_FEEDFORWARD: 8}",
     "istr": "ISTR: {NUM_QUERIES: 4, NUM_STAGES: 2, HIDDEN_DIM: 16, NUM_HEADS: 2, DIM_FEEDFORWARD: 8, DIM_DYNAMIC: 4}\n"
     "  FPN: {OUT_CHANNELS: 16}\n  RESNETS: {STEM_OUT_CHANNELS: 16, RES2_OUT_CHANNELS: 16}",
+    "effseg": "EFFSEG: {NUM_QUERIES: 20, HIDDEN_DIM: 32, NUM_HEADS: 2, DEC_LAYERS: 1, DIM_FEEDFORWARD: 8, "
+    "REFINEMENTS: 100}",
 }
 
 
@@ -145,7 +148,8 @@ def test_large_photographs_get_reduced_masks(config: Callable[[str], str]) -> No
 
 
 @pytest.mark.parametrize(
-    ("method", "view"), [("solq", "coefficients"), ("isda", "reference_points"), ("istr", "stages")]
+    ("method", "view"),
+    [("solq", "coefficients"), ("isda", "reference_points"), ("istr", "stages"), ("effseg", "refinement")],
 )
 def test_views(config: Callable[[str], str], tmp_path: Path, method: str, view: str) -> None:
     file, output = str(picture(tmp_path / "a.png")), tmp_path / "out"
@@ -155,8 +159,19 @@ def test_views(config: Callable[[str], str], tmp_path: Path, method: str, view: 
         opts = ["--opts", "MODEL.ISTR.MASK_CODING", "dct", "MODEL.ISTR.MASK_BASIS", ""]
     assert demo.main([*arguments, "--confidence-threshold", "0", "--view", view, *opts]) == 0
     with Image.open(output / "a.jpg") as drawn:
-        panels = {"coefficients": 2, "reference_points": 1, "stages": 2}[view]
+        panels = {"coefficients": 2, "reference_points": 1, "stages": 2, "refinement": 4}[view]
         assert 512 * panels <= drawn.width < 540 * panels
+
+
+def test_images_of_the_test_set(config: Callable[[str], str], tmp_path: Path) -> None:
+    files = [str(picture(tmp_path / f"{name}.png")) for name in "abc"]
+    DatasetCatalog.register("demo_test_images", lambda: [{"file_name": file} for file in files])
+    try:
+        arguments = ["--config-file", config("solq"), "--test-images", "2", "--output", str(tmp_path / "out")]
+        assert demo.main([*arguments, "--opts", "DATASETS.TEST", "('demo_test_images',)"]) == 0
+    finally:
+        DatasetCatalog.remove("demo_test_images")
+    assert names(tmp_path / "out") == ["a.jpg", "b.jpg"]
 
 
 def test_views_of_other_methods(config: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
