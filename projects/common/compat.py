@@ -1,4 +1,4 @@
-"""The one place that knows how Detectron2 versions differ.
+"""The one place that knows how Detectron2 versions differ, and what old packages need on current libraries.
 
 Supported: 0.5 (also without its compiled part, as the registry has it), 0.6 and main.
 """
@@ -74,6 +74,17 @@ def apply_shims() -> None:
         placeholder = _placeholder_extension()
         sys.modules["detectron2._C"] = placeholder
         detectron2._C = placeholder
+
+
+def mend_lvis() -> None:
+    """Make the package lvis evaluate under current NumPy, which has lost a name that it uses. NumPy stays as it is."""
+    import lvis.eval
+    import numpy
+
+    if not hasattr(numpy, "float"):
+        mended = types.ModuleType("numpy", "NumPy with the name that lvis uses.")
+        mended.__dict__.update(vars(numpy), float=float)
+        lvis.eval.np = mended
 
 
 def create_local_process_group(processes_per_machine: int) -> None:

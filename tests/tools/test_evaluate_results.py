@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from detectron2.data.datasets.lvis_v0_5_categories import LVIS_CATEGORIES as LVIS_V0_5_CATEGORIES
 from detectron2.data.datasets.lvis_v1_categories import LVIS_CATEGORIES
 from pycocotools import mask as mask_util
 from tool_loader import load_tool
@@ -149,6 +150,12 @@ def test_categories_of_coco_in_lvis() -> None:
         "tv": "television_set",
         "wine glass": "wineglass",
     }
+    old, missing = match_categories(things, LVIS_V0_5_CATEGORIES)
+    assert missing == ["hot dog", "oven"]
+    names = {category["id"]: category["name"] for category in LVIS_V0_5_CATEGORIES}
+    old_pairs = {category["name"]: names[old[category["id"]]] for category in things if category["id"] in old}
+    del pairs["oven"]
+    assert old_pairs == {**pairs, "person": "baby"}  # the first of its synonyms there, with child, man, woman, ...
 
 
 def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import CityscapesInstanceEvaluator, DatasetEvaluator, DatasetEvaluators, LVISEvaluator
 
+from querymask.common.compat import mend_lvis
 from querymask.common.evaluation.coco import InstanceEvaluator
 from querymask.common.evaluation.pictures import PictureWriter
 
@@ -29,6 +30,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         )
     elif kind == "lvis":
         _require("lvis", "lvis", dataset_name)
+        mend_lvis()
         evaluator = LVISEvaluator(dataset_name, output_dir=output_dir)
     elif kind == "cityscapes_instance":
         _require("cityscapesscripts", "cityscapesScripts", dataset_name)
