@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -57,12 +58,16 @@ def draw(points: Sequence[Mapping[str, Any]], cost: str) -> Figure | None:
     label, unit = COSTS[cost]
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.add_subplot()
+    middle = fmean((min(p[cost] for p in points), max(p[cost] for p in points))) / unit
     for marker, source in zip(MARKERS, dict.fromkeys(point["source"] for point in points)):
         members = [point for point in points if point["source"] == source]
         x, y = [point[cost] / unit for point in members], [point["ap"] for point in members]
         axes.scatter(x, y, marker=marker, label=source)
         for left, bottom, point in zip(x, y, members):
-            axes.annotate(point["name"], (left, bottom), xytext=(4, 4), textcoords="offset points", fontsize=8)
+            side, offset = ("left", 4) if left <= middle else ("right", -4)  # names stay within the plot
+            axes.annotate(
+                point["name"], (left, bottom), xytext=(offset, 4), textcoords="offset points", ha=side, fontsize=8
+            )
     axes.margins(0.2)
     axes.set_xlabel(label)
     axes.set_ylabel("mask AP")
