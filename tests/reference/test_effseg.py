@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import assert_close, fixture, load_arrays, load_document, load_manifest, reference_dir
+from cases import assert_close, fixture, load_arrays, load_document, reference_dir
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
+from effseg_inputs import official_state
 from torch import Tensor, nn
 
 from querymask import get_cfg
@@ -35,17 +36,6 @@ def load_kind(start: str) -> dict[str, dict[str, Any]]:
 
 CASES = load_kind("FQDet")
 MODEL_CASES = load_kind("whole model")
-
-
-def official_state(case: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The weights of a case under the release's names."""
-    manifest = load_manifest("effseg", case["checkpoint_file"])
-    state = {key: fixture().weight(key, shape) for key, shape in manifest.items()}
-    for operation, entries in case["overrides"].items():
-        for key, number in entries.items():
-            assert operation in ("multiply", "add"), f"unknown override: {operation}"
-            state[key] = state[key] * number if operation == "multiply" else state[key] + number
-    return state
 
 
 def make_detector(case: Mapping[str, Any]) -> FQDet:

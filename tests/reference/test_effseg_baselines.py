@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from cases import assert_close, fixture, load_arrays, load_cases, load_manifest
-from effseg_inputs import make_input, paste
+from effseg_inputs import PastedDetections, make_input, paste
 from torch import Tensor
 
 from querymask.common.checkpoint import apply_rules
@@ -75,7 +75,7 @@ def test_head(name: str) -> None:
         assert_close(actual, arrays[key], key, tolerance)
         compared.add(key)
 
-    pairs: dict[str, list[Tensor]] = {}
+    detections = PastedDetections(compare)
     steps: dict[str, Tensor] = {}
     head.query_fusion.register_forward_hook(lambda _, inputs, output: steps.update(fused=inputs[0] + output))
     for image, (regions, found, chosen) in enumerate(make_pairs(case, arrays)):
@@ -91,23 +91,8 @@ def test_head(name: str) -> None:
             torch.testing.assert_close(head(maps, canvas, regions[few]), probabilities[few])
 
         pasted = paste(probabilities, regions.boxes, canvas)
-        # The case's boxes are rounded to float32: 1e-5 of a pixel, across which a mask can fall from 1 to 0 at its rim
-        compare(pasted[::10, ::4, ::4], f"img{image}_pasted_scores", tolerance=5e-5)
-        masks = pasted > 0.5
-        area = masks.sum((1, 2))
-        for key, value in (
-            ("seg_labels", found.labels),
-            ("seg_scores", found.scores * (pasted * masks).sum((1, 2)) / (area + 1e-6)),
-            ("seg_image", torch.full_like(found.labels, image)),
-            ("seg_query", chosen),
-            ("seg_mask_area", area),
-            ("seg_masks_packed", masks),
-        ):
-            pairs.setdefault(key, []).append(value)
-    masks = torch.cat(pairs.pop("seg_masks_packed"))
-    compare(np.packbits(masks[::8].numpy(), axis=-1), "seg_masks_packed")
-    for key, values in pairs.items():
-        compare(torch.cat(values), key)
+        detections.add(image, pasted, found, chosen)
+    detections.compare_all()
     left = set(arrays) - compared
     assert not left, f"the case has arrays that nothing is compared to: {left}"
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import assert_close, fixture, load_arrays, load_cases, load_manifest
-from effseg_inputs import make_input, paste
+from cases import assert_close, load_arrays, load_cases
+from effseg_inputs import PastedDetections, make_input, official_state, paste
 from torch import Tensor, nn
 
 from querymask.common.checkpoint import Drop, apply_rules
@@ -35,12 +35,7 @@ def make_head(case: Mapping[str, Any]) -> EffSegHead:
     assert case["checkpoint_entry"] is None, f"unknown checkpoint_entry: {case['checkpoint_entry']}"
     head = EffSegHead(processing=case["processing"], refinements=settings.pop("refinements"))
     assert not settings, f"the case has settings that the project does not know: {settings}"
-    manifest = load_manifest("effseg", case["checkpoint_file"])
-    state = {key: fixture().weight(key, shape) for key, shape in manifest.items()}
-    for operation, entries in case["overrides"].items():
-        for key, number in entries.items():
-            assert operation in ("multiply", "add"), f"unknown override: {operation}"
-            state[key] = state[key] * number if operation == "multiply" else state[key] + number
+    state = official_state(case)
     rules = [Drop(r"^(?!heads\.gvd\.heads\.2\.)", "not of the head"), *EFFSEG_HEAD_RULES]
     converted, _ = apply_rules({key: torch.as_tensor(value) for key, value in state.items()}, rules)
     head.double().load_state_dict({key.removeprefix("mask_head."): value for key, value in converted.items()})
@@ -92,7 +87,7 @@ def test_head(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         keep(stage.processing, lambda inputs, output, key=f"stage{number}_active_in": {key: inputs[0].active})
         keep(stage.processing, lambda inputs, output, key=f"stage{number}_active_out": {key: output})
 
-    pairs: dict[str, list[Tensor]] = {}
+    detections = PastedDetections(compare)
     for image, (regions, found, chosen) in enumerate(make_regions(case, arrays)):
         steps.clear()
         compare(chosen, f"img{image}_roi_query")
@@ -117,23 +112,8 @@ def test_head(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         probabilities = head(maps, canvas, regions)
         torch.testing.assert_close(probabilities, full_precision(logits).sigmoid())
         pasted = paste(probabilities, regions.boxes, canvas)[torch.searchsorted(chosen, chosen[0] + found.queries)]
-        # The case's boxes are rounded to float32: 1e-5 of a pixel, across which a mask can fall from 1 to 0 at its rim
-        compare(pasted[::10, ::4, ::4], f"img{image}_pasted_scores", tolerance=5e-5)
-        masks = pasted > 0.5
-        area = masks.sum((1, 2))
-        for key, value in (
-            ("seg_labels", found.labels),
-            ("seg_scores", found.scores * (pasted * masks).sum((1, 2)) / (area + 1e-6)),
-            ("seg_image", torch.full_like(found.labels, image)),
-            ("seg_query", (arrays["box_image"] < image).sum() + found.queries),
-            ("seg_mask_area", area),
-            ("seg_masks_packed", masks),
-        ):
-            pairs.setdefault(key, []).append(value)
-    masks = torch.cat(pairs.pop("seg_masks_packed"))
-    compare(np.packbits(masks[::8].numpy(), axis=-1), "seg_masks_packed")
-    for key, values in pairs.items():
-        compare(torch.cat(values), key)
+        detections.add(image, pasted, found, (arrays["box_image"] < image).sum() + found.queries)
+    detections.compare_all()
     assert not (left := set(arrays) - compared), f"the case has arrays that nothing is compared to: {left}"
 
 
