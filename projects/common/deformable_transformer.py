@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from yacs.config import CfgNode
 
 from querymask.common.boxes import inverse_sigmoid
 from querymask.common.deformable_attention import (
@@ -247,6 +248,23 @@ class DeformableTransformer(nn.Module):
         else:
             self.reference_points = nn.Linear(embed_dim, 2)
         self.reset_parameters()
+
+    @classmethod
+    def from_section(cls, section: CfgNode, num_proposals: int = 0) -> "DeformableTransformer":
+        """The transformer of a method's section of the config, such as ``cfg.MODEL.SOLQ``."""
+        return cls(
+            embed_dim=section.HIDDEN_DIM,
+            num_heads=section.NUM_HEADS,
+            enc_layers=section.ENC_LAYERS,
+            dec_layers=section.DEC_LAYERS,
+            dim_feedforward=section.DIM_FEEDFORWARD,
+            dropout=section.DROPOUT,
+            num_levels=section.NUM_FEATURE_LEVELS,
+            enc_points=section.ENC_POINTS,
+            dec_points=section.DEC_POINTS,
+            num_proposals=num_proposals,
+            use_checkpoint=section.USE_CHECKPOINT,
+        )
 
     def reset_parameters(self) -> None:
         """Xavier for every matrix, then what deformable attention asks for."""
