@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from tiny_configs import tiny_config
 from tool_loader import load_tool
 
 from querymask.common.flops import count_parameters
@@ -16,24 +16,6 @@ from querymask.common.solver import build_lr_scheduler, build_optimizer, paramet
 zoo = load_tool("make_model_zoo")
 LEAVES = {leaf.name: leaf for leaf in zoo.find_leaves() if leaf.method == "effseg"}
 SHAPES = {name for name in LEAVES if name.endswith("_shapes")}  # on other data than COCO, with a schedule of their own
-# Everything that makes a model slow, and nothing that makes it the model of its row
-REDUCED = {
-    "MODEL.DEVICE": "cpu",
-    "MODEL.WEIGHTS": "",
-    "MODEL.RESNETS.STEM_OUT_CHANNELS": 16,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
-    "MODEL.RESNETS.WIDTH_PER_GROUP": 16,
-    "MODEL.EFFSEG.NUM_CLASSES": 5,
-    "MODEL.EFFSEG.NUM_QUERIES": 500,  # so many that some are matched without any training
-    "MODEL.EFFSEG.HIDDEN_DIM": 32,
-    "MODEL.EFFSEG.DEC_LAYERS": 2,
-    "MODEL.EFFSEG.NUM_HEADS": 4,
-    "MODEL.EFFSEG.DIM_FEEDFORWARD": 24,
-    "MODEL.EFFSEG.ENC_LAYERS": 1,
-    "MODEL.EFFSEG.ENC_DIM_FEEDFORWARD": 24,
-    "MODEL.EFFSEG.REFINEMENTS": 300,
-    "TEST.DETECTIONS_PER_IMAGE": 9,
-}
 HEADS = {"effseg": 4_208_872, "mask_rcnn": 2_906_192, "pointrend": 3_191_968, "refine_mask": 6_580_590}
 # Trained parameters of the whole models, as measured on the release or summed from its parts
 TRAINED = {
@@ -97,18 +79,12 @@ def test_more_epochs_are_of_the_same_model() -> None:
         assert LEAVES[name].config().MODEL == LEAVES[name.removesuffix("_24_epochs")].config().MODEL, name
 
 
-def reduced_config(name: str) -> CfgNode:
-    cfg = LEAVES[name].config()
-    for key, value in REDUCED.items():
-        cfg.merge_from_list([key, value])
-    return cfg
-
-
 @pytest.mark.parametrize("name", [name for name in LEAVES if not name.endswith("_24_epochs")])
 def test_training_step_and_inference(name: str, make_batch: Callable[..., list[dict[str, Any]]]) -> None:
     """One step of the row's optimiser changes every trained parameter and no other; then the model detects."""
     torch.manual_seed(0)
-    cfg = reduced_config(name)
+    cfg = tiny_config(f"effseg/{name}")
+    cfg.MODEL.EFFSEG.NUM_QUERIES = 500  # so many that some are matched without any training
     cfg.SOLVER.WARMUP_ITERS = 0
     model = build_model(cfg).train()
     optimizer = build_optimizer(cfg, model)
