@@ -9,12 +9,14 @@ fixed: docs/analysis.md.
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from querymask import get_cfg  # before Detectron2, which it makes importable on current libraries
@@ -112,11 +114,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     paper = json.loads((PAPERS / f"{args.paper}.json").read_text()) if args.paper else None
     said = {Path(model["config"]).stem: model for model in paper["models"]} if paper else {}
     results = []
-    for path in args.configs or [ROOT / model["config"] for model in said.values()]:
-        name = Path(path).stem
+    paths = [Path(path) for path in args.configs or [ROOT / model["config"] for model in said.values()]]
+    for path in paths:
+        name = path.stem
         if name in said:
             results.append(from_paper(said[name], paper["mark"]))
-        results.append(measure_config(Path(path), args))
+        alone = args.repeat and len(paths) > 1
+        results.append(measure_alone(path, args) if alone else measure_config(path, args))
         print(f"{name}: {results[-1].gflops:.1f} GFLOPs", flush=True)
     remarks = [describe(args)]
     if paper:
@@ -149,6 +153,27 @@ def from_paper(model: Mapping[str, Any], mark: str) -> Result:
     return Result(Path(model["config"]).stem, mark, **{key: model[key] for key in model if key in known})
 
 
+def measure_alone(path: Path, args: argparse.Namespace) -> Result:
+    """The row of a config from a process of its own: the peak would be lower in memory that other models have left.
+
+    Raises:
+        SystemExit: the process failed, after saying why.
+    """
+    options = [f"--detections={args.detections}", f"--regions={args.regions}", f"--repeat={args.repeat}"]
+    for name in ("num_images", "height", "width"):
+        if getattr(args, name) is not None:
+            options.append(f"--{name.replace('_', '-')}={getattr(args, name)}")
+    options += ["--load-weights"] if args.load_weights else []
+    with TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.json"
+        command = [sys.executable, __file__, str(path), f"--json={rows}", *options, "--opts", *args.opts]
+        process = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+        if process.returncode:
+            raise SystemExit(f"{path} could not be measured")
+        (row,) = json.loads(rows.read_text())
+    return Result(**row)
+
+
 def measure_config(path: Path, args: argparse.Namespace) -> Result:
     """The row of a config.
 
@@ -179,7 +204,7 @@ def measure_config(path: Path, args: argparse.Namespace) -> Result:
         trainable=counts.trainable,
         gflops=fmean(cost[""] for cost in costs) / GIGA,
         head_gflops=fmean(sum(cost.get(name, 0) for name in heads) for cost in costs) / GIGA if heads else None,
-        head=", ".join(heads) or None,
+        head=", ".join(HEADS[cfg.MODEL.META_ARCHITECTURE]) if heads else None,
         detections=detections,
         regions=regions,
         fps=fps,

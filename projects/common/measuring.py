@@ -1,6 +1,7 @@
 """What measurements on a machine share: time, peak memory, and on what they were measured."""
 
 import ctypes
+import gc
 import platform
 import statistics
 import time
@@ -46,9 +47,9 @@ def peak_memory(run: Callable[[], object], device: str) -> float:
         return float("nan")
     libc = ctypes.CDLL(None)
     m_mmap_threshold = -3
-    libc.mallopt(
-        m_mmap_threshold, 1 << 16
-    )  # give freed blocks back at once, so that the resident set is what is in use
+    # Freed blocks are given back at once, so that the resident set is what is in use
+    libc.mallopt(m_mmap_threshold, 1 << 16)
+    gc.collect()  # what an earlier measurement left behind would be freed in the run
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = resident("VmRSS")

@@ -112,6 +112,19 @@ def test_mean_over_images(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         assert getattr(mean, field) == pytest.approx(sum(values) / 3)
 
 
+def test_each_of_several_models_is_measured_alone(tiny: Any, tmp_path: Path) -> None:
+    paths, rows = [str(tiny("mask_rcnn", "first")), str(tiny("effseg", "second"))], tmp_path / "rows.json"
+    options = ["--detections", "20", "--regions", "7", "--repeat", "1", "--height", "64", "--width", "64"]
+    assert tool.main([*paths, *options, "--json", str(rows), "--opts", "MODEL.EFFSEG.NUM_QUERIES", "25"]) == 0
+    first, second = json.loads(rows.read_text())
+    expected = measured(Path(paths[1]), *options[:4], *options[6:], "--opts", "MODEL.EFFSEG.NUM_QUERIES", "25")
+    for field in ("name", "parameters", "gflops", "head_gflops", "detections", "regions"):
+        assert second[field] == getattr(expected, field), field
+    assert first["name"] == "first" and all(row["fps"] > 0 and row["memory"] > 0 for row in (first, second))
+    with pytest.raises(SystemExit, match=r"first\.yaml could not be measured"):
+        tool.main([*paths, *options, "--opts", "MODEL.EFFSEG.NUM_QUERIES", "3"])
+
+
 def test_paper_beside_measured(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are marked; the files can be read again, and plotted."""
     path = tiny("effseg", "effseg_r50")  # the name decides whose numbers are put beside
