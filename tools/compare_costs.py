@@ -8,12 +8,12 @@ fixed: docs/analysis.md.
 """
 
 import argparse
+import fnmatch
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -204,7 +204,7 @@ def measure_config(path: Path, args: argparse.Namespace) -> Result:
         trainable=counts.trainable,
         gflops=fmean(cost[""] for cost in costs) / GIGA,
         head_gflops=fmean(sum(cost.get(name, 0) for name in heads) for cost in costs) / GIGA if heads else None,
-        head=", ".join(HEADS[cfg.MODEL.META_ARCHITECTURE]) if heads else None,
+        head=", ".join(p for p in HEADS[cfg.MODEL.META_ARCHITECTURE] if fnmatch.filter(heads, p)) if heads else None,
         detections=detections,
         regions=regions,
         fps=fps,
@@ -215,7 +215,9 @@ def measure_config(path: Path, args: argparse.Namespace) -> Result:
 def head_modules(model: nn.Module, cfg: CfgNode) -> list[str]:
     """Names of the modules that make masks; none if the model makes none, or its method is not known here."""
     patterns = HEADS.get(cfg.MODEL.META_ARCHITECTURE, ())
-    return [name for name, _ in model.named_modules() if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return [
+        name for name, _ in model.named_modules() if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    ]
 
 
 def speed(model: nn.Module, item: Mapping[str, Any], cfg: CfgNode, repeat: int) -> tuple[float, float]:

@@ -58,16 +58,17 @@ def draw(points: Sequence[Mapping[str, Any]], cost: str) -> Figure | None:
     label, unit = COSTS[cost]
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.add_subplot()
+    ranked = sorted(point[cost] for point in points)
     middle = fmean((min(p[cost] for p in points), max(p[cost] for p in points))) / unit
     for marker, source in zip(MARKERS, dict.fromkeys(point["source"] for point in points)):
         members = [point for point in points if point["source"] == source]
         x, y = [point[cost] / unit for point in members], [point["ap"] for point in members]
         axes.scatter(x, y, marker=marker, label=source)
         for left, bottom, point in zip(x, y, members):
-            side, offset = ("left", 4) if left <= middle else ("right", -4)  # names stay within the plot
-            axes.annotate(
-                point["name"], (left, bottom), xytext=(offset, 4), textcoords="offset points", ha=side, fontsize=8
-            )
+            side, dx = ("left", 4) if left <= middle else ("right", -4)  # names stay within the plot
+            edge, dy = ("top", -4) if ranked.index(point[cost]) % 2 else ("bottom", 4)  # and apart
+            place = {"xytext": (dx, dy), "textcoords": "offset points", "ha": side, "va": edge}
+            axes.annotate(point["name"], (left, bottom), fontsize=8, **place)
     axes.margins(0.2)
     axes.set_xlabel(label)
     axes.set_ylabel("mask AP")
