@@ -1,7 +1,6 @@
 """What measurements on a machine share: time, peak memory, and on what they were measured."""
 
 import ctypes
-import gc
 import platform
 import statistics
 import time
@@ -35,7 +34,10 @@ def median_time(run: Callable[[], object], device: str, repeat: int, warmup: int
 
 
 def peak_memory(run: Callable[[], object], device: str) -> float:
-    """MiB that one run takes at its peak beyond what was there before."""
+    """MiB that one run takes at its peak beyond what was there before.
+
+    On the CPU it is read off the resident set, which memory that other models have left in the process makes too low.
+    """
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -49,7 +51,6 @@ def peak_memory(run: Callable[[], object], device: str) -> float:
     m_mmap_threshold = -3
     # Freed blocks are given back at once, so that the resident set is what is in use
     libc.mallopt(m_mmap_threshold, 1 << 16)
-    gc.collect()  # what an earlier measurement left behind would be freed in the run
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = resident("VmRSS")
