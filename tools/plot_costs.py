@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -59,7 +58,7 @@ def draw(points: Sequence[Mapping[str, Any]], cost: str) -> Figure | None:
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.add_subplot()
     ranked = sorted(point[cost] for point in points)
-    middle = fmean((min(p[cost] for p in points), max(p[cost] for p in points))) / unit
+    middle = (ranked[0] + ranked[-1]) / 2 / unit
     for marker, source in zip(MARKERS, dict.fromkeys(point["source"] for point in points)):
         members = [point for point in points if point["source"] == source]
         x, y = [point[cost] / unit for point in members], [point["ap"] for point in members]
