@@ -10,6 +10,12 @@ def add_common_config(cfg: CfgNode) -> None:
     cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
     cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
 
+    # The values [low, high] of 16-bit and float images that become black and white; such images are refused where it is
+    # empty. It has no effect on images of 8 bits
+    cfg.INPUT.PIXEL_RANGE = []
+    # Images of more pixels are refused (0: Pillow's limit, about 179 million)
+    cfg.INPUT.MAX_PIXELS = 0
+
     # DETR's second augmentation branch: resize, crop, resize again (Carion et al. 2020, section 4).
     cfg.INPUT.DETR_CROP = CfgNode()
     cfg.INPUT.DETR_CROP.ENABLED = False
@@ -73,6 +79,9 @@ def add_common_config(cfg: CfgNode) -> None:
     cfg.VIS_NUM_IMAGES = 8
     # Only detections with at least this score are drawn
     cfg.VIS_SCORE_THRESHOLD = 0.3
+    # TrueType or OpenType file for names in pictures; where it lacks characters, or is empty, a font of the system that
+    # has them is looked for
+    cfg.VIS_FONT = ""
 
     # Swin transformer (Liu et al. 2021); the defaults are Swin-T
     cfg.MODEL.SWIN = CfgNode()

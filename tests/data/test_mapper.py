@@ -302,7 +302,7 @@ def test_errors_name_the_image_and_the_remedy(entry, fault):
 
 def test_size_in_the_annotation_must_be_the_files(entry):
     entry["width"] = 201
-    with pytest.raises(Exception, match="ramp.png.*check the width/height"):
+    with pytest.raises(Exception, match=r"ramp.png \(image id 7\): the image is 200x150.*says 201x150. Correct"):
         make_mapper()(entry)
 
 

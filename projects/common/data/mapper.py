@@ -10,9 +10,9 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
-from PIL import UnidentifiedImageError
 
 from querymask.common.data.augmentation import build_augmentations
+from querymask.common.data.image_files import ImageFileError, ImageReader
 from querymask.common.data.segmentation import decode_segmentation
 
 # Boxes with a side of at most this many pixels are degenerate (Detectron2's own threshold)
@@ -36,7 +36,7 @@ class InstanceMapper:
         is_train: bool = True,
         *,
         augmentations: Sequence[T.Augmentation],
-        image_format: str = "RGB",
+        reader: ImageReader = ImageReader(),  # noqa: B008 (it is immutable)
         use_masks: bool = True,
         max_instances: int = 0,
         drop_empty_masks: bool = False,
@@ -47,7 +47,7 @@ class InstanceMapper:
         Args:
             is_train: whether to produce ``instances``.
             augmentations: applied one after the other.
-            image_format: "RGB" or "BGR", or another that ``detectron2.data.detection_utils.read_image`` knows.
+            reader: of the image files.
             use_masks: whether ``instances`` have ``gt_masks``.
             max_instances: use a random choice of at most this many instances of an image; 0: all.
             drop_empty_masks: leave out instances of which the augmentations left no pixel.
@@ -56,7 +56,7 @@ class InstanceMapper:
         """
         self.is_train = is_train
         self.augmentations = T.AugmentationList(augmentations)
-        self.image_format = image_format
+        self.reader = reader
         self.use_masks = use_masks
         self.max_instances = max_instances
         self.drop_empty_masks = drop_empty_masks
@@ -64,6 +64,8 @@ class InstanceMapper:
         self.skip_empty = skip_empty
         # Annotations dropped so far for a degenerate box
         self.num_degenerate = 0
+        # Whether a file with an EXIF orientation was met
+        self._met_turned = False
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -72,7 +74,7 @@ class InstanceMapper:
         return {
             "is_train": is_train,
             "augmentations": build_augmentations(cfg, is_train),
-            "image_format": cfg.INPUT.FORMAT,
+            "reader": ImageReader.from_config(cfg, cfg.INPUT.FORMAT),
             "use_masks": _uses_masks(cfg, method),
             "max_instances": cfg.INPUT.MAX_INSTANCES,
             "drop_empty_masks": cfg.INPUT.DROP_EMPTY_MASKS,
@@ -92,12 +94,14 @@ class InstanceMapper:
             an image to be skipped.
 
         Raises:
-            RuntimeError: the image is missing or cannot be decoded.
+            RuntimeError: the image is missing or cannot be used.
+            SizeMismatchError: it has another size than the entry says; a ValueError.
             ValueError: an annotation does not fit the image, the model or the task.
         """
         output = {key: value for key, value in dataset_dict.items() if key != "annotations"}
-        image = self._read_image(dataset_dict)
-        utils.check_image_size(output, image)
+        image, orientation = self._read_image(dataset_dict)
+        self._check_size(dataset_dict, image.shape[:2], orientation)
+        output["height"], output["width"] = image.shape[:2]
         aug_input = T.AugInput(image)
         transforms = self.augmentations(aug_input)
         output["image"] = torch.from_numpy(np.ascontiguousarray(aug_input.image.transpose(2, 0, 1)))
@@ -107,19 +111,49 @@ class InstanceMapper:
                 return None
         return output
 
-    def _read_image(self, dataset_dict: dict[str, Any]) -> np.ndarray:
+    def _read_image(self, dataset_dict: dict[str, Any]) -> tuple[np.ndarray, int]:
+        """The image and the EXIF orientation of its file."""
         try:
-            return utils.read_image(dataset_dict["file_name"], format=self.image_format)
+            return self.reader.read(dataset_dict["file_name"])
         except FileNotFoundError as error:
             raise RuntimeError(
                 f"{_name(dataset_dict)}: there is no such file. Check the image folder that the data set was "
                 "registered with, or the environment variable DETECTRON2_DATASETS (docs/data.md)."
             ) from error
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:  # SyntaxError: broken PNG files
+        except ImageFileError as error:
             raise RuntimeError(
-                f"{_name(dataset_dict)}: the file cannot be decoded ({error}). Replace it, or take the image out of "
-                "the data set."
+                f"{_name(dataset_dict)}: {error.reason} Or take the image out of the data set."
             ) from error
+
+    def _check_size(self, dataset_dict: dict[str, Any], size: tuple[int, int], orientation: int) -> None:
+        """Compare the entry's height and width, where given, with the (height, width) of the upright image."""
+        stated = tuple(dataset_dict.get(key, side) for key, side in zip(("height", "width"), size))
+        if stated != size:
+            message = (
+                f"{_name(dataset_dict)}: the image is {size[1]}x{size[0]} (width x height), the data set says "
+                f"{stated[1]}x{stated[0]}. "
+            )
+            if orientation >= 5 and stated == size[::-1]:
+                message += (
+                    f"The file has EXIF orientation {orientation}, a rotation, which is applied; width and height are "
+                    "those of the stored pixels, exchanged. If the annotations were drawn on the stored pixels, take "
+                    "the tag out of the files (exiftool -Orientation= FILE); if on the upright image, exchange width "
+                    "and height in the data set."
+                )
+            elif stated == size[::-1]:
+                message += "Width and height are exchanged: correct the data set."
+            else:
+                message += "Correct width and height there, or take the image that the annotations were drawn on."
+            raise utils.SizeMismatchError(message)
+        if orientation > 1 and not self._met_turned:
+            self._met_turned = True
+            logger.warning(
+                "%s: the file has EXIF orientation %d, which is applied, here and in all other files. Annotations are "
+                "taken as drawn on the upright image; if they were drawn on the stored pixels, take the tag out of "
+                "the files (exiftool -Orientation= FILE).",
+                _name(dataset_dict),
+                orientation,
+            )
 
     def _instances(
         self,
