@@ -7,28 +7,33 @@
 
 Without --output, pictures are shown in a window. Pictures have at most 1280 pixels on their longer side. --view shows
 what goes on inside a method: reference_points (ISDA), stages (ISTR), coefficients (SOLQ), refinement (EffSeg). Files
-that cannot be read are reported and left out; the exit status is 1 if there were any.
+that cannot be read or drawn are reported and left out; the exit status is 1 if there were any.
 """
 
 import argparse
 import glob
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import querymask  # isort: skip  (before Detectron2: makes it importable)
 import cv2
 import numpy as np
+import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, detection_utils
+from detectron2.data import DatasetCatalog
 from tqdm import tqdm
 
+from querymask.common.data.image_files import ImageFileError, ImageReader, find_file
 from querymask.common.engine import choose_device
+from querymask.common.fonts import set_font
+from querymask.common.picture_names import PictureNames
 from querymask.common.predictor import Predictor, class_names
 from querymask.common.views import choose_view, find_views
 from querymask.common.visualization import draw_instances, write_image
 
-ENDINGS = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+ENDINGS = set(".avif .bmp .gif .heic .heif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
+"""Of files of a folder that are taken for images."""
 WINDOW = "QueryMask (q: quit)"
 Draw = Callable[[np.ndarray], np.ndarray]
 
@@ -82,25 +87,26 @@ def find_images(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:
     problems = []
     for text in inputs:
         path = Path(text)
-        if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS)
-        else:
-            found = [path] if path.exists() else sorted(map(Path, glob.glob(text, recursive=True)))
+        try:
+            if path.is_dir():
+                found = sorted(f for f in path.iterdir() if f.suffix.lower() in ENDINGS and not f.is_dir())
+            else:
+                found = _file(text) or sorted(map(Path, glob.glob(text, recursive=True)))
+        except OSError as error:
+            problems.append(f"{text} cannot be read: {error.strerror}")
+            continue
         if not found:
             problems.append(f"{text}: no images in this folder" if path.is_dir() else f"{text}: there is no such file")
         files.update(dict.fromkeys(found))
     return list(files), problems
 
 
-def picture_names(files: Sequence[Path]) -> Iterator[str]:
-    """A name for each picture; where files of different folders or endings share theirs, a number is added."""
-    taken: set[str] = set()
-    for file in files:
-        name, number = file.stem, 2
-        while name in taken:
-            name, number = f"{file.stem}_{number}", number + 1
-        taken.add(name)
-        yield f"{name}.jpg"
+def _file(text: str) -> list[Path]:
+    """The file of this name, if there is one."""
+    try:
+        return [Path(find_file(text))]
+    except FileNotFoundError:
+        return []
 
 
 def show(picture: np.ndarray, wait: int) -> bool:
@@ -112,25 +118,38 @@ def show(picture: np.ndarray, wait: int) -> bool:
         raise SystemExit("no window can be opened: OpenCV is headless or there is no display. Give --output") from None
 
 
-def run_on_images(args: argparse.Namespace, draw: Draw) -> int:
+def run_on_images(args: argparse.Namespace, reader: ImageReader, draw: Draw) -> int:
     """Draw every image; returns how many inputs failed."""
     files, problems = find_images(args.input)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     failed = len(problems)
-    for file, name in zip(tqdm(files, unit="image", disable=not files), picture_names(files), strict=True):
+    names = PictureNames(".jpg")
+    for file in tqdm(files, unit="image", disable=not files):
+        name = names(file)
         try:
-            image = detection_utils.read_image(str(file), format="RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow's; SyntaxError: broken PNG files
-            tqdm.write(f"error: {file} cannot be read: {error}", file=sys.stderr)
+            picture = draw(reader(file))
+            if args.output:
+                write_image(Path(args.output) / name, picture)
+        except Exception as error:  # whatever it is, the other files are done
+            tqdm.write(f"error: {explain(file, error)}", file=sys.stderr)
             failed += 1
             continue
-        picture = draw(np.ascontiguousarray(image))
-        if args.output:
-            write_image(Path(args.output) / name, picture)
-        elif not show(picture, wait=0):
+        if not args.output and not show(picture, wait=0):
             break
     return failed
+
+
+def explain(file: Path, error: Exception) -> str:
+    """What happened to a file."""
+    if isinstance(error, ImageFileError):
+        return f"{file} cannot be read: {error.reason}"
+    if isinstance(error, FileNotFoundError):  # a link to nothing
+        return f"{file} cannot be read: there is no such file"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        torch.cuda.empty_cache()
+        return f"{file} cannot be drawn: out of memory; set a smaller INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST"
+    return f"{file} cannot be drawn: {type(error).__name__}: {error}"
 
 
 def run_on_video(args: argparse.Namespace, draw: Draw) -> int:
@@ -182,11 +201,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cfg = load_config(args)
         if args.test_images is not None:
             args.input = [entry["file_name"] for entry in DatasetCatalog.get(cfg.DATASETS.TEST[0])[: args.test_images]]
+        set_font(cfg.VIS_FONT)
+        reader = ImageReader.from_config(cfg)
         draw = make_draw(args, cfg)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    failed = run_on_images(args, draw) if args.input is not None else run_on_video(args, draw)
+    failed = run_on_images(args, reader, draw) if args.input is not None else run_on_video(args, draw)
     return int(failed > 0)
 
 

@@ -15,20 +15,20 @@ from pathlib import Path
 from querymask import get_cfg  # before Detectron2, which it makes importable on current libraries
 
 # isort: split
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data import detection_utils as utils
-from detectron2.structures import Instances
 from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
+from querymask.common.data.image_files import ImageReader
 from querymask.common.engine import Trainer, choose_device
 from querymask.common.engine.checks import StrictCheckpointer, check_num_classes
 from querymask.common.evaluation.coco import InstanceEvaluator
+from querymask.common.fonts import set_font
+from querymask.common.picture_names import PictureNames
 from querymask.common.visualization import write_image
 from querymask.istr import ISTR
 from querymask.istr.figures import draw_stages
@@ -83,6 +83,8 @@ def evaluate_stages(cfg: CfgNode, model: ISTR | nn.Module, dataset: str, args: a
     for evaluator in evaluators:
         evaluator.reset()
     loader = Trainer.build_test_loader(cfg, dataset)
+    reader, picture_names = ImageReader.from_config(cfg), PictureNames(".png")
+    set_font(cfg.VIS_FONT)
     seen = []
     for index, inputs in enumerate(tqdm(itertools.islice(loader, args.images or None), unit="image", mininterval=1)):
         outputs = model.predict(model.preprocess(inputs))
@@ -94,20 +96,20 @@ def evaluate_stages(cfg: CfgNode, model: ISTR | nn.Module, dataset: str, args: a
         if index < args.pictures:
             record = records[inputs[0]["image_id"]]
             stages = [detections[0].to("cpu") for detections in by_stage]
-            name = f"{Path(record['file_name']).stem}.png"
             names = MetadataCatalog.get(dataset).get("thing_classes") or ()
-            write_image(args.output / name, stage_pictures(record, stages, names, args.score))
+            name = picture_names(record["file_name"])
+            try:
+                image = reader(record["file_name"])
+                write_image(
+                    args.output / name, draw_stages(image, stages, names, args.score, record.get("annotations", []))
+                )
+            except Exception as error:  # whatever it is, the evaluation goes on
+                tqdm.write(f"there is no picture of {record['file_name']}: {type(error).__name__}: {error}")
     results = []
     for evaluator in evaluators:
         scores = evaluator.evaluate(img_ids=seen if args.images else None)
         results.append({task: float(scores[task]["AP"]) for task in TASKS if task in scores})
     return results
-
-
-def stage_pictures(record: dict, stages: Sequence[Instances], class_names: Sequence[str], score: float) -> np.ndarray:
-    """One picture: ground truth, then the detections of every stage."""
-    image = utils.read_image(record["file_name"], format="RGB")
-    return draw_stages(image, stages, class_names, score, record.get("annotations", []))
 
 
 def plot_stages(results: Results, path: Path) -> None:

@@ -15,12 +15,15 @@ from typing import Any
 import querymask  # isort: skip  (before Detectron2: makes it importable)  # noqa: F401
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 from tqdm import tqdm
 
+from querymask.common.data.image_files import ImageReader
 from querymask.common.data.segmentation import decode_segmentation
 from querymask.common.evaluation.results import read_results
+from querymask.common.fonts import set_font
+from querymask.common.picture_names import PictureNames
 from querymask.common.visualization import contact_sheet, draw_instances, write_image
 
 
@@ -56,6 +59,24 @@ def to_instances(
     return instances
 
 
+def draw_results(
+    entry: Mapping[str, Any],
+    image: np.ndarray,
+    results: Mapping[str, Mapping[Any, Sequence[Mapping[str, Any]]]],
+    class_names: Sequence[str],
+    classes: Mapping[int, int],
+    score_threshold: float,
+) -> np.ndarray:
+    """Ground truth, where known, and a panel for each model, of ``results`` by title and image id, in a row."""
+    panels = {}
+    if "annotations" in entry:
+        panels["ground truth"] = draw_instances(image, entry["annotations"], class_names)
+    for title, by_image in results.items():
+        instances = to_instances(by_image.get(entry["image_id"], []), entry, classes)
+        panels[title] = draw_instances(image, instances, class_names, score_threshold)
+    return contact_sheet(list(panels.values()), columns=len(panels), titles=list(panels))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read, draw, write; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -63,6 +84,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the pictures are written")
     parser.add_argument("--num-images", type=int, default=8, help="first images of the set (default: 8)")
     parser.add_argument("--score-threshold", type=float, default=0.3, help="least score drawn (default: 0.3)")
+    parser.add_argument("--font", default="", metavar="FILE", help="as VIS_FONT of a config")
+    parser.add_argument(
+        "--pixel-range",
+        nargs=2,
+        type=float,
+        default=(),
+        metavar=("LOW", "HIGH"),
+        help="as INPUT.PIXEL_RANGE of a config",
+    )
+    parser.add_argument("--max-pixels", type=int, default=0, metavar="N", help="as INPUT.MAX_PIXELS of a config")
     parser.add_argument("models", nargs="+", metavar="NAME=FILE", help="title and result file of every model")
     args = parser.parse_args(arguments)
     try:
@@ -73,21 +104,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         entries = DatasetCatalog.get(args.dataset)[: args.num_images]
         metadata = MetadataCatalog.get(args.dataset)
         ids = metadata.get("thing_dataset_id_to_contiguous_id") or {i: i for i in range(len(metadata.thing_classes))}
-        for entry in tqdm(entries, unit="image"):
-            image = np.ascontiguousarray(detection_utils.read_image(entry["file_name"], format="RGB"))
-            panels = {}
-            if "annotations" in entry:
-                panels["ground truth"] = draw_instances(image, entry["annotations"], metadata.thing_classes)
-            for name, by_image in results.items():
-                instances = to_instances(by_image.get(entry["image_id"], []), entry, ids)
-                panels[name] = draw_instances(image, instances, metadata.thing_classes, args.score_threshold)
-            sheet = contact_sheet(list(panels.values()), columns=len(panels), titles=list(panels))
-            write_image(Path(args.output) / f"{Path(entry['file_name']).stem}.png", sheet)
+        set_font(args.font)
+        reader = ImageReader("RGB", tuple(args.pixel_range), args.max_pixels)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"pictures are in {args.output}")
-    return 0
+    failed, names = 0, PictureNames(".png")
+    for entry in tqdm(entries, unit="image"):
+        name = names(entry["file_name"])
+        try:
+            sheet = draw_results(
+                entry, reader(entry["file_name"]), results, metadata.thing_classes, ids, args.score_threshold
+            )
+            write_image(Path(args.output) / name, sheet)
+        except Exception as error:  # whatever it is, the other pictures are made
+            kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+            tqdm.write(f"error: there is no picture of {entry['file_name']}: {kind}{error}", file=sys.stderr)
+            failed += 1
+    if failed < len(entries):
+        print(f"{len(entries) - failed} pictures are in {args.output}")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

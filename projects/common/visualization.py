@@ -9,19 +9,19 @@ import colorsys
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import cv2
-import matplotlib
 import numpy as np
-from detectron2.data import detection_utils
 from detectron2.structures import BitMasks, BoxMode, Instances
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from querymask.common import fonts
+from querymask.common.data.image_files import ImageReader
 from querymask.common.data.segmentation import decode_segmentation
 
 # Images are enlarged or reduced for drawing until their longer side is in this range of pixels
@@ -111,6 +111,7 @@ def save_comparison(
     metadata: Any,
     path: str | Path,
     score_threshold: float = 0.3,
+    reader: ImageReader = ImageReader(),  # noqa: B008 (it is immutable)
 ) -> None:
     """Write a picture of an image's ground truth (if known) with the predictions to its right.
 
@@ -120,15 +121,20 @@ def save_comparison(
         metadata: of the data set, for ``thing_classes``.
         path: PNG or JPEG file to write.
         score_threshold: predictions of a lower score are left out.
+        reader: of the image file, for RGB.
     """
-    write_image(path, comparison(dataset_dict, instances, metadata, score_threshold))
+    write_image(path, comparison(dataset_dict, instances, metadata, score_threshold, reader))
 
 
 def comparison(
-    dataset_dict: dict[str, Any], instances: Instances, metadata: Any, score_threshold: float = 0.3
+    dataset_dict: dict[str, Any],
+    instances: Instances,
+    metadata: Any,
+    score_threshold: float = 0.3,
+    reader: ImageReader = ImageReader(),  # noqa: B008
 ) -> np.ndarray:
     """The picture of ``save_comparison`` as uint8 [H, W, 3] RGB."""
-    image = detection_utils.read_image(dataset_dict["file_name"], format="RGB")
+    image = reader(dataset_dict["file_name"])
     class_names = metadata.get("thing_classes", None) or ()
     shown = len(_items(instances, class_names, score_threshold, *image.shape[:2]))
     panels = [draw_instances(image, instances, class_names, score_threshold)]
@@ -153,7 +159,6 @@ def contact_sheet(images: Sequence[np.ndarray], columns: int, titles: Sequence[s
     """
     if not images:
         raise ValueError("A contact sheet needs at least one image.")
-    font = _font(18)
     title_height = 0 if titles is None else 30
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
@@ -167,7 +172,7 @@ def contact_sheet(images: Sequence[np.ndarray], columns: int, titles: Sequence[s
         y = _MARGIN + row * cell_height + title_height + (cell_height - _MARGIN - title_height - image.shape[0]) // 2
         sheet.paste(Image.fromarray(image), (x, y))
         if titles is not None:
-            draw.text((x, y - title_height + 3), titles[number], fill=(40, 40, 40), font=font)
+            fonts.write(draw, (x, y - title_height + 3), titles[number], 18, (40, 40, 40))
     return np.asarray(sheet)
 
 
@@ -289,7 +294,7 @@ def _annotation_item(
 
 
 def _class_name(index: int, class_names: Sequence[str]) -> str:
-    return class_names[index] if index < len(class_names) else f"class {index}"
+    return str(class_names[index]) if 0 <= index < len(class_names) else f"class {index}"
 
 
 def _draw_mask(canvas: np.ndarray, item: _Item) -> None:
@@ -317,12 +322,12 @@ def _draw_labels(canvas: np.ndarray, items: Sequence[_Item], scale: float) -> np
     """Write the labels at the boxes' upper corners, moved where they would leave the image or cover one another."""
     picture = Image.fromarray(canvas)
     draw = ImageDraw.Draw(picture)
-    font = _font(14)
+    size = 14
     taken: list[tuple[float, float, float, float]] = []
     for item in items:
         if item.extent is None or not item.label:
             continue
-        _, top, text_width, bottom = draw.textbbox((0, 0), item.label, font=font)
+        text_width, top, bottom = fonts.measure(item.label, size)
         width, height = text_width + 8, bottom - top + 6
         x0, y0, x1 = (float(v) * scale for v in item.extent[:3])
         places = []
@@ -335,7 +340,7 @@ def _draw_labels(canvas: np.ndarray, items: Sequence[_Item], scale: float) -> np
         draw.rounded_rectangle(place, radius=4, fill=item.colour)
         bright = 0.299 * item.colour[0] + 0.587 * item.colour[1] + 0.114 * item.colour[2] > 140
         fill = (0, 0, 0) if bright else (255, 255, 255)
-        draw.text((place[0] + 4, place[1] + 3 - top), item.label, fill=fill, font=font)
+        fonts.write(draw, (place[0] + 4, place[1] + 3 - top), item.label, size, fill)
     return np.array(picture)
 
 
@@ -344,12 +349,6 @@ def _overlap(first: tuple[float, float, float, float], second: tuple[float, floa
     width = min(first[2], second[2]) - max(first[0], second[0])
     height = min(first[3], second[3]) - max(first[1], second[1])
     return max(width, 0.0) * max(height, 0.0)
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which Matplotlib brings along."""
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
 
 def _plot_losses(axes: Axes, losses: Metrics) -> None:

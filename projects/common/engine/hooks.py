@@ -28,8 +28,12 @@ class CurvePlotter(HookBase):
     def after_train(self) -> None:
         if self.trainer.iter < self.trainer.max_iter:  # training failed; an error here would hide the reason
             return
-        from querymask.common.visualization import plot_curves  # matplotlib: only needed here
-
         metrics, picture = (os.path.join(self._output_dir, name) for name in ("metrics.json", "curves.png"))
-        plot_curves(metrics, picture)
-        logger.info(f"curves of losses and AP are in {picture}")
+        try:
+            from querymask.common.visualization import plot_curves  # matplotlib: only needed here
+
+            plot_curves(metrics, picture)
+        except Exception as error:  # whatever it is, a finished run keeps its results
+            logger.warning(f"there are no curves of {metrics}: {type(error).__name__}: {error}")
+        else:
+            logger.info(f"curves of losses and AP are in {picture}")
