@@ -3,11 +3,23 @@
 Supported: 0.5 (also without its compiled part, as the registry has it), 0.6 and main.
 """
 
+import functools
+import importlib.resources
 import importlib.util
+import re
 import sys
 import types
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from typing import Any
+
+# Aliases that NumPy 1.24 took away; NumPy 2 has a ``bool`` of its own again
+OLD_NUMPY_NAMES = {"bool": bool, "complex": complex, "float": float, "int": int, "object": object, "str": str}
+MODEL_ZOO = "detectron2.model_zoo.model_zoo"
+COCO_EVALUATION = "detectron2.evaluation.coco_evaluation"
 
 
 def detectron2_available() -> bool:
@@ -26,14 +38,17 @@ def _placeholder_extension() -> types.ModuleType:
         def function(*args: Any, **kwargs: Any) -> None:
             raise RuntimeError(
                 f"detectron2._C.{name} was called, but this Detectron2 was installed without its compiled part. "
-                "QueryMask does not need it; rotated boxes, deformable convolution and the fast COCO evaluation of "
-                "Detectron2 do: build Detectron2 from source to use them."
+                "QueryMask does not need it; rotated boxes and deformable convolution of Detectron2 do: build "
+                "Detectron2 from source to use them."
             )
 
         return function
 
     module.__getattr__ = missing  # type: ignore[method-assign]
     module.is_placeholder = True  # type: ignore[attr-defined]
+    # What Detectron2's default_setup writes to the log
+    module.get_compiler_version = module.get_cuda_version = lambda: "none: not compiled"  # type: ignore[attr-defined]
+    module.has_cuda = lambda: False  # type: ignore[attr-defined]
     return module
 
 
@@ -48,9 +63,10 @@ def detectron2_is_compiled() -> bool:
 
 
 def apply_shims() -> None:
-    """Make ``import detectron2`` work under current Pillow and without the compiled part, where it needs help.
+    """Make Detectron2 work with current NumPy, Pillow and setuptools and without its compiled part.
 
-    Nothing is touched where Detectron2 imports by itself (official main).
+    Modules of Detectron2 that are imported already are kept, and with them their classes and what was registered.
+    Nothing is touched that works by itself (most of official main).
     """
     import PIL.Image
 
@@ -60,6 +76,11 @@ def apply_shims() -> None:
     warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning, r"detectron2\.utils\.comm")
     if not hasattr(PIL.Image, "LINEAR"):  # removed in Pillow 10; Detectron2 <= 0.6 names it in a default argument
         PIL.Image.LINEAR = PIL.Image.BILINEAR  # type: ignore[attr-defined]
+    if not any(isinstance(finder, _MendingFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _MendingFinder())
+    for name, module in list(sys.modules.items()):
+        if name.startswith("detectron2."):
+            _mend(module)
     if detectron2_is_compiled():
         return
     try:
@@ -67,24 +88,112 @@ def apply_shims() -> None:
     except ImportError as error:
         if "_C" not in str(error):
             raise
-        for name in [n for n in sys.modules if n.startswith("detectron2.")]:
-            del sys.modules[name]
         import detectron2
 
+        # Python has dropped the modules that failed, and only those: the next import executes them anew
         placeholder = _placeholder_extension()
         sys.modules["detectron2._C"] = placeholder
         detectron2._C = placeholder
 
 
-def mend_lvis() -> None:
-    """Make the package lvis evaluate under current NumPy, which has lost a name that it uses. NumPy stays as it is."""
-    import lvis.eval
+class _MendingFinder:
+    """Finds modules of Detectron2 as Python does, and mends each when it is executed: none has to be imported early."""
+
+    @staticmethod
+    def find_spec(name: str, path: Sequence[str] | None, target: types.ModuleType | None = None) -> ModuleSpec | None:
+        if not name.startswith("detectron2."):
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_mend(module: types.ModuleType) -> None:
+            with _package_resources() if name == MODEL_ZOO else nullcontext():
+                execute(module)
+            _mend(module)
+
+        spec.loader.exec_module = execute_and_mend  # type: ignore[method-assign]
+        return spec
+
+
+@contextmanager
+def _package_resources() -> Iterator[None]:
+    """Lends the model zoo, main's as well, what it asks of ``pkg_resources``, which setuptools 82 took away.
+
+    Everybody else still finds the package missing.
+    """
+    if importlib.util.find_spec("pkg_resources") is not None:
+        yield
+        return
+    module = types.ModuleType("pkg_resources", "Stand-in: the one function that Detectron2 uses.")
+    module.resource_filename = lambda package, name: str(  # type: ignore[attr-defined]
+        importlib.resources.files(package).joinpath(name)
+    )
+    sys.modules["pkg_resources"] = module
+    try:
+        yield
+    finally:
+        del sys.modules["pkg_resources"]
+
+
+def _mend(module: types.ModuleType) -> None:
+    """Give an executed module of Detectron2 what it lacks at run time."""
     import numpy
 
-    if not hasattr(numpy, "float"):
-        mended = types.ModuleType("numpy", "NumPy with the name that lvis uses.")
-        mended.__dict__.update(vars(numpy), float=float)
-        lvis.eval.np = mended
+    if getattr(module, "np", None) is numpy and _uses_old_names(module):
+        module.np = _old_numpy()  # type: ignore[attr-defined]
+    if module.__name__ == COCO_EVALUATION and getattr(sys.modules.get("detectron2._C"), "is_placeholder", False):
+        module.COCOeval_opt = module.COCOeval  # type: ignore[attr-defined]  # main's choice; the same numbers, slower
+    if module.__name__ == MODEL_ZOO:
+        configs = Path(str(module.__file__)).parent / "configs"
+        if not configs.is_dir():  # as in the registry's wheel of 0.5
+
+            def get_config_file(config_path: str) -> str:
+                raise RuntimeError(
+                    f"{config_path}: this Detectron2 was installed without the configs of its model zoo ({configs} "
+                    "does not exist). Copy the folder configs of Detectron2's repository there, or give the path of "
+                    "the file to cfg.merge_from_file."
+                )
+
+            module.get_config_file = get_config_file  # type: ignore[attr-defined]
+
+
+def _uses_old_names(module: types.ModuleType) -> bool:
+    """Whether the module's source names something that this NumPy lacks."""
+    import numpy
+
+    missing = [name for name in OLD_NUMPY_NAMES if name not in vars(numpy)]
+    source = getattr(module.__loader__, "get_source", lambda name: None)(module.__name__)
+    return bool(missing) and re.search(rf"\bnp\.({'|'.join(missing)})\b", source or "") is not None
+
+
+@functools.cache
+def _old_numpy() -> types.ModuleType:
+    """A view of NumPy that has the names it has lost. NumPy stays as it is for all others."""
+    import numpy
+
+    view = types.ModuleType("numpy", "NumPy with the names of its versions before 1.24.")
+    view.__dict__.update({**OLD_NUMPY_NAMES, **vars(numpy)})
+    return view
+
+
+def mend_lvis() -> None:
+    """Make the package lvis evaluate under current NumPy, which has lost a name that it uses."""
+    import lvis.eval
+
+    lvis.eval.np = _old_numpy()
+
+
+def coco_evaluation() -> Any:
+    """The class that evaluates by COCO's rules: Detectron2's fast one where it is compiled, else pycocotools'."""
+    if detectron2_is_compiled():
+        from detectron2.evaluation.fast_eval_api import COCOeval_opt
+
+        return COCOeval_opt
+    from pycocotools.cocoeval import COCOeval
+
+    return COCOeval
 
 
 def create_local_process_group(processes_per_machine: int) -> None:

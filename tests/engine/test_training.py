@@ -44,6 +44,7 @@ def test_run_of_the_command_line(train_net: ModuleType, cfg: CfgNode, tmp_path: 
     trained = train_net.main(args, train_net.setup(args))
     assert set(trained) == {"bbox", "segm"}
     assert math.isfinite(trained["segm"]["AP"])
+    assert "Distribution of instances among all 2 categories" in (Path(cfg.OUTPUT_DIR) / "log.txt").read_text()
     lines = metrics(cfg)
     assert [line["iteration"] for line in lines if "bbox/AP" in line] == [1, 3]
     assert {"total_loss", "loss_ce", "loss_bbox", "loss_giou", "loss_vector", "lr", "data_time"} <= set().union(*lines)

@@ -14,6 +14,7 @@ from detectron2.utils.logger import setup_logger
 
 import querymask
 from querymask.common.engine.sampling import START, mix_seed, seed_everything
+from querymask.common.precision import autocast_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +38,15 @@ def choose_seed(cfg: CfgNode) -> None:
     logger.info(f"SEED was not given: this run has SEED {cfg.SEED}")
 
 
+def training_dtype(cfg: CfgNode) -> torch.dtype | None:
+    """The type of mixed precision that a config asks for, None for none."""
+    return autocast_dtype(cfg.SOLVER.AMP.PRECISION, cfg.MODEL.DEVICE) if cfg.SOLVER.AMP.ENABLED else None
+
+
 def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Start the log in ``OUTPUT_DIR``, note versions and config there, choose a seed if none is given, and use it.
 
-    Like ``detectron2.engine.default_setup``, which fails on a Detectron2 without its compiled part.
+    Stands in for ``detectron2.engine.default_setup``.
     """
     rank = comm.get_rank()
     if comm.is_main_process():
@@ -48,11 +54,14 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     for name in ("fvcore", "querymask", "detectron2"):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
     choose_seed(cfg)
+    dtype = training_dtype(cfg)
+    precision = "float32" if dtype is None else f"{str(dtype).removeprefix('torch.')} where that is safe (SOLVER.AMP)"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     logger.info(
         f"querymask {querymask.__version__}, Detectron2 {detectron2.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}, {gpu}, {comm.get_world_size()} process(es) on {cfg.MODEL.DEVICE}"
     )
+    logger.info(f"training computes in {precision}, evaluation in float32")
     logger.info(f"arguments: {args}")
     if comm.is_main_process():
         path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
