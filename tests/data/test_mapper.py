@@ -211,7 +211,10 @@ def test_boxes_are_clipped(entry):
     assert make_mapper()(entry)["instances"].gt_boxes.tensor.tolist() == [[0, 100, 200, 150]]
 
 
-@pytest.mark.parametrize("annotations", [[], [annotation(iscrowd=1)], [annotation(bbox=[300, 0, 10, 10])]])
+OUTSIDE = annotation(bbox=[300, 0, 10, 10], segmentation=[[300, 0, 310, 0, 310, 10]])
+
+
+@pytest.mark.parametrize("annotations", [[], [annotation(iscrowd=1)], [OUTSIDE]])
 @pytest.mark.parametrize("use_masks", [True, False])
 def test_images_without_instances(entry, annotations, use_masks):
     entry["annotations"] = annotations
@@ -229,7 +232,7 @@ DEGENERATE = [[20, 30, 0, 100], [20, 30, 100, -5], [300, 30, 10, 10], [float("na
 
 
 @pytest.mark.parametrize("box", DEGENERATE)
-def test_degenerate_boxes_are_dropped_with_one_word(entry, box, caplog):
+def test_degenerate_boxes_become_those_of_the_masks_with_one_word(entry, box, caplog):
     entry["annotations"] = [annotation(), annotation(bbox=box, category_id=0)]
     mapper = make_mapper(T.RandomFlip(1.0), ResizeShortestSide([75]))
     mapper_module.logger.addHandler(caplog.handler)  # whether or not the package's log goes to the root
@@ -238,10 +241,13 @@ def test_degenerate_boxes_are_dropped_with_one_word(entry, box, caplog):
             instances = mapper(entry)["instances"]
     finally:
         mapper_module.logger.removeHandler(caplog.handler)
-    assert instances.gt_classes.tolist() == [1] and len(instances.gt_masks) == 1
-    assert mapper.num_degenerate == 3
+    assert instances.gt_classes.tolist() == [1, 0] and len(instances.gt_masks) == 2
+    assert instances.gt_boxes.tensor[0].equal(instances.gt_boxes.tensor[1])
     messages = {record.getMessage() for record in caplog.records}
     assert len(messages) == 1 and f"{entry['file_name']} (image id 7)" in messages.pop()
+    entry["annotations"][1].pop("segmentation")
+    with pytest.raises(ValueError, match="annotation 1: 'bbox' is .* and there is no mask. Give the box or remove"):
+        mapper(entry)
 
 
 def test_cap_on_instances(entry):
@@ -281,8 +287,6 @@ FAULTS = {
     "empty segmentation": (lambda e: e["annotations"][0].update(segmentation=[]), "no segmentation.*MASK_ON False"),
     "class too high": (lambda e: e["annotations"][0].update(category_id=3), "category 3.*0 to 2.*NUM_CLASSES"),
     "class negative": (lambda e: e["annotations"][0].update(category_id=-1), "category -1.*0 to 2.*NUM_CLASSES"),
-    "two points": (lambda e: e["annotations"][0].update(segmentation=[[1, 2, 3, 4]]), "three pairs.*Correct"),
-    "odd polygon": (lambda e: e["annotations"][0].update(segmentation=[[1.0] * 7]), "three pairs.*Correct"),
     "size of mask": (
         lambda e: e["annotations"][0].update(segmentation=np.ones((4, 5), bool)),
         r"\(4, 5\).*\(150, 200\).*Make",
@@ -304,6 +308,12 @@ def test_size_in_the_annotation_must_be_the_files(entry):
     entry["width"] = 201
     with pytest.raises(Exception, match=r"ramp.png \(image id 7\): the image is 200x150.*says 201x150. Correct"):
         make_mapper()(entry)
+
+
+@pytest.mark.parametrize("segmentation", [[[1, 2, 3, 4]], [[1.0] * 7], [["a"] * 6]])
+def test_masks_that_nobody_can_read_are_not_trained_on(entry, segmentation):
+    entry["annotations"].append(annotation(segmentation=segmentation, category_id=0))
+    assert make_mapper()(entry)["instances"].gt_classes.tolist() == [1]
 
 
 def test_grey_and_palette_files_become_three_channels(entry):

@@ -106,10 +106,10 @@ def test_boundary_ap(cfg: CfgNode, val: Callable[..., str], tmp_path: Path) -> N
     assert list(evaluate(name, tmp_path, lambda e: perfect(e, masks=False), boundary=True)) == ["bbox"]
     cfg.DATASETS.TEST = ("engine_val",)
     assert set(Trainer.evaluate(cfg)) == {"bbox", "segm", "boundary"}
-    MetadataCatalog.get("engine_lvis").evaluator_type = "lvis"
-    with pytest.raises(ValueError, match="TEST.BOUNDARY_AP is for data sets with COCO's evaluation"):
-        build_evaluator(cfg, "engine_lvis")
-    MetadataCatalog.remove("engine_lvis")
+    MetadataCatalog.get("engine_cityscapes").evaluator_type = "cityscapes_instance"
+    with pytest.raises(ValueError, match="TEST.BOUNDARY_AP is for data sets with COCO's or LVIS's evaluation"):
+        build_evaluator(cfg, "engine_cityscapes")
+    MetadataCatalog.remove("engine_cityscapes")
 
 
 def without_boxes(entry: dict) -> Instances:
@@ -261,10 +261,10 @@ def test_evaluator_by_data_set(cfg: CfgNode, val: Callable[..., str], monkeypatc
     assert isinstance(build_evaluator(cfg, name), InstanceEvaluator)
     cfg.VIS_NUM_IMAGES = 1
     assert isinstance(build_evaluator(cfg, name), DatasetEvaluators)
-    MetadataCatalog.remove(name)
-    MetadataCatalog.get(name).evaluator_type = "lvis"
     monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
-    with pytest.raises(ImportError, match="pip install lvis"):
+    MetadataCatalog.remove(name)
+    MetadataCatalog.get(name).evaluator_type = "cityscapes_instance"
+    with pytest.raises(ImportError, match="pip install cityscapesScripts"):
         build_evaluator(cfg, name)
     MetadataCatalog.remove(name)
     MetadataCatalog.get(name).evaluator_type = "pascal_voc"

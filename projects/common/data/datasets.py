@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 
+from querymask.common.data.annotations import load_coco_json
 from querymask.common.data.shapes import (
     CATEGORIES,
     SPLIT_SIZES,

@@ -114,7 +114,8 @@ class ImageReader:
         if len(self.pixel_range) == 0:
             raise ImageFileError(
                 path,
-                f"the samples are {samples.dtype} (mode {image.mode}), from {samples.min():g} to {samples.max():g}, "
+                f"the samples are {samples.dtype} (mode {image.mode}), from {_number(samples.min())} to "
+                f"{_number(samples.max())}, "
                 "and the model takes 8 bits. Set INPUT.PIXEL_RANGE to [low, high], the values that become black and "
                 "white in all images, the same for training, evaluation and demo; or write the files with 8 bits.",
             )
@@ -175,6 +176,10 @@ def find_file(path: str) -> str:
         )
         return other
     raise FileNotFoundError(f"{path}: there is no such file")
+
+
+def _number(value: np.generic) -> str:
+    return str(value) if isinstance(value, np.integer) else f"{value:g}"
 
 
 def _orientation(image: Image.Image) -> int:

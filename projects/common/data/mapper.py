@@ -11,11 +11,12 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
 
+from querymask.common.data.annotations import Findings, ImageInfo, clean_record
 from querymask.common.data.augmentation import build_augmentations
 from querymask.common.data.image_files import ImageFileError, ImageReader
 from querymask.common.data.segmentation import decode_segmentation
 
-# Boxes with a side of at most this many pixels are degenerate (Detectron2's own threshold)
+# Augmented boxes with a side of at most this many pixels are degenerate (Detectron2's own threshold)
 _MIN_BOX_SIDE = 1e-5
 
 logger = logging.getLogger(__name__)
@@ -62,8 +63,7 @@ class InstanceMapper:
         self.drop_empty_masks = drop_empty_masks
         self.num_classes = num_classes
         self.skip_empty = skip_empty
-        # Annotations dropped so far for a degenerate box
-        self.num_degenerate = 0
+        self._told = False
         # Whether a file with an EXIF orientation was met
         self._met_turned = False
 
@@ -75,7 +75,7 @@ class InstanceMapper:
             "is_train": is_train,
             "augmentations": build_augmentations(cfg, is_train),
             "reader": ImageReader.from_config(cfg, cfg.INPUT.FORMAT),
-            "use_masks": _uses_masks(cfg, method),
+            "use_masks": uses_masks(cfg, method),
             "max_instances": cfg.INPUT.MAX_INSTANCES,
             "drop_empty_masks": cfg.INPUT.DROP_EMPTY_MASKS,
             "num_classes": method.get("NUM_CLASSES"),
@@ -168,11 +168,9 @@ class InstanceMapper:
                 f"{_name(dataset_dict)}: the entry has no 'annotations'. Training needs them; give an empty list where "
                 "an image has no instances."
             )
-        annotations = [a for a in dataset_dict["annotations"] if not a.get("iscrowd", 0)]
+        annotations = self._usable(dataset_dict, size)
         boxes = np.array([BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations])
         boxes = boxes.reshape(-1, 4).astype(np.float64)
-        proper = self._proper_boxes(boxes, size, dataset_dict)
-        annotations, boxes = [annotations[i] for i in proper], boxes[proper]
         classes = [self._category(a, dataset_dict) for a in annotations]
 
         gt_boxes = Boxes(torch.from_numpy(transforms.apply_box(boxes).reshape(-1, 4).astype(np.float32)))
@@ -203,23 +201,22 @@ class InstanceMapper:
             )
         return category
 
-    def _proper_boxes(self, boxes: np.ndarray, size: tuple[int, int], dataset_dict: dict[str, Any]) -> np.ndarray:
-        """Indices of those boxes [T, 4] that are not empty within the image; the others are counted."""
-        clipped = np.clip(boxes, 0, (size[1], size[0], size[1], size[0]))
-        proper = ((clipped[:, 2:] - clipped[:, :2]) > _MIN_BOX_SIDE).all(axis=1)  # False for NaN
-        number = len(boxes) - int(proper.sum())
-        if number and not self.num_degenerate:
-            logger.warning(
-                "%s: dropped %d annotation(s) with a box that is empty, not finite or outside the image. Others will "
-                "be dropped without a word.",
-                _name(dataset_dict),
-                number,
-            )
-        self.num_degenerate += number
-        return np.flatnonzero(proper)
+    def _usable(self, dataset_dict: dict[str, Any], size: tuple[int, int]) -> list[dict[str, Any]]:
+        """The annotations that are trained on, checked: those of ``read_dataset`` are that already, others need it."""
+        name = _name(dataset_dict)
+        findings = Findings(name)
+        image = ImageInfo(name, *size)
+        clean = [
+            clean_record(annotation, image, f"annotation {number}", findings)
+            for number, annotation in enumerate(dataset_dict["annotations"])
+        ]
+        if (lines := findings.lines()) and not self._told:
+            self._told = True
+            logger.warning("%s. Others will be mended without a word.", "; ".join(lines))
+        return [annotation for annotation in clean if annotation is not None and not annotation["iscrowd"]]
 
 
-def _uses_masks(cfg: CfgNode, method: CfgNode) -> bool:
+def uses_masks(cfg: CfgNode, method: CfgNode) -> bool:
     """Whether the model has a mask branch: its method's MASK_ON, or a MASK_HEAD other than "none"."""
     if "MASK_ON" in method or "MASK_HEAD" not in method:
         return method.get("MASK_ON", cfg.MODEL.MASK_ON)
@@ -233,7 +230,7 @@ def _name(dataset_dict: dict[str, Any]) -> str:
 def _bitmask(annotation: dict[str, Any], size: tuple[int, int], dataset_dict: dict[str, Any]) -> np.ndarray:
     """The segmentation of an annotation as uint8 [H, W] of the image's own ``size`` (height, width)."""
     segmentation = annotation.get("segmentation")
-    if segmentation is None or len(segmentation) == 0:
+    if segmentation is None:
         raise ValueError(
             f"{_name(dataset_dict)}: an annotation has no segmentation, but masks are wanted. Add segmentations to the "
             "data set, or train without masks (for SOLQ: MODEL.SOLQ.MASK_ON False)."

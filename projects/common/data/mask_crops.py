@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-from detectron2.data import DatasetCatalog
 from detectron2.structures import BoxMode
 from torch.utils.data import Dataset
 
+from querymask.common.data.annotations import read_dataset
 from querymask.common.data.segmentation import crop_polygons, decode_segmentation
 from querymask.common.masks import crop_masks
 
@@ -31,13 +31,9 @@ class MaskCrops(Dataset):
         self.size = size
         self.entries = []
         for name in names:
-            if name not in DatasetCatalog:
-                raise KeyError(
-                    f"there is no data set {name!r}; registered are {', '.join(sorted(DatasetCatalog.keys()))}"
-                )
-            for image in DatasetCatalog.get(name):
-                for annotation in image["annotations"]:
-                    if not annotation.get("iscrowd", 0) and annotation.get("segmentation"):
+            for image in read_dataset(name):
+                for annotation in image.get("annotations", ()):
+                    if not annotation["iscrowd"] and "segmentation" in annotation:
                         self.entries.append((annotation, image["height"], image["width"]))
         if limit:
             self.entries = self.entries[:limit]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList, build_detection_test_loader
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 from detectron2.engine import hooks as detectron2_hooks
@@ -23,13 +23,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from querymask.common.data.annotations import read_dataset
 from querymask.common.data.mapper import InstanceMapper
+from querymask.common.data.training_set import read_training_set
 from querymask.common.engine import hooks
 from querymask.common.engine.checks import StrictCheckpointer, check_num_classes, dataset_classes
 from querymask.common.engine.sampling import TrainLoader
 from querymask.common.engine.setup import choose_seed
 from querymask.common.engine.step import TrainingStep
 from querymask.common.evaluation import build_evaluator, results_table
+from querymask.common.evaluation.build import num_queries
 from querymask.common.evaluation.results import evaluate_results
 from querymask.common.solver import build_lr_scheduler, build_optimizer
 
@@ -156,7 +159,7 @@ class Trainer(DefaultTrainer):
             return {}
         (name,) = cfg.DATASETS.TEST
         dataset_classes(name)
-        results = evaluate_results(path, name, cfg.TEST.BOUNDARY_AP)
+        results = evaluate_results(path, name, cfg.TEST.BOUNDARY_AP, cfg.TEST.DETECTIONS_PER_IMAGE)
         log_results(name, results)
         verify_results(cfg, results)
         return results
@@ -183,12 +186,17 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
         """Endless batches of ``SOLVER.IMS_PER_BATCH`` images (of all processes together)."""
-        dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-        if least := cfg.DATALOADER.MIN_IMAGE_SIDE:
-            dicts = [d for d in dicts if min(d["width"], d["height"]) >= least]
+        mapper = InstanceMapper(cfg, is_train=True)
+        dicts = read_training_set(
+            cfg.DATASETS.TRAIN,
+            masks=mapper.use_masks,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_side=cfg.DATALOADER.MIN_IMAGE_SIDE,
+            num_queries=num_queries(cfg),
+        )
         return TrainLoader(
             DatasetFromList(dicts),
-            InstanceMapper(cfg, is_train=True),
+            mapper,
             cfg.SOLVER.IMS_PER_BATCH,
             num_workers=cfg.DATALOADER.NUM_WORKERS,
             seed=cfg.SEED,
@@ -199,7 +207,11 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
         """Every image of a data set once, one at a time, in the process that evaluates it."""
-        return build_detection_test_loader(cfg, dataset_name, mapper=InstanceMapper(cfg, is_train=False))
+        return build_detection_test_loader(
+            read_dataset(dataset_name),
+            mapper=InstanceMapper(cfg, is_train=False),
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+        )
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

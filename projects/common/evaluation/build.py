@@ -5,34 +5,33 @@ import os
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import CityscapesInstanceEvaluator, DatasetEvaluator, DatasetEvaluators, LVISEvaluator
+from detectron2.evaluation import CityscapesInstanceEvaluator, DatasetEvaluator, DatasetEvaluators
 
-from querymask.common.compat import mend_lvis
+from querymask.common.data.image_files import ImageReader
 from querymask.common.evaluation.coco import InstanceEvaluator
 from querymask.common.evaluation.pictures import PictureWriter
+from querymask.common.fonts import set_font
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     """The evaluator for the ``evaluator_type`` in the data set's metadata (COCO's if it has none), and the pictures.
 
     Results go to ``OUTPUT_DIR/inference``, pictures to ``OUTPUT_DIR/predictions``, each in a folder of the data set's
-    name if ``DATASETS.TEST`` has more than one.
+    name if ``DATASETS.TEST`` has more than one. ``TEST.DETECTIONS_PER_IMAGE`` is the limit of detections.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
     subfolder = dataset_name if len(cfg.DATASETS.TEST) > 1 else ""
     output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", subfolder)
-    if kind == "coco":
-        evaluator: DatasetEvaluator = InstanceEvaluator(dataset_name, output_dir, cfg.TEST.BOUNDARY_AP)
-    elif cfg.TEST.BOUNDARY_AP and kind in ("lvis", "cityscapes_instance"):
-        raise ValueError(
-            f"TEST.BOUNDARY_AP is for data sets with COCO's evaluation, and {dataset_name} has evaluator_type "
-            f"{kind!r}: set it to False"
+    if kind in ("coco", "lvis"):
+        evaluator: DatasetEvaluator = InstanceEvaluator(
+            dataset_name, output_dir, cfg.TEST.BOUNDARY_AP, cfg.TEST.DETECTIONS_PER_IMAGE, num_queries(cfg)
         )
-    elif kind == "lvis":
-        _require("lvis", "lvis", dataset_name)
-        mend_lvis()
-        evaluator = LVISEvaluator(dataset_name, output_dir=output_dir)
     elif kind == "cityscapes_instance":
+        if cfg.TEST.BOUNDARY_AP:
+            raise ValueError(
+                f"TEST.BOUNDARY_AP is for data sets with COCO's or LVIS's evaluation, and {dataset_name} has "
+                f"evaluator_type {kind!r}: set it to False"
+            )
         _require("cityscapesscripts", "cityscapesScripts", dataset_name)
         evaluator = CityscapesInstanceEvaluator(dataset_name)
     else:
@@ -43,9 +42,15 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     if cfg.VIS_NUM_IMAGES < 1:
         return evaluator
     folder = os.path.join(cfg.OUTPUT_DIR, "predictions", subfolder)
-    return DatasetEvaluators(
-        [evaluator, PictureWriter(dataset_name, folder, cfg.VIS_NUM_IMAGES, cfg.VIS_SCORE_THRESHOLD)]
-    )
+    set_font(cfg.VIS_FONT)
+    reader = ImageReader.from_config(cfg)
+    pictures = PictureWriter(dataset_name, folder, cfg.VIS_NUM_IMAGES, cfg.VIS_SCORE_THRESHOLD, reader)
+    return DatasetEvaluators([evaluator, pictures])
+
+
+def num_queries(cfg: CfgNode) -> int | None:
+    """How many objects the model can find in an image, None if its method has no such key."""
+    return cfg.MODEL.get(cfg.MODEL.META_ARCHITECTURE.upper(), CfgNode()).get("NUM_QUERIES")
 
 
 def _require(module: str, package: str, dataset_name: str) -> None:

@@ -1,137 +1,242 @@
-"""COCO evaluation that also copes with missing ground truth, missing predictions and sparse annotation files.
+"""Evaluation by COCO's and LVIS's rules of what a model gives: boxes, masks or both; of result files as well.
 
-It gives boundary AP as well, and evaluates result files without their model.
+Ground truth comes from the checked reader of annotations, so that what training leaves out does not count here.
 """
 
+import itertools
 import json
+import logging
 import os
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from detectron2.evaluation import COCOEvaluator
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
-from pycocotools import mask as mask_util
+from pycocotools.cocoeval import COCOeval
 
 from querymask.common import compat
+from querymask.common.data.annotations import AnnotationError
 from querymask.common.evaluation.boundary import BoundaryEval
-from querymask.common.evaluation.scores import METRICS, evaluate, load_results
+from querymask.common.evaluation.lvis import FederatedEval, best_of_images, check_lvis, frequency_groups
+from querymask.common.evaluation.scores import MAX_DETECTIONS, METRICS, evaluate, load_results
+from querymask.common.evaluation.truth import category_ids, dataset_truth, index
+
+Results = list[dict[str, Any]]
+Scores = dict[str, dict[str, float]]
+
+logger = logging.getLogger(__name__)
 
 
-class InstanceEvaluator(COCOEvaluator):
-    """Detectron2's COCO evaluator for what the model gives: boxes, masks or both.
+class InstanceEvaluator(DatasetEvaluator):
+    """Detectron2's evaluator, in its place, for models that give boxes, masks or both.
 
     - Without ground truth in the file, results are written, AP is skipped and a line says so.
     - Without any prediction, AP is 0 (NaN where nothing could have been found) and a line says so.
-    - Annotations may lack ``iscrowd`` and ``area``, which pycocotools needs and users' own files often lack. Where
-      they lack ``segmentation``, only boxes are evaluated.
+    - Where annotations lack masks, only boxes are evaluated.
+    - Images with more objects than can count are told.
 
     Args:
         output_dir: where predictions and results are written; None: nowhere.
         boundary: whether masks get boundary AP, too, as task "boundary".
+        max_detections: so many detections of highest score count: of each class in an image by COCO's rules, of an
+            image by LVIS's.
+        num_queries: the most objects that the model can find in an image, for a line where there are more.
+        federated: whether LVIS's rules count; None: by the metadata's ``evaluator_type``.
+        distributed: whether every process has a part of the predictions.
+
+    Raises:
+        AnnotationError: the ground truth gives no right number; naming file, thing, key and remedy.
     """
 
-    def __init__(self, dataset_name: str, output_dir: str | None, boundary: bool = False) -> None:
-        super().__init__(dataset_name, output_dir=output_dir, use_fast_impl=compat.detectron2_is_compiled())
-        self._dataset_name = dataset_name
+    def __init__(
+        self,
+        dataset_name: str,
+        output_dir: str | None,
+        boundary: bool = False,
+        max_detections: int = MAX_DETECTIONS,
+        num_queries: int | None = None,
+        federated: bool | None = None,
+        distributed: bool = True,
+    ) -> None:
+        if max_detections < 1:
+            raise ValueError(f"the limit of detections (TEST.DETECTIONS_PER_IMAGE) is {max_detections}: set at least 1")
+        metadata = MetadataCatalog.get(dataset_name)
+        self._name = dataset_name
+        self._output_dir = output_dir
         self._boundary = boundary
-        annotations = list(self._coco_api.anns.values())
-        self._do_evaluation = len(annotations) > 0
-        for annotation in annotations:
-            annotation.setdefault("iscrowd", 0)
-            if "area" not in annotation:
-                annotation["area"] = self._area(annotation)
+        self._max_detections = max_detections
+        self._num_queries = num_queries
+        self._federated = metadata.get("evaluator_type") == "lvis" if federated is None else federated
+        self._distributed = distributed
+        content = dataset_truth(dataset_name)
+        if self._federated:
+            check_lvis(content["images"])
+        self._ids = category_ids(dataset_name, content)
+        self._class_names = [] if self._federated else [category["name"] for category in content["categories"]]
+        self._truth = index(content)
+        annotations = self._truth.dataset["annotations"]
+        self._has_annotations = len(annotations) > 0
         self._has_ground_truth = any(not annotation["iscrowd"] for annotation in annotations)
-        self._has_true_masks = all("segmentation" in annotation for annotation in annotations)
+        self._without_mask = sum("segmentation" not in annotation for annotation in annotations)
+        self.reset()
+
+    @property
+    def content(self) -> Mapping[str, Any]:
+        """The checked ground truth, as a COCO file has it."""
+        return self._truth.dataset
 
     def reset(self) -> None:
-        super().reset()
-        self._has_masks = self._has_boxes = False
+        self._predictions: Results = []
+        self._seen: list[Any] = []
+        self._given: set[str] = set()  # of "boxes" and "masks"
 
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
         for record, output in zip(inputs, outputs, strict=True):
-            instances = output["instances"]
-            self._has_masks |= instances.has("pred_masks")
-            self._has_boxes |= instances.has("pred_boxes")
-            if instances.has("pred_boxes"):
-                super().process([record], [output])
-            else:
-                self._process_without_boxes(record, instances)
-
-    def _process_without_boxes(self, record: dict, instances: Instances) -> None:
-        """Detectron2's evaluator needs boxes: it is given some, and they are taken out of its results."""
-        boxes = Boxes(instances.scores.new_zeros(len(instances), 4))
-        boxed = Instances(instances.image_size, **instances.get_fields(), pred_boxes=boxes)
-        super().process([record], [{"instances": boxed}])
-        for result in self._predictions[-1]["instances"]:
-            del result["bbox"]
+            instances = output["instances"].to("cpu")
+            self._given |= {what for what in ("boxes", "masks") if instances.has(f"pred_{what}")}
+            self._seen.append(record["image_id"])
+            self._predictions += _to_results(instances, record["image_id"])
 
     def add_results(self, results: Sequence[Mapping[str, Any]]) -> None:
-        """Take detections in COCO's result format as the predictions on all images.
+        """Take detections of all images in COCO's result format, with category ids and masks of this data set."""
+        self._predictions += [{**result, "category_id": self._ids[result["category_id"]]} for result in results]
+        self._seen += self._truth.getImgIds()
+        for key, what in (("bbox", "boxes"), ("segmentation", "masks")):
+            self._given |= {what} if any(key in result for result in results) else set()
 
-        Raises:
-            ValueError: an image or a category that the data set does not have.
+    def evaluate(self, img_ids: Sequence[Any] | None = None) -> Scores:
+        """Scores by task ("bbox", "segm", "boundary"); empty in other processes than the main one.
+
+        Args:
+            img_ids: evaluate on these images alone.
         """
-        ids = self._metadata.get("thing_dataset_id_to_contiguous_id") or {i: i for i in self._coco_api.getCatIds()}
-        for key, known in (("image_id", set(self._coco_api.getImgIds())), ("category_id", set(ids))):
-            if unknown := {result[key] for result in results} - known:
-                shown = ", ".join(map(str, sorted(unknown, key=str)[:6])) + (", ..." if len(unknown) > 6 else "")
-                raise ValueError(
-                    f"{len(unknown)} values of {key} in the results are none of {self._dataset_name}: {shown}. "
-                    "Evaluate on the data set that the results were made on"
-                )
-        by_image = defaultdict(list)
-        for result in results:
-            by_image[result["image_id"]].append({**result, "category_id": ids[result["category_id"]]})
-        self._has_boxes |= any("bbox" in result for result in results)
-        self._has_masks |= any("segmentation" in result for result in results)
-        self._predictions += [{"image_id": i, "instances": by_image[i]} for i in self._coco_api.getImgIds()]
-
-    def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: Any = None) -> None:
-        tasks = [] if self._has_masks and not self._has_boxes else ["bbox"]
-        if self._has_masks and self._has_true_masks:
-            tasks.append("segm")
-        boundary = self._boundary and "segm" in tasks
-        if any(prediction["instances"] for prediction in predictions):
-            self._tasks = tasks
-            has_truth, self._do_evaluation = self._do_evaluation, self._do_evaluation and bool(tasks)
-            super()._eval_predictions(predictions, img_ids)
-            self._do_evaluation = has_truth
-            if boundary and has_truth:
-                self._eval_boundaries(predictions, img_ids)
-        else:
-            self._no_predictions([*tasks, "boundary"] if boundary else tasks, len(predictions))
-        if self._has_masks and not self._has_true_masks:
-            self._logger.warning(f"{self._dataset_name} has annotations without segmentation: no mask AP")
-        if not self._do_evaluation:
+        predictions, seen, given = self._predictions, self._seen, self._given
+        if self._distributed and comm.get_world_size() > 1:
+            comm.synchronize()
+            parts = comm.gather((predictions, seen, given), dst=0)
+            if not comm.is_main_process():
+                return {}
+            predictions, seen = (list(itertools.chain(*(part[i] for part in parts))) for i in (0, 1))
+            given = set().union(*(part[2] for part in parts))
+        results = self._with_category_ids(predictions)
+        self._write(results)
+        if not self._has_annotations:
             where = f", the results are in {self._results_file()}" if self._output_dir else ""
-            self._logger.info(f"{self._dataset_name} has no ground truth: AP is skipped{where}")
-        elif not self._has_ground_truth:
-            self._logger.info(f"{self._dataset_name} has no ground truth other than crowds: AP is NaN")
-
-    def _eval_boundaries(self, predictions: list[dict[str, Any]], img_ids: Any) -> None:
-        """To be called after the other tasks, when categories have the ids of the data set."""
-        results = [result for prediction in predictions for result in prediction["instances"]]
-        evaluation = BoundaryEval(self._coco_api, load_results(self._coco_api, results, masks=True))
-        if img_ids is not None:
-            evaluation.params.imgIds = img_ids
-        self._results["boundary"] = evaluate(evaluation, self._metadata.get("thing_classes") or ())
-
-    def _no_predictions(self, tasks: Sequence[str], num_images: int) -> None:
-        if self._output_dir:
-            with PathManager.open(self._results_file(), "w") as file:
-                json.dump([], file)
-        self._logger.warning(f"the model predicted nothing on the {num_images} images of {self._dataset_name}")
-        if self._do_evaluation:
+            logger.info(f"{self._name} has no ground truth: AP is skipped{where}")
+            return {}
+        self._compare_images(seen, img_ids)
+        self._tell_limits(img_ids)
+        tasks = self._tasks(given)
+        if not results:
+            logger.warning(f"the model predicted nothing on the {len(set(seen))} images of {self._name}")
             value = 0.0 if self._has_ground_truth else float("nan")
-            self._results.update({task: dict.fromkeys(METRICS, value) for task in tasks})
+            return {task: dict.fromkeys(METRICS, value) for task in tasks}
+        if not self._has_ground_truth:
+            logger.info(f"{self._name} has no ground truth other than crowds: AP is NaN")
+        return {task: self._evaluate_task(task, results, img_ids) for task in tasks}
+
+    def _tasks(self, given: set[str]) -> list[str]:
+        tasks = [] if given == {"masks"} else ["bbox"]
+        if "masks" in given and self._without_mask:
+            total = len(self._truth.dataset["annotations"])
+            logger.warning(
+                f"{self._name} has annotations without segmentation: no mask AP ({self._without_mask} of {total})"
+            )
+        elif "masks" in given:
+            tasks += ["segm", "boundary"] if self._boundary else ["segm"]
+        return tasks
+
+    def _evaluate_task(self, task: str, results: Results, img_ids: Sequence[Any] | None) -> dict[str, float]:
+        groups = None
+        if self._federated:
+            results = best_of_images(results, self._max_detections)
+            groups = frequency_groups(self._truth)
+        found = load_results(self._truth, results, masks=task != "bbox")
+        evaluation: COCOeval
+        if self._federated:
+            evaluation = FederatedEval(self._truth, found, task)
+        elif task == "boundary":
+            evaluation = BoundaryEval(self._truth, found)
+        else:
+            evaluation = compat.coco_evaluation()(self._truth, found, task)
+        if img_ids is not None:
+            evaluation.params.imgIds = list(img_ids)
+        return evaluate(evaluation, self._class_names, self._max_detections, groups)
+
+    def _with_category_ids(self, predictions: Results) -> Results:
+        """Predictions of class indices as results with the data set's category ids."""
+        ids = {index: key for key, index in self._ids.items()}
+        unknown = sorted({p["category_id"] for p in predictions} - set(ids))
+        if unknown:
+            raise ValueError(
+                f"the model predicts class {unknown[0]}, {self._name} has classes 0 to {len(ids) - 1}: set the "
+                "method's NUM_CLASSES to the data set's number of classes"
+            )
+        return [{**prediction, "category_id": ids[prediction["category_id"]]} for prediction in predictions]
+
+    def _compare_images(self, seen: Sequence[Any], img_ids: Sequence[Any] | None) -> None:
+        known = set(self._truth.getImgIds())
+        if strangers := [i for i in seen if i not in known]:
+            raise AnnotationError(
+                f"{self._name}: {len(strangers)} of {len(seen)} images that the model has seen, first image_id "
+                f"{strangers[0]!r}, are not in its annotation file {MetadataCatalog.get(self._name).get('json_file')}. "
+                "Register the file with the images of the data set."
+            )
+        if img_ids is None and (missed := len(known - set(seen))):
+            logger.warning(
+                f"{self._name}: the model has not seen {missed} of the {len(known)} images of the annotation file: "
+                "their objects count as missed"
+            )
+
+    def _tell_limits(self, img_ids: Sequence[Any] | None) -> None:
+        chosen = None if img_ids is None else set(img_ids)
+        counts = Counter(
+            annotation["image_id"]
+            for annotation in self._truth.dataset["annotations"]
+            if not annotation["iscrowd"] and (chosen is None or annotation["image_id"] in chosen)
+        )
+        tell_limits(self._name, counts, self._max_detections, self._num_queries)
+
+    def _write(self, results: Results) -> None:
+        if self._output_dir:
+            PathManager.mkdirs(self._output_dir)
+            with PathManager.open(self._results_file(), "w") as file:
+                json.dump(results, file)
 
     def _results_file(self) -> str:
-        return os.path.join(self._output_dir, "coco_instances_results.json")
+        return os.path.join(self._output_dir, f"{'lvis' if self._federated else 'coco'}_instances_results.json")
 
-    def _area(self, annotation: dict[str, Any]) -> float:
-        """Pixels of an annotation's mask, of its box if it has no mask."""
-        if "segmentation" in annotation:
-            return float(mask_util.area(self._coco_api.annToRLE(annotation)))
-        return float(annotation["bbox"][2] * annotation["bbox"][3])
+
+def tell_limits(name: str, counts: Mapping[Any, int], max_detections: int, num_queries: int | None) -> None:
+    """One line for each limit that images have more objects than.
+
+    Args:
+        counts: objects of each image.
+    """
+    highest = max(counts.values(), default=0)
+    for limit, what in (
+        (max_detections, "count as detections: raise TEST.DETECTIONS_PER_IMAGE (--max-detections of tools)"),
+        (num_queries, "queries of the model can find: raise its NUM_QUERIES"),
+    ):
+        if limit is not None and highest > limit:
+            number = sum(count > limit for count in counts.values())
+            logger.warning(f"{name}: {number} images have more objects (up to {highest}) than the {limit} that {what}")
+
+
+def _to_results(instances: Instances, image_id: Any) -> Results:
+    """Detectron2's conversion needs boxes: where there are none, it is given some, and they are taken out again."""
+    if instances.has("pred_boxes"):
+        return instances_to_coco_json(instances, image_id)
+    boxes = Boxes(torch.zeros(len(instances), 4))
+    results = instances_to_coco_json(
+        Instances(instances.image_size, **instances.get_fields(), pred_boxes=boxes), image_id
+    )
+    for result in results:
+        del result["bbox"]
+    return results

@@ -7,13 +7,14 @@ The protocol is PointRend's and EffSeg's (both evaluate models that were trained
 - LVIS is annotated federatedly. In an image, a category counts if it has annotations there or is among the image's
   ``neg_category_ids``; detections of any other category are left out, as nobody looked for it. A detection without
   match of a category in ``not_exhaustive_category_ids`` is ignored rather than wrong.
-- The 300 detections of highest score of an image count, over all categories. There are no crowds.
+- The detections of highest score of an image count, 300 unless another limit is given, over all categories. There are
+  no crowds.
+
+Models that were trained on LVIS itself are evaluated by the same rules, boxes too.
 """
 
-import contextlib
-import io
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pycocotools.coco import COCO
@@ -21,8 +22,10 @@ from pycocotools.cocoeval import COCOeval
 
 from querymask.common.evaluation.boundary import BoundaryEval
 from querymask.common.evaluation.scores import evaluate, load_results
+from querymask.common.evaluation.truth import index
 
 MAX_DETECTIONS = 300
+"""LVIS's limit of detections in an image."""
 
 SYNSETS = {
     "bus": "bus.n.01",
@@ -84,9 +87,7 @@ def lvis_truth(coco: COCO, lvis: Mapping[str, Any]) -> tuple[COCO, list[str]]:
     Raises:
         ValueError: the file is none of LVIS, or has no image or no category of COCO's.
     """
-    for key in ("neg_category_ids", "not_exhaustive_category_ids"):
-        if not lvis["images"] or key not in lvis["images"][0]:
-            raise ValueError(f"the images have no {key}: give an annotation file of LVIS, with annotations")
+    check_lvis(lvis["images"])
     categories = coco.loadCats(sorted(coco.getCatIds()))
     matched, missing = match_categories(categories, lvis["categories"])
     ids = {theirs: ours for ours, theirs in matched.items()}
@@ -99,33 +100,30 @@ def lvis_truth(coco: COCO, lvis: Mapping[str, Any]) -> tuple[COCO, list[str]]:
     if not images or not ids:
         raise ValueError("LVIS's file and COCO's have no image or no category in common: are they of the same images?")
     kept = {image["id"] for image in images}
-    truth = COCO()
-    truth.dataset = {
+    truth = {
         "images": images,
         "categories": [category for category in categories if category["id"] in matched],
         "annotations": [
-            {**annotation, "category_id": ids[annotation["category_id"]], "iscrowd": 0}
+            {"iscrowd": 0, **annotation, "category_id": ids[annotation["category_id"]]}
             for annotation in lvis["annotations"]
             if annotation["image_id"] in kept and annotation["category_id"] in ids
         ],
     }
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-    return truth, missing
+    return index(truth), missing
 
 
 class FederatedEval(BoundaryEval):
-    """Evaluation of masks by LVIS's rules.
+    """Evaluation by LVIS's rules.
 
     Args:
         truth: whose images have ``neg_category_ids`` and ``not_exhaustive_category_ids``.
-        boundary: take the smaller one of mask IoU and boundary IoU; else the mask IoU.
+        task: "bbox", "segm", or "boundary": the smaller one of mask IoU and boundary IoU.
     """
 
-    def __init__(self, truth: COCO, detections: COCO, boundary: bool) -> None:
+    def __init__(self, truth: COCO, detections: COCO, task: str) -> None:
         super().__init__(truth, detections)
-        self.boundary = boundary
-        self.params.maxDets = [MAX_DETECTIONS]
+        self.boundary = task == "boundary"
+        self.params.iouType = "bbox" if task == "bbox" else "segm"
         self._negative = {i: set(image["neg_category_ids"]) for i, image in truth.imgs.items()}
         self._not_exhaustive = {i: set(image["not_exhaustive_category_ids"]) for i, image in truth.imgs.items()}
 
@@ -149,8 +147,33 @@ class FederatedEval(BoundaryEval):
         return result
 
 
+def check_lvis(images: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError unless the images have LVIS's lists of categories."""
+    for key in ("neg_category_ids", "not_exhaustive_category_ids"):
+        if not images or key not in images[0]:
+            raise ValueError(f"the images have no {key}: give an annotation file of LVIS, with annotations")
+
+
+def best_of_images(results: Iterable[Mapping[str, Any]], max_detections: int) -> list[Mapping[str, Any]]:
+    """The results of highest score of each image, over all categories."""
+    by_image = defaultdict(list)
+    for result in results:
+        by_image[result["image_id"]].append(result)
+    return [r for found in by_image.values() for r in sorted(found, key=lambda r: -r["score"])[:max_detections]]
+
+
+def frequency_groups(truth: COCO) -> dict[str, list[int]]:
+    """LVIS's rare, common and frequent classes by their place among the sorted ids; none where the file has none."""
+    frequencies = [truth.cats[i].get("frequency") for i in sorted(truth.cats)]
+    groups = {f"AP{letter}": [k for k, f in enumerate(frequencies) if f == letter] for letter in "rcf"}
+    return groups if all(frequencies) else {}
+
+
 def evaluate_on_lvis(
-    coco: COCO, lvis: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
+    coco: COCO,
+    lvis: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    max_detections: int = MAX_DETECTIONS,
 ) -> tuple[dict[str, dict[str, float]], list[str], int]:
     """AP* and APB* of results in COCO's format.
 
@@ -158,16 +181,11 @@ def evaluate_on_lvis(
         scores by task ("segm_lvis", "boundary_lvis"), COCO's categories that LVIS lacks, the number of images.
     """
     truth, missing = lvis_truth(coco, lvis)
-    by_image = defaultdict(list)
-    for result in results:
-        if result["image_id"] in truth.imgs:
-            by_image[result["image_id"]].append(result)
-    used = []
-    for found in by_image.values():
-        best = sorted(found, key=lambda result: -result["score"])[:MAX_DETECTIONS]
-        used += [result for result in best if result["category_id"] in truth.cats]
+    best = best_of_images((r for r in results if r["image_id"] in truth.imgs), max_detections)
+    used = [result for result in best if result["category_id"] in truth.cats]
     names = [truth.cats[i]["name"] for i in sorted(truth.cats)]
     scores = {}
-    for task, boundary in (("segm_lvis", False), ("boundary_lvis", True)):
-        scores[task] = evaluate(FederatedEval(truth, load_results(truth, used, masks=True), boundary), names)
+    for task in ("segm", "boundary"):
+        evaluation = FederatedEval(truth, load_results(truth, used, masks=True), task)
+        scores[f"{task}_lvis"] = evaluate(evaluation, names, max_detections)
     return scores, missing, len(truth.imgs)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+MAX_DETECTIONS = 100
+"""COCO's limit of detections; Detectron2's default of TEST.DETECTIONS_PER_IMAGE, too."""
 
 
 def load_results(truth: COCO, results: Sequence[Mapping[str, Any]], masks: bool) -> COCO:
@@ -29,16 +32,25 @@ def load_results(truth: COCO, results: Sequence[Mapping[str, Any]], masks: bool)
         return nothing
 
 
-def evaluate(evaluation: COCOeval, class_names: Sequence[str] = ()) -> dict[str, float]:
-    """Run an evaluation and read AP in percent, at the largest number of detections.
+def evaluate(
+    evaluation: COCOeval,
+    class_names: Sequence[str] = (),
+    max_detections: int = MAX_DETECTIONS,
+    groups: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, float]:
+    """Run an evaluation and read AP in percent.
 
     Args:
         evaluation: before its ``evaluate()``; ``params.imgIds`` and ``params.catIds`` say on what.
         class_names: in the order of the sorted category ids, for "AP-name" of each class; left out for one class.
+            Classes of one name are told apart by their number.
+        max_detections: so many of highest score count, of each class in an image.
+        groups: classes, by their place among the sorted category ids, whose mean is a metric of its own.
 
     Returns:
-        METRICS, then those of the classes; NaN where there is no ground truth.
+        METRICS, then those of the groups and of the classes; NaN where there is no ground truth.
     """
+    evaluation.params.maxDets = [max_detections]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()
         evaluation.accumulate()
@@ -50,11 +62,20 @@ def evaluate(evaluation: COCOeval, class_names: Sequence[str] = ()) -> dict[str,
     for metric in METRICS:
         values = precision[at[metric]] if metric in at else precision
         scores[metric] = _mean(values[..., areas.get(metric, 0)])
+    for name, members in (groups or {}).items():
+        scores[name] = _mean(precision[:, :, list(members), 0])
     if len(class_names) > 1:
         if len(class_names) != precision.shape[2]:
             raise ValueError(f"there are {len(class_names)} class names for {precision.shape[2]} categories")
-        scores.update({f"AP-{name}": _mean(precision[:, :, k, 0]) for k, name in enumerate(class_names)})
+        names = different_names(class_names)
+        scores.update({f"AP-{name}": _mean(precision[:, :, k, 0]) for k, name in enumerate(names)})
     return scores
+
+
+def different_names(names: Sequence[str]) -> list[str]:
+    """Names of classes, with the number of the class (from 0) where several have the same."""
+    counts = Counter(map(str, names))
+    return [str(name) if counts[str(name)] == 1 else f"{name} (class {i})" for i, name in enumerate(names)]
 
 
 def _mean(precision: np.ndarray) -> float:

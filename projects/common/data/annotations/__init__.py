@@ -1,0 +1,26 @@
+"""The one reader of annotations: COCO-style files and registered data sets, checked whole, mended or refused."""
+
+from querymask.common.data.annotations.findings import AnnotationError, Findings
+from querymask.common.data.annotations.images import ImageInfo
+from querymask.common.data.annotations.reader import (
+    clean_coco,
+    clean_entries,
+    clean_record,
+    load_coco_json,
+    read_coco,
+    read_dataset,
+    read_json,
+)
+
+__all__ = [
+    "AnnotationError",
+    "Findings",
+    "ImageInfo",
+    "clean_coco",
+    "clean_entries",
+    "clean_record",
+    "load_coco_json",
+    "read_coco",
+    "read_dataset",
+    "read_json",
+]

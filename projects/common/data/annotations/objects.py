@@ -1,0 +1,118 @@
+"""One annotation, checked: whether it is a crowd, its mask, its box."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from querymask.common.data.annotations.boxes import clean_box, clip_box, corners, read_box
+from querymask.common.data.annotations.findings import Findings, show
+from querymask.common.data.annotations.images import ImageInfo
+from querymask.common.data.segmentation import Segmentation, UnusableMask, clean_segmentation, segmentation_box
+
+_YES = {"1", "1.0", "true", "yes", "y", "t"}
+_NO = {"0", "0.0", "false", "no", "n", "f", "", "none", "null"}
+_CROWD_KEYS = ("iscrowd", "is_crowd", "isCrowd", "isCrowded", "crowd")
+_IGNORE_KEYS = ("ignore", "ignored")
+
+
+def clean_object(
+    annotation: Mapping[str, Any], image: ImageInfo, where: str, findings: Findings
+) -> dict[str, Any] | None:
+    """An annotation in COCO's form, its other keys as they are.
+
+    ``iscrowd`` is 0 or 1: crowd regions, regions to be ignored, and objects whose mask nobody can read, which are
+    neither trained on nor counted in evaluation. ``bbox`` is [x, y, width, height]. ``segmentation`` is there where
+    there is a mask, as polygons or compressed RLE; ``area`` where the file has a usable one.
+
+    Returns:
+        None for an object without any extent.
+
+    Raises:
+        AnnotationError: it can be neither used nor ignored.
+    """
+    clean = dict(annotation)
+    clean["iscrowd"] = _flag(annotation, _CROWD_KEYS, where, findings)
+    if _flag(annotation, _IGNORE_KEYS, where, findings) and not clean["iscrowd"]:
+        clean["iscrowd"] = 1
+        findings.mend("annotation to be ignored, taken as a crowd region: not trained on, not evaluated", where)
+    segmentation, unusable = _segmentation(annotation, image, where, findings)
+    extent = None if segmentation is None else segmentation_box(segmentation)
+    if extent is not None and clip_box(extent, image.height, image.width) is None:
+        numbers = read_box(annotation.get("bbox"))
+        if numbers is not None and clip_box(corners(numbers), image.height, image.width) is None:
+            findings.mend("annotation without extent in box and mask, left out", where)
+            return None
+        segmentation, extent, unusable = None, None, "'segmentation' has no pixel within the image"
+    area = _area(annotation, where, findings)
+    try:
+        box, mended = clean_box(annotation.get("bbox"), extent, area, image.height, image.width)
+    except ValueError as error:
+        problem, _, remedy = str(error).rpartition(". ")
+        findings.refuse(where, problem if unusable is None else f"{problem} ({unusable})", remedy)
+    if mended:
+        findings.mend(mended, where)
+    clean["bbox"] = box
+    clean.pop("area", None)
+    if area is not None:
+        clean["area"] = area
+    clean.pop("segmentation", None)
+    if segmentation is not None:
+        clean["segmentation"] = segmentation
+    if unusable is not None:
+        findings.mend(
+            "mask that is unusable: the object is ignored, in training and in evaluation", f"{where}: {unusable}"
+        )
+        x0, y0, x1, y1 = corners(box)
+        clean.update(iscrowd=1, segmentation=[[x0, y0, x1, y0, x1, y1, x0, y1]])
+    return clean
+
+
+def _flag(annotation: Mapping[str, Any], keys: tuple[str, ...], where: str, findings: Findings) -> int:
+    """0 or 1 of a key in any spelling; 0 where it is missing."""
+    for key in keys:
+        if key not in annotation:
+            continue
+        value = annotation[key]
+        if key != keys[0]:
+            findings.mend(f"key {key!r}, read as {keys[0]!r}", where)
+        if type(value) is int and value in (0, 1):
+            return value
+        text = str(value).strip().lower()
+        if text not in _YES | _NO or isinstance(value, (list, dict)):
+            findings.refuse(where, f"{key!r} is {show(value)}", "Write 1 for a crowd region or 0")
+        if not isinstance(value, (bool, np.bool_, np.integer)):
+            findings.mend(f"{key!r} that is neither 0 nor 1, read as such", f"{where}: {show(value)}")
+        return int(text in _YES)
+    return 0
+
+
+def _segmentation(
+    annotation: Mapping[str, Any], image: ImageInfo, where: str, findings: Findings
+) -> tuple[Segmentation | None, str | None]:
+    """The mask if there is one, and why it is unusable if so."""
+    try:
+        segmentation, mended = clean_segmentation(annotation.get("segmentation"), image.height, image.width)
+    except UnusableMask as error:
+        return None, str(error).rpartition(". ")[0]
+    except ValueError as error:
+        problem, _, remedy = str(error).rpartition(". ")
+        findings.refuse(where, f"'segmentation': {problem}", remedy)
+    for what in mended:
+        findings.mend(what, where)
+    return segmentation, None
+
+
+def _area(annotation: Mapping[str, Any], where: str, findings: Findings) -> float | None:
+    value = annotation.get("area")
+    if value is None:
+        return None
+    try:
+        area = float(value)
+    except (TypeError, ValueError):
+        area = math.nan
+    if isinstance(value, (str, bool)) or not math.isfinite(area) or area < 0:
+        findings.mend("'area' that is no number, computed anew", f"{where}: {show(value)}")
+        return None
+    return area

@@ -1,0 +1,415 @@
+"""Annotation files and registered data sets, checked as a whole before anything is computed from them."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+from querymask.common.data.annotations.boxes import corners
+from querymask.common.data.annotations.findings import AnnotationError, Findings, show
+from querymask.common.data.annotations.images import (
+    ImageInfo,
+    Size,
+    clean_categories,
+    clean_images,
+    kind_of,
+    read_id,
+)
+from querymask.common.data.annotations.objects import clean_object
+
+Content = dict[str, Any]
+"""Of a checked file: ``images``, ``categories`` and, where the file has them, ``annotations``; and its other keys."""
+
+
+def read_json(path: str | os.PathLike, what: str) -> Any:
+    """Content of a JSON file.
+
+    Args:
+        what: should be in it, for the message.
+
+    Raises:
+        AnnotationError: it is no JSON.
+        FileNotFoundError: there is no such file.
+    """
+    local = PathManager.get_local_path(str(path))
+    if not os.path.isfile(local):
+        raise FileNotFoundError(f"{path}: there is no such file. Give {what}.")
+    try:
+        with open(local, encoding="utf-8-sig") as file:  # some Windows programs write a mark at the beginning
+            return json.load(file)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise AnnotationError(f"{path}: not JSON ({error}). Give {what}.") from None
+
+
+def read_coco(path: str | os.PathLike, image_root: str | os.PathLike | None = None) -> Content:
+    """An annotation file in COCO's format (LVIS's, too): what can be mended is, with a line for each kind.
+
+    The result is safe for pycocotools: ids of annotations are 1, 2, ... where the file's are not positive and different
+    integers; ``iscrowd`` is 0 or 1; every annotation has an image, a category and a box [x, y, width, height]; masks
+    fit the images. Images and categories are in the order of their ids.
+
+    Args:
+        image_root: the folder of the images, whose sizes are looked up where the file lacks them.
+
+    Raises:
+        AnnotationError: naming file, thing, key and remedy.
+    """
+    return clean_coco(read_json(path, "an annotation file in COCO's format"), str(path), image_root)
+
+
+def clean_coco(content: Any, source: str, image_root: str | os.PathLike | None = None) -> Content:
+    """``read_coco`` of what is read already; ``content`` stays as it is."""
+    findings = Findings(source)
+    if not isinstance(content, Mapping):
+        findings.refuse(
+            "the whole file",
+            f"it is a {type(content).__name__}, not an object with 'images', 'annotations' and 'categories'",
+            "Give the annotation file, not a result file",
+        )
+    annotations = content.get("annotations")
+    if annotations is not None and not isinstance(annotations, list):
+        findings.refuse("key 'annotations'", f"it must be a list, not {show(annotations)}", "Give an annotation file")
+    categories = clean_categories(content.get("categories"), findings)
+    images = clean_images(content.get("images"), findings, _size_finder(annotations or (), image_root))
+    clean = {**content, "images": images, "categories": categories}
+    if annotations is not None:
+        infos = {image["id"]: _info(image) for image in images}
+        clean["annotations"] = _clean_annotations(annotations, infos, [c["id"] for c in categories], findings)
+    findings.log()
+    return clean
+
+
+def load_coco_json(
+    json_file: str,
+    image_root: str,
+    dataset_name: str | None = None,
+    extra_annotation_keys: Iterable[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Detectron2's function of this name, by ``read_coco``: dictionaries of images with their annotations.
+
+    Where ``dataset_name`` is given, classes are numbered from 0 in the order of their ids, and the metadata gets
+    ``thing_classes`` and ``thing_dataset_id_to_contiguous_id``.
+    """
+    content = read_coco(json_file, image_root)
+    classes = None
+    if dataset_name is not None:
+        classes = {category["id"]: index for index, category in enumerate(content["categories"])}
+        _set_classes(dataset_name, str(json_file), content["categories"], classes)
+    keys = {"iscrowd", "bbox", "keypoints", "category_id", "segmentation", *(extra_annotation_keys or ())}
+    entries = {}
+    for image in content["images"]:
+        if image.get("file_name") is None:
+            raise AnnotationError(f"{json_file}: image with id {image['id']!r}: it has no 'file_name'. Add it.")
+        entries[image["id"]] = {
+            "file_name": os.path.join(image_root, image["file_name"]),
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image["id"],
+            "annotations": [],
+        }
+        entries[image["id"]].update({k: image[k] for k in _LVIS_KEYS if k in image})
+    for annotation in content.get("annotations", ()):
+        record = {key: annotation[key] for key in annotation if key in keys}
+        record["bbox_mode"] = BoxMode.XYWH_ABS
+        if classes is not None:
+            record["category_id"] = classes[annotation["category_id"]]
+        if keypoints := record.get("keypoints"):  # Detectron2's coordinates are half a pixel larger
+            record["keypoints"] = [v if i % 3 == 2 else v + 0.5 for i, v in enumerate(keypoints)]
+        entries[annotation["image_id"]]["annotations"].append(record)
+    return list(entries.values())
+
+
+_LVIS_KEYS = ("neg_category_ids", "not_exhaustive_category_ids")
+
+
+def read_dataset(name: str) -> list[dict[str, Any]]:
+    """The dictionaries of a registered data set, checked like a file, whoever has made them.
+
+    Boxes that were mended are [x, y, width, height] (``BoxMode.XYWH_ABS``); masks that were arrays are RLE.
+
+    Raises:
+        KeyError: there is no such data set.
+        AnnotationError: naming data set, thing, key and remedy.
+    """
+    if name not in DatasetCatalog:
+        raise KeyError(f"there is no data set {name!r}; registered are {', '.join(sorted(DatasetCatalog.keys()))}")
+    entries = DatasetCatalog.get(name)
+    return clean_entries(entries, f"data set {name}", MetadataCatalog.get(name).get("thing_classes"))
+
+
+def clean_entries(entries: Any, source: str, class_names: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    """``read_dataset`` of what is read already; ``entries`` stay as they are."""
+    findings = Findings(source)
+    if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, Mapping) for entry in entries):
+        findings.refuse("what its function returns", f"it is {show(entries)}", "Return a list of dictionaries")
+    count = None if class_names is None else len(list(class_names))
+    ids: Counter[int | str] = Counter()
+    cleaned = []
+    for number, entry in enumerate(entries):
+        name = entry.get("file_name")
+        where = f"entry {number}, {name}"
+        if not isinstance(name, (str, os.PathLike)) or not str(name):
+            findings.refuse(f"entry {number}", f"its 'file_name' is {show(name)}", "Give the path of the image")
+        clean = {**entry, "file_name": str(name)}
+        if entry.get("image_id") is None:
+            findings.mend("entry without 'image_id', which gets its place in the list", where)
+            clean["image_id"] = number
+        else:
+            clean["image_id"] = read_id(entry["image_id"])
+            if clean["image_id"] is None:
+                findings.refuse(where, f"'image_id' is {show(entry['image_id'])}", "Give a number or a text")
+        ids[clean["image_id"]] += 1
+        if ids[clean["image_id"]] > 1:
+            findings.refuse(
+                where, f"'image_id' {show(clean['image_id'])} is that of another entry, too", "Give each its own"
+            )
+        size = [read_id(entry.get(key)) for key in ("height", "width")]
+        if not all(isinstance(side, int) and side > 0 for side in size):
+            size = _file_size(Path(clean["file_name"]))
+            if size is None:
+                findings.refuse(
+                    where,
+                    f"height and width are {show(entry.get('height'))} and {show(entry.get('width'))}",
+                    "Give them, in pixels, as positive integers",
+                )
+            findings.mend("height or width missing, taken from the file", where)
+        clean["height"], clean["width"] = size
+        if entry.get("annotations") is not None:
+            info = ImageInfo(str(name), *size)
+            clean["annotations"] = _clean_records(entry["annotations"], info, count, findings)
+        else:
+            clean.pop("annotations", None)
+        cleaned.append(clean)
+    if ids and kind_of(list(ids)) == "of two types":
+        findings.refuse("key 'image_id'", "ids are numbers and texts", "Give all of them one type")
+    _refuse_relative(
+        [
+            BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS)
+            for entry in cleaned
+            for a in entry.get("annotations", ())
+        ],
+        findings,
+    )
+    findings.log()
+    return cleaned
+
+
+def _clean_records(annotations: Any, image: ImageInfo, num_classes: int | None, findings: Findings) -> list[dict]:
+    """The annotations of an entry in Detectron2's form."""
+    if not isinstance(annotations, (list, tuple)):
+        findings.refuse(image.name, f"'annotations' is {show(annotations)}", "Give a list")
+    records = []
+    for number, annotation in enumerate(annotations):
+        where = f"annotation {number} of {image.name}"
+        if not isinstance(annotation, Mapping):
+            findings.refuse(where, f"it is {show(annotation)}", "Give a dictionary")
+        category = read_id(annotation.get("category_id"))
+        if not isinstance(category, int) or category < 0 or num_classes is not None and category >= num_classes:
+            known = "0, 1, ..." if num_classes is None else f"0 to {num_classes - 1}"
+            findings.refuse(
+                where,
+                f"'category_id' is {show(annotation.get('category_id'))}, the classes are {known}",
+                "Number them from 0 on, in the order of the metadata's thing_classes",
+            )
+        clean = clean_record(annotation, image, where, findings)
+        if clean is not None:
+            records.append({**clean, "category_id": category})
+    return records
+
+
+def clean_record(
+    annotation: Mapping[str, Any], image: ImageInfo, where: str, findings: Findings
+) -> dict[str, Any] | None:
+    """An annotation in Detectron2's form by ``clean_object``; a box that is fine stays as it is written."""
+    box = _absolute_box(annotation, image, where, findings)
+    clean = clean_object({**annotation, "bbox": box}, image, where, findings)
+    if clean is None:
+        return None
+    absolute = annotation.get("bbox_mode") in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
+    if absolute and box is not None and clean["bbox"] == list(box):
+        clean["bbox"] = annotation["bbox"]
+    else:
+        clean["bbox_mode"] = BoxMode.XYWH_ABS
+    return clean
+
+
+def _absolute_box(annotation: Mapping[str, Any], image: ImageInfo, where: str, findings: Findings) -> list | None:
+    """[x, y, width, height] in pixels of any ``bbox_mode``; what is no box stays as it is."""
+    box = annotation.get("bbox")
+    if box is None:
+        return None
+    try:
+        mode = BoxMode(annotation["bbox_mode"])
+        if mode not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS, BoxMode.XYXY_REL, BoxMode.XYWH_REL):
+            raise ValueError(mode)
+    except (KeyError, ValueError, TypeError):
+        findings.refuse(
+            where,
+            f"'bbox_mode' is {show(annotation.get('bbox_mode'))}",
+            "Give BoxMode.XYXY_ABS or BoxMode.XYWH_ABS, whatever the box is",
+        )
+    try:
+        numbers = [float(value) for value in box]
+    except (TypeError, ValueError):
+        return box
+    if len(numbers) != 4:
+        return box
+    if mode in (BoxMode.XYXY_REL, BoxMode.XYWH_REL):
+        numbers = [v * side for v, side in zip(numbers, (image.width, image.height) * 2)]
+    if mode in (BoxMode.XYXY_ABS, BoxMode.XYXY_REL):
+        numbers[2:] = numbers[2] - numbers[0], numbers[3] - numbers[1]
+    return numbers
+
+
+def _clean_annotations(
+    annotations: list[Any], images: Mapping[int | str, ImageInfo], categories: list[int | str], findings: Findings
+) -> list[dict[str, Any]]:
+    """Annotations of a file, each of a known image and category, in their order."""
+    known = set(categories)
+    for number, annotation in enumerate(annotations):
+        if not isinstance(annotation, Mapping):
+            findings.refuse(f"annotations[{number}]", f"it is {show(annotation)}", "Write an object")
+    image_ids = _references(annotations, "image_id", images.keys(), "images", findings)
+    strays = [i for i, key in enumerate(image_ids) if key not in images]
+    if strays:
+        findings.refuse(
+            f"{len(strays)} of {len(annotations)} annotations",
+            f"they belong to no image of the file, the first, annotations[{strays[0]}], to 'image_id' "
+            f"{show(image_ids[strays[0]])}",
+            "If images were taken out, take out their annotations, too; else the ids do not fit together, which puts "
+            "annotations on wrong images",
+        )
+    category_ids = _references(annotations, "category_id", known, "categories", findings)
+    cleaned, taken = [], set()
+    seen: dict[tuple, Mapping[str, Any]] = {}
+    for number, annotation in enumerate(annotations):
+        image_id, category_id = image_ids[number], category_ids[number]
+        where = f"annotations[{number}], id {show(annotation.get('id'))}, of {images[image_id].name}"
+        if category_id not in known:
+            findings.refuse(
+                where,
+                f"'category_id' {show(category_id)} is none of the file's categories",
+                "Add the category, or remove the annotation",
+            )
+        own = read_id(annotation.get("id"))
+        if own is not None and seen.setdefault((own, image_id), annotation) is not annotation:
+            if _same(seen[own, image_id], annotation):
+                findings.mend("annotation that is there twice, taken once", where)
+                continue
+        clean = clean_object(annotation, images[image_id], where, findings)
+        if clean is None:
+            continue
+        clean.update(id=own, image_id=image_id, category_id=category_id)
+        cleaned.append(clean)
+        taken.add(own)
+    _refuse_relative([corners(annotation["bbox"]) for annotation in cleaned], findings)
+    if len(taken) < len(cleaned) or not all(isinstance(key, int) and key > 0 for key in taken):
+        findings.mend(
+            "ids of annotations that are missing, 0, negative, doubled or no integers, all numbered anew from 1",
+            "in 'annotations'",
+        )
+        for number, annotation in enumerate(cleaned, start=1):
+            annotation["id"] = number
+    return cleaned
+
+
+def _references(
+    annotations: list[Mapping[str, Any]], key: str, known: Iterable[int | str], what: str, findings: Findings
+) -> list[int | str]:
+    """The values of ``key``; refused where one is missing or of another type than the ids that it refers to."""
+    kinds = {type(i) for i in known}
+    values = []
+    for number, annotation in enumerate(annotations):
+        value = read_id(annotation.get(key))
+        if value is None:
+            findings.refuse(
+                f"annotations[{number}]", f"{key!r} is {show(annotation.get(key))}", f"Give the id of one of the {what}"
+            )
+        values.append(value)
+    wrong = [i for i, value in enumerate(values) if kinds and type(value) not in kinds]
+    if wrong:
+        findings.refuse(
+            f"{len(wrong)} of {len(annotations)} annotations, the first annotations[{wrong[0]}]",
+            f"they belong to none of the {what}: {key!r} is {show(values[wrong[0]])}, the ids are "
+            f"{kind_of(list(known))}",
+            "Give both one type",
+        )
+    return values
+
+
+def _same(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    return json.dumps(first, sort_keys=True, default=str) == json.dumps(second, sort_keys=True, default=str)
+
+
+def _refuse_relative(boxes: list, findings: Findings) -> None:
+    """Boxes in parts of the image would all lie within its first pixel."""
+    if boxes and all(max(box) <= 1 for box in boxes):
+        findings.refuse(
+            f"all {len(boxes)} annotations",
+            "their boxes lie within the first pixel of the image: they seem to be parts of its width and height",
+            "Multiply x and width by the image's width, y and height by its height",
+        )
+
+
+def _info(image: Mapping[str, Any]) -> ImageInfo:
+    name = image.get("file_name") or "image"
+    return ImageInfo(f"{name} (image id {image['id']!r})", image["height"], image["width"])
+
+
+def _size_finder(
+    annotations: Iterable[Any], image_root: str | os.PathLike | None
+) -> Callable[[Mapping[str, Any]], Size | None]:
+    """Looks for the size of an image in its file, then in the run-length encodings of its annotations."""
+    sizes: dict[Any, Size] = {}
+
+    def find(image: Mapping[str, Any]) -> Size | None:
+        name = image.get("file_name")
+        if image_root is not None and isinstance(name, str):
+            if size := _file_size(Path(image_root, name)):
+                return size
+        if not sizes:
+            for annotation in annotations:
+                mask = annotation.get("segmentation") if isinstance(annotation, Mapping) else None
+                size = mask.get("size") if isinstance(mask, Mapping) else None
+                if isinstance(size, list) and len(size) == 2 and all(type(v) is int and v > 0 for v in size):
+                    sizes[read_id(annotation.get("image_id"))] = (size[0], size[1])
+        return sizes.get(read_id(image.get("id")))
+
+    return find
+
+
+def _file_size(path: Path) -> Size | None:
+    """Height and width as the mapper reads the image (after its EXIF rotation), None if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            rotated = image.getexif().get(274, 1) in (5, 6, 7, 8)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    return (width, height) if rotated else (height, width)
+
+
+def _set_classes(name: str, source: str, categories: list[Mapping[str, Any]], classes: Mapping[int | str, int]) -> None:
+    """Put names and ids into the metadata; an error where the user has given other ones."""
+    metadata = MetadataCatalog.get(name)
+    for key, value in (
+        ("thing_classes", [category["name"] for category in categories]),
+        ("thing_dataset_id_to_contiguous_id", dict(classes)),
+    ):
+        given = metadata.get(key)
+        if given is not None and (list(given) != value if isinstance(value, list) else dict(given) != value):
+            if isinstance(value, list) and len(given) == len(value) and sorted(map(str, given)) != sorted(value):
+                continue  # own names for the classes
+            raise AnnotationError(
+                f"{source}: the data set {name} is registered with {key} {show(given)}, the file has {show(value)}. "
+                f"Leave {key} out of the metadata, or make the two equal."
+            )
+        if given is None:
+            setattr(metadata, key, value)
