@@ -125,7 +125,7 @@ DEEP_FILES: dict[str, tuple[Callable[[Path], None], np.ndarray]] = {
 
 @pytest.mark.parametrize("name", DEEP_FILES)
 def test_more_than_8_bits(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Refused with the file's own range; with a range of the config they are scaled with it, whatever is in the file."""
+    """Refused with the range of the file; scaled with that of the config, whatever is in the file."""
     write, samples = DEEP_FILES[name]
     write(tmp_path / name)
     least = re.escape(f"{samples.min():g}" if name == "float.tif" else str(int(samples.min())))
