@@ -56,7 +56,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg.INPUT.MIN_SIZE_TRAIN = (cfg.INPUT.MIN_SIZE_TEST,)
     cfg.INPUT.MAX_SIZE_TRAIN = cfg.INPUT.MAX_SIZE_TEST
     cfg.INPUT.RANDOM_FLIP = "none"
-    cfg.INPUT.DETR_CROP.ENABLED = False
+    cfg.INPUT.DETR_CROP.ENABLED = cfg.INPUT.LSJ.ENABLED = False
     cfg.SOLVER.IMS_PER_BATCH = args.num_images
     choose_device(cfg)
     cfg.freeze()

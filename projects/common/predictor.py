@@ -14,6 +14,7 @@ from detectron2.structures import Instances
 
 from querymask.common.data.augmentation import build_augmentations
 from querymask.common.engine.checks import StrictCheckpointer
+from querymask.common.engine.unused_keys import check_unused_keys
 
 LONGEST_SIDE = 1280
 """Pixels of the longer side of pictures and masks, if not chosen; what the drawing code reduces images to."""
@@ -33,6 +34,7 @@ class Predictor:
     def __init__(self, cfg: CfgNode, longest_side: int = LONGEST_SIDE) -> None:
         if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
             raise ValueError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}: the predictor knows RGB and BGR")
+        check_unused_keys(cfg)
         self.model = build_model(cfg).eval()
         StrictCheckpointer(self.model, cfg=cfg).load(cfg.MODEL.WEIGHTS)
         self.longest_side = longest_side

@@ -11,6 +11,7 @@ import querymask
 from querymask.common.backbones import SwinTransformer
 from querymask.common.backbones.swin import (
     DropPath,
+    SwinBlock,
     relative_position_index,
     shifted_window_mask,
     window_partition,
@@ -225,6 +226,29 @@ def test_config_and_output_shapes() -> None:
         "norm2.bias",
     }
     assert not any("relative_position_index" in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize("freeze_at", [0, 1, 2, 4])
+def test_frozen_stages_do_not_move_and_drop_nothing(freeze_at: int) -> None:
+    cfg = querymask.get_cfg()
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.FREEZE_AT = "build_swin_backbone", freeze_at
+    cfg.MODEL.SWIN.EMBED_DIM, cfg.MODEL.SWIN.DEPTHS, cfg.MODEL.SWIN.NUM_HEADS = 8, [2, 2, 2, 2], [1, 2, 4, 8]
+    cfg.MODEL.SWIN.OUT_FEATURES, cfg.MODEL.SWIN.DROP_PATH_RATE = ["stage0", "stage3"], 0.9
+    model = build_backbone(cfg).train()
+    frozen = [f"{name}." for name in ("patch_embed", "layers.0", "layers.1", "layers.2")[:freeze_at]]
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad != name.startswith(tuple(frozen)), name
+    for name, module in model.named_modules():
+        if isinstance(module, SwinBlock):
+            assert module.training != f"{name}.".startswith(tuple(frozen)), name
+    sum(output.sum() for output in model(torch.randn(1, 3, 64, 64)).values()).backward()
+    assert all((p.grad is None) >= name.startswith(tuple(frozen)) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("freeze_at", [-1, 6])
+def test_freezing_what_there_is_not(freeze_at: int) -> None:
+    with pytest.raises(ValueError, match=f"FREEZE_AT is {freeze_at}; for a Swin of 4 stages it is 0"):
+        SwinTransformer(**{**TINY, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "freeze_at": freeze_at})
 
 
 def test_swin_t_has_the_published_size() -> None:

@@ -250,6 +250,9 @@ class SwinTransformer(Backbone):
         mlp_ratio: hidden width of the MLPs relative to the channels.
         drop_path_rate: stochastic depth of the last block; grows linearly from 0 at the first one.
         out_features: outputs, some of ``"stage0"`` (stride 4) to ``"stage3"`` (stride 32).
+        freeze_at: as Detectron2 counts for ResNets: 0 trains everything, 1 freezes the patch embedding, 2 stage 0 as
+            well, and so on. Frozen parts drop no paths. The norms of the outputs are trained: ImageNet has no weights
+            for them.
         patch_size: side of the first patches in pixels; the stride of ``"stage0"``.
         in_channels: channels of the images.
 
@@ -268,6 +271,7 @@ class SwinTransformer(Backbone):
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.2,
         out_features: Sequence[str] = ("stage1", "stage2", "stage3"),
+        freeze_at: int = 0,
         patch_size: int = 4,
         in_channels: int = 3,
     ) -> None:
@@ -301,6 +305,21 @@ class SwinTransformer(Backbone):
             index = names.index(name)
             self.add_module(f"norm{index}", nn.LayerNorm(dims[index]))
         self.apply(self._init_weights)
+        if not 0 <= freeze_at <= len(depths) + 1:
+            raise ValueError(
+                f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}; for a Swin of {len(depths)} stages it is 0 (nothing), "
+                f"1 (patch embedding) to {len(depths) + 1} (all stages)"
+            )
+        self._frozen = [self.patch_embed, *self.layers][:freeze_at]
+        for module in self._frozen:
+            module.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "SwinTransformer":
+        """As usual, but frozen parts stay in evaluation mode."""
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -311,7 +330,7 @@ class SwinTransformer(Backbone):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, object]:
-        """Arguments of the constructor from ``MODEL.SWIN``."""
+        """Arguments of the constructor from ``MODEL.SWIN`` and ``MODEL.BACKBONE.FREEZE_AT``."""
         return {
             "embed_dim": cfg.MODEL.SWIN.EMBED_DIM,
             "depths": cfg.MODEL.SWIN.DEPTHS,
@@ -320,6 +339,7 @@ class SwinTransformer(Backbone):
             "mlp_ratio": cfg.MODEL.SWIN.MLP_RATIO,
             "drop_path_rate": cfg.MODEL.SWIN.DROP_PATH_RATE,
             "out_features": cfg.MODEL.SWIN.OUT_FEATURES,
+            "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
             "in_channels": input_shape.channels,
         }
 

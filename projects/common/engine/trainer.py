@@ -31,6 +31,7 @@ from querymask.common.engine.checks import StrictCheckpointer, check_num_classes
 from querymask.common.engine.sampling import TrainLoader
 from querymask.common.engine.setup import choose_seed
 from querymask.common.engine.step import TrainingStep
+from querymask.common.engine.unused_keys import check_unused_keys
 from querymask.common.evaluation import build_evaluator, results_table
 from querymask.common.evaluation.build import num_queries
 from querymask.common.evaluation.results import evaluate_results
@@ -47,6 +48,7 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode) -> None:
         TrainerBase.__init__(self)
+        check_unused_keys(cfg)
         choose_seed(cfg)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         PathManager.mkdirs(cfg.OUTPUT_DIR)
@@ -133,6 +135,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def evaluate(cls, cfg: CfgNode, resume: bool = False) -> OrderedDict:
         """Build a model, load ``MODEL.WEIGHTS`` (the last checkpoint in ``OUTPUT_DIR`` if ``resume``), and test it."""
+        check_unused_keys(cfg)
         check_num_classes(cfg, cfg.DATASETS.TEST)
         model = cls.build_model(cfg)
         checkpointer = StrictCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg)
@@ -151,6 +154,7 @@ class Trainer(DefaultTrainer):
         Returns:
             As ``test``.
         """
+        check_unused_keys(cfg)
         if len(cfg.DATASETS.TEST) != 1:
             raise ValueError(
                 f"a result file is of one data set, DATASETS.TEST names {len(cfg.DATASETS.TEST)}: set DATASETS.TEST"
