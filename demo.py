@@ -21,9 +21,10 @@ import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
+from querymask.common.data.annotations import read_dataset
 from querymask.common.data.image_files import ImageFileError, ImageReader, find_file
 from querymask.common.engine import choose_device
 from querymask.common.fonts import set_font
@@ -125,18 +126,19 @@ def run_on_images(args: argparse.Namespace, reader: ImageReader, draw: Draw) -> 
         print(f"error: {problem}", file=sys.stderr)
     failed = len(problems)
     names = PictureNames(".jpg")
-    for file in tqdm(files, unit="image", disable=not files):
-        name = names(file)
-        try:
-            picture = draw(reader(file))
-            if args.output:
-                write_image(Path(args.output) / name, picture)
-        except Exception as error:  # whatever it is, the other files are done
-            tqdm.write(f"error: {explain(file, error)}", file=sys.stderr)
-            failed += 1
-            continue
-        if not args.output and not show(picture, wait=0):
-            break
+    with logging_redirect_tqdm():
+        for file in tqdm(files, unit="image", disable=not files):
+            name = names(file)
+            try:
+                picture = draw(reader(file))
+                if args.output:
+                    write_image(Path(args.output) / name, picture)
+            except Exception as error:  # whatever it is, the other files are done
+                tqdm.write(f"error: {explain(file, error)}", file=sys.stderr)
+                failed += 1
+                continue
+            if not args.output and not show(picture, wait=0):
+                break
     return failed
 
 
@@ -200,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         cfg = load_config(args)
         if args.test_images is not None:
-            args.input = [entry["file_name"] for entry in DatasetCatalog.get(cfg.DATASETS.TEST[0])[: args.test_images]]
+            args.input = [entry["file_name"] for entry in read_dataset(cfg.DATASETS.TEST[0])[: args.test_images]]
         set_font(cfg.VIS_FONT)
         reader = ImageReader.from_config(cfg)
         draw = make_draw(args, cfg)
