@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from querymask.common.data.annotations import read_dataset
 from querymask.common.data.mapper import InstanceMapper
 from querymask.common.data.training_set import read_training_set
-from querymask.common.engine import hooks
+from querymask.common.engine import hooks, resuming
 from querymask.common.engine.checks import StrictCheckpointer, check_num_classes, dataset_classes
 from querymask.common.engine.sampling import TrainLoader
 from querymask.common.engine.setup import choose_seed
@@ -103,14 +103,27 @@ class Trainer(DefaultTrainer):
         super().after_train()
 
     def state_dict(self) -> dict[str, Any]:
-        """Iteration, schedule, optimiser and seed (Detectron2 0.5 leaves the optimiser out)."""
-        return {**TrainerBase.state_dict(self), "_trainer": self._trainer.state_dict(), "seed": self._trainer.seed}
+        """Iteration, schedule, optimiser, its settings and seed (Detectron2 0.5 leaves the optimiser out)."""
+        return {
+            **TrainerBase.state_dict(self),
+            "_trainer": self._trainer.state_dict(),
+            "seed": self._trainer.seed,
+            "solver": resuming.solver_settings(self.cfg),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The reverse of ``state_dict``."""
+        """The reverse of ``state_dict``, but the settings of SOLVER are those of the config."""
+        saved, optimizer = state.get("solver", {}), self._trainer.optimizer
+        fresh = resuming.FreshSettings(optimizer, self.scheduler)
+        step = dict(state["_trainer"])
+        step["optimizer"] = resuming.fit_optimizer_state(
+            step["optimizer"], optimizer, self.checkpointer.model, self.cfg, saved
+        )
         TrainerBase.load_state_dict(self, state)
-        self._trainer.load_state_dict(state["_trainer"])
+        self._trainer.load_state_dict(step)
         self._trainer.seed = state["seed"]
+        resuming.log_changes(saved, resuming.solver_settings(self.cfg))
+        fresh.apply(log=not saved)
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, with the base learning rate in the log, and curves at the end."""
