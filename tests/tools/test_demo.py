@@ -1,6 +1,7 @@
 """The demo: what is read, drawn and reported; the predictor's sizes; the views."""
 
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -93,6 +94,69 @@ def test_broken_files_are_reported_and_the_rest_is_done(
     errors = capsys.readouterr().err
     for text in ("broken.jpg cannot be read", "cut.png cannot be read", "missing.png: there is no", "empty: no images"):
         assert text in errors
+
+
+def test_whatever_is_in_a_folder(
+    config: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The good files are done, the others named with the reason: files of every kind, and a model that fails."""
+    folder = tmp_path / "in"
+    for name, width, height in (("a.png", 60, 40), ("b.png", 1, 1), ("c.png", 300, 1), ("huge.png", 50, 60)):
+        picture(folder / name, width, height)
+    (folder / "folder.jpg").mkdir()
+    (folder / "link.png").symlink_to(tmp_path / "nothing")
+    (folder / "d.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    samples = np.arange(1000, 3400).reshape(40, 60).astype(np.uint16)
+    Image.fromarray(samples).save(folder / "e.png")
+    Image.fromarray(samples.astype(np.float32)).save(folder / "f.tif")
+    (folder / "g.jpg").write_text("<html>")
+    make_draw = demo.make_draw
+
+    def make(*arguments: object) -> demo.Draw:
+        draw = make_draw(*arguments)
+
+        def fail(image: np.ndarray) -> np.ndarray:
+            if image.shape == (60, 50, 3):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return draw(image)
+
+        return fail
+
+    monkeypatch.setattr(demo, "make_draw", make)
+    output = tmp_path / "out"
+    arguments = ["--config-file", config("solq"), "--output", str(output), "--input", str(folder)]
+    assert demo.main(arguments) == 1
+    assert names(output) == ["a.jpg", "b.jpg", "c.jpg"]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    expected = {
+        "d.heic": "cannot be read: .*HEIC",
+        "e.png": "cannot be read: the samples are uint16.*from 1000 to 3399.*INPUT.PIXEL_RANGE",
+        "f.tif": "cannot be read: the samples are float32.*from 1000 to 3399.*INPUT.PIXEL_RANGE",
+        "g.jpg": "cannot be read: .*web page",
+        "huge.png": "cannot be drawn: out of memory.*INPUT.MAX_SIZE_TEST",
+        "link.png": "cannot be read: there is no such file",
+    }
+    assert len(errors) == len(expected)
+    for line, (name, message) in zip(errors, expected.items()):
+        assert re.match(f"error: {re.escape(str(folder / name))} {message}", line), line
+    assert demo.main([*arguments, "--opts", "INPUT.PIXEL_RANGE", "[1000, 3000]"]) == 1
+    assert names(output) == ["a.jpg", "b.jpg", "c.jpg", "e.jpg", "f.jpg"]
+
+
+def test_options_that_are_wrong(config: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config-file", config("solq"), "--input", "a.png", "--opts"]
+    assert demo.main([*arguments, "VIS_FONT", "gone.ttf"]) == 1
+    assert demo.main([*arguments, "INPUT.PIXEL_RANGE", "[3, 2]"]) == 1
+    errors = capsys.readouterr().err
+    assert "VIS_FONT is 'gone.ttf', which is no font" in errors and "INPUT.PIXEL_RANGE is [3, 2]" in errors
+
+
+def test_names_of_windows(config: Callable[[str], str], tmp_path: Path) -> None:
+    picture(tmp_path / "cam1" / "0001.png")
+    name = f"{tmp_path}\\cam1\\0001.png".replace(f"{tmp_path}\\", f"{tmp_path}/")
+    output = tmp_path / "out"
+    assert demo.main(["--config-file", config("solq"), "--output", str(output), "--input", name]) == 0
+    assert names(output) == ["0001.jpg"]
 
 
 def test_video(config: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
