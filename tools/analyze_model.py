@@ -16,14 +16,13 @@ from querymask import get_cfg  # before Detectron2, which it makes importable on
 # isort: split
 import numpy as np
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from tabulate import tabulate
 
+from querymask.common.data.annotations import read_dataset
 from querymask.common.data.mapper import InstanceMapper
-from querymask.common.engine import choose_device
+from querymask.common.engine import StrictCheckpointer, choose_device
 from querymask.common.flops import Cost, Parameters, count_parameters, measure
 from querymask.common.mask_coding import fill_missing_bases
 
@@ -67,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = build_model(cfg)
     print(parameter_table(count_parameters(model), args.depth))
     if args.load_weights:
-        DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+        StrictCheckpointer(model, cfg=cfg, complete=True).load(cfg.MODEL.WEIGHTS)
     fill_missing_bases(model)
     costs = []
     for item in inputs(args, cfg):
@@ -82,7 +81,7 @@ def inputs(args: argparse.Namespace, cfg: CfgNode) -> Iterator[dict[str, Any]]:
     """What the model gets, image by image."""
     if args.num_images:
         mapper = InstanceMapper(cfg, is_train=False)
-        for item in DatasetCatalog.get(cfg.DATASETS.TEST[0])[: args.num_images]:
+        for item in read_dataset(cfg.DATASETS.TEST[0])[: args.num_images]:
             yield mapper(item)
         return
     height, width = args.height or cfg.INPUT.MIN_SIZE_TEST, args.width or cfg.INPUT.MIN_SIZE_TEST * 4 // 3

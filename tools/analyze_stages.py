@@ -17,15 +17,17 @@ from querymask import get_cfg  # before Detectron2, which it makes importable on
 # isort: split
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
+from querymask.common.data.annotations import read_dataset
 from querymask.common.data.image_files import ImageReader
 from querymask.common.engine import Trainer, choose_device
-from querymask.common.engine.checks import StrictCheckpointer, check_num_classes
+from querymask.common.engine.checkpointer import StrictCheckpointer
+from querymask.common.engine.checks import check_num_classes
 from querymask.common.evaluation.coco import InstanceEvaluator
 from querymask.common.fonts import set_font
 from querymask.common.picture_names import PictureNames
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> Results:
     model = Trainer.build_model(cfg)
     if not cfg.MODEL.WEIGHTS:
         print("MODEL.WEIGHTS is empty: a model with random weights is evaluated")
-    StrictCheckpointer(model, cfg=cfg).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    StrictCheckpointer(model, cfg=cfg, complete=True).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
     results = evaluate_stages(cfg, model.eval(), dataset, args)
     table = [(stage, *scores.values()) for stage, scores in enumerate(results, start=1)]
     text = tabulate(table, headers=["stage", *(TASKS[task] for task in results[0])], tablefmt="pipe", floatfmt=".2f")
@@ -78,8 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> Results:
 def evaluate_stages(cfg: CfgNode, model: ISTR | nn.Module, dataset: str, args: argparse.Namespace) -> Results:
     """AP of every stage; each image goes through the network once."""
     number = len(model.stages)
-    records = {record["image_id"]: record for record in DatasetCatalog.get(dataset)}
-    evaluators = [InstanceEvaluator(dataset, str(args.output / f"stage_{stage + 1}")) for stage in range(number)]
+    records = {record["image_id"]: record for record in read_dataset(dataset)}
+    evaluators = [
+        InstanceEvaluator(
+            dataset, str(args.output / f"stage_{stage + 1}"), max_detections=cfg.TEST.DETECTIONS_PER_IMAGE
+        )
+        for stage in range(number)
+    ]
     for evaluator in evaluators:
         evaluator.reset()
     loader = Trainer.build_test_loader(cfg, dataset)

@@ -15,22 +15,24 @@ from typing import Any
 import querymask  # isort: skip  (before Detectron2: makes it importable)  # noqa: F401
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 from tqdm import tqdm
 
+from querymask.common.data.annotations import read_dataset
 from querymask.common.data.image_files import ImageReader
 from querymask.common.data.segmentation import decode_segmentation
-from querymask.common.evaluation.results import read_results
+from querymask.common.evaluation.results import fit_results, read_results
+from querymask.common.evaluation.truth import dataset_truth
 from querymask.common.fonts import set_font
 from querymask.common.picture_names import PictureNames
 from querymask.common.visualization import contact_sheet, draw_instances, write_image
 
 
-def results_by_image(path: str) -> dict[Any, list[dict[str, Any]]]:
-    """Results of a file by image id."""
+def results_by_image(path: str, dataset: str) -> dict[Any, list[dict[str, Any]]]:
+    """Results of a file, with the ids of a data set, by image id."""
     by_image = defaultdict(list)
-    for result in read_results(path):
+    for result in fit_results(read_results(path), dataset_truth(dataset), dataset, path):
         by_image[result["image_id"]].append(result)
     return by_image
 
@@ -38,15 +40,8 @@ def results_by_image(path: str) -> dict[Any, list[dict[str, Any]]]:
 def to_instances(
     results: Sequence[Mapping[str, Any]], entry: Mapping[str, Any], classes: Mapping[int, int]
 ) -> Instances:
-    """COCO results of an image as Instances; ``classes`` turns category ids into class indices.
-
-    Raises:
-        ValueError: a category that the data set does not have.
-    """
+    """COCO results of an image as Instances; ``classes`` turns category ids into class indices."""
     height, width = entry["height"], entry["width"]
-    unknown = {r["category_id"] for r in results} - set(classes)
-    if unknown:
-        raise ValueError(f"image {entry['image_id']}: the data set has no categories {sorted(unknown)}")
     instances = Instances((height, width))
     instances.scores = torch.tensor([r["score"] for r in results])
     instances.pred_classes = torch.tensor([classes[r["category_id"]] for r in results], dtype=torch.int64)
@@ -100,8 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pairs = [model.partition("=")[::2] for model in args.models]
         if missing := [name for name, path in pairs if not path]:
             raise ValueError(f"{missing[0]}: give every model as NAME=FILE")
-        results = {name: results_by_image(path) for name, path in pairs}
-        entries = DatasetCatalog.get(args.dataset)[: args.num_images]
+        results = {name: results_by_image(path, args.dataset) for name, path in pairs}
+        entries = read_dataset(args.dataset)[: args.num_images]
         metadata = MetadataCatalog.get(args.dataset)
         ids = metadata.get("thing_dataset_id_to_contiguous_id") or {i: i for i in range(len(metadata.thing_classes))}
         set_font(args.font)

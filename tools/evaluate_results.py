@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import querymask  # isort: skip  (before Detectron2: makes it importable)  # noqa: F401
-from detectron2.data import MetadataCatalog
-from pycocotools.coco import COCO
 
+from querymask.common.data.annotations import read_coco
 from querymask.common.engine.checks import dataset_classes
-from querymask.common.evaluation.lvis import evaluate_on_lvis
+from querymask.common.evaluation import lvis, scores
 from querymask.common.evaluation.report import results_table
-from querymask.common.evaluation.results import evaluate_results, read_results, register_annotations
+from querymask.common.evaluation.results import evaluate_results, fit_results, read_results, register_annotations
+from querymask.common.evaluation.truth import dataset_truth, index
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,27 +34,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     truth.add_argument("--annotations", metavar="FILE", help="its annotation file in COCO's format instead")
     parser.add_argument("--lvis", metavar="FILE", help="annotation file of LVIS: gives mask* and boundary*")
     parser.add_argument("--no-boundary", action="store_true", help="boxes and masks only")
+    parser.add_argument(
+        "--max-detections",
+        type=int,
+        metavar="N",
+        help="how many detections of an image count, as TEST.DETECTIONS_PER_IMAGE of a config (default: COCO's "
+        f"{scores.MAX_DETECTIONS} of each class; with --lvis, LVIS's {lvis.MAX_DETECTIONS})",
+    )
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the scores to this JSON file")
     args = parser.parse_args(arguments)
+    if args.max_detections is not None and args.max_detections < 1:
+        parser.error("--max-detections must be at least 1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         name = args.dataset or register_annotations(args.annotations)
         if args.dataset:
             dataset_classes(name)  # an error for a name that is not registered
-        scores = evaluate_results(args.results, name, boundary=not args.no_boundary)
+        found = evaluate_results(args.results, name, not args.no_boundary, args.max_detections or scores.MAX_DETECTIONS)
         if args.lvis:
-            coco, lvis = COCO(MetadataCatalog.get(name).json_file), json.loads(Path(args.lvis).read_text())
-            starred, missing, count = evaluate_on_lvis(coco, lvis, read_results(args.results))
-            scores.update(starred)
+            content = dataset_truth(name)
+            results = fit_results(read_results(args.results), content, name, args.results)
+            limit = args.max_detections or lvis.MAX_DETECTIONS
+            starred, missing, count = lvis.evaluate_on_lvis(index(content), read_coco(args.lvis), results, limit)
+            found.update(starred)
             print(
-                f"LVIS: {count} of {len(coco.imgs)} images. Categories that LVIS lacks: {', '.join(missing) or 'none'}"
+                f"LVIS: {count} of {len(content['images'])} images. Categories that LVIS lacks: "
+                f"{', '.join(missing) or 'none'}"
             )
     except (ValueError, KeyError, OSError) as error:
         print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 1
-    print(f"results on {name}:\n{results_table(scores)}" if scores else f"{name} has no ground truth")
+    print(f"results on {name}:\n{results_table(found)}" if found else f"{name} has no ground truth")
     if args.save:
-        args.save.write_text(json.dumps(scores, indent=1) + "\n")
+        args.save.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 

@@ -2,12 +2,14 @@
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from pycocotools import mask as mask_util
@@ -75,12 +77,14 @@ def scene(seed: int) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any
     return coco, {"images": images, "categories": categories, "annotations": annotations}, results
 
 
-def official(lvis_file: Path, results: list[dict[str, Any]], iou_type: str = "segm") -> dict[str, float]:
+def official(
+    lvis_file: Path, results: list[dict[str, Any]], iou_type: str = "segm", limit: int = 300
+) -> dict[str, float]:
     """Scores of the package, in percent, of results with LVIS's categories."""
     from lvis import LVIS, LVISEval, LVISResults
 
     truth = LVIS(str(lvis_file))
-    evaluation = LVISEval(truth, LVISResults(truth, copy.deepcopy(results)), iou_type)
+    evaluation = LVISEval(truth, LVISResults(truth, copy.deepcopy(results), limit), iou_type)
     evaluation.run()
     return {key: 100 * value for key, value in evaluation.get_results().items()}
 
@@ -127,44 +131,88 @@ def test_rules_matter(monkeypatch: pytest.MonkeyPatch) -> None:
             assert abs(evaluate_on_lvis(coco, lvis, results)[0]["segm_lvis"]["AP"] - before) > 0.1, method
 
 
-def test_detectron2_evaluates_lvis(tmp_path: Path) -> None:
-    """A data set of LVIS gets Detectron2's evaluator, which needs the package on the installed NumPy."""
+@pytest.fixture
+def lvis_set(tmp_path: Path) -> Iterator[tuple[CfgNode, dict[str, Any], list[dict[str, Any]]]]:
+    """Config with a data set of LVIS as its test set, the content of its file, and results with COCO's categories."""
     _, lvis, results = scene(1)
+    for category, frequency in zip(lvis["categories"], "rcff"):
+        category["frequency"] = frequency
     path = tmp_path / "lvis.json"
     path.write_text(json.dumps(lvis))
-    order = {category: index for index, category in enumerate(sorted(LVIS_IDS.values()))}
     names = sorted(NAMES, key=lambda name: LVIS_IDS[name])
     MetadataCatalog.get("test_lvis_v1_val").set(
         json_file=str(path),
         image_root=str(tmp_path),
         evaluator_type="lvis",
         thing_classes=names,
-        thing_dataset_id_to_contiguous_id=order,
+        thing_dataset_id_to_contiguous_id={key: index for index, key in enumerate(sorted(LVIS_IDS.values()))},
     )
-    try:
-        cfg = get_cfg()
-        cfg.OUTPUT_DIR = str(tmp_path)
-        cfg.DATASETS.TEST, cfg.VIS_NUM_IMAGES = ("test_lvis_v1_val",), 0
-        evaluator = build_evaluator(cfg, "test_lvis_v1_val")
-        evaluator.reset()
-        classes = {ours: names.index(name) for name, ours in COCO_IDS.items()}
-        for image in lvis["images"]:
-            found = [result for result in results if result["image_id"] == image["id"]]
-            instances = Instances(SIZE)
-            boxes = torch.tensor([result["bbox"] for result in found]).reshape(-1, 4)
-            instances.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1))
-            instances.scores = torch.tensor([result["score"] for result in found])
-            instances.pred_classes = torch.tensor([classes[result["category_id"]] for result in found]).long()
-            masks = [mask_util.decode(result["segmentation"]) for result in found]
-            instances.pred_masks = torch.from_numpy(np.stack(masks)).bool() if masks else torch.zeros(0, *SIZE).bool()
-            evaluator.process([{"image_id": image["id"]}], [{"instances": instances}])
-        scores = evaluator.evaluate()
-    finally:
-        MetadataCatalog.remove("test_lvis_v1_val")
-    as_lvis = [
-        {**result, "category_id": sorted(LVIS_IDS.values())[classes[result["category_id"]]]} for result in results
+    cfg = get_cfg()
+    cfg.OUTPUT_DIR = str(tmp_path)
+    cfg.DATASETS.TEST, cfg.VIS_NUM_IMAGES = ("test_lvis_v1_val",), 0
+    yield cfg, lvis, results
+    MetadataCatalog.remove("test_lvis_v1_val")
+
+
+def evaluate_set(cfg: CfgNode, lvis: dict[str, Any], results: list[dict[str, Any]], boxes: bool = True) -> dict:
+    """Scores of results as Instances of a model, with or without boxes."""
+    evaluator = build_evaluator(cfg, "test_lvis_v1_val")
+    names = sorted(NAMES, key=lambda name: LVIS_IDS[name])
+    classes = {ours: names.index(name) for name, ours in COCO_IDS.items()}
+    for image in lvis["images"]:
+        found = [result for result in results if result["image_id"] == image["id"]]
+        instances = Instances(SIZE)
+        if boxes:
+            sides = torch.tensor([result["bbox"] for result in found]).reshape(-1, 4)
+            instances.pred_boxes = Boxes(torch.cat([sides[:, :2], sides[:, :2] + sides[:, 2:]], 1))
+        instances.scores = torch.tensor([result["score"] for result in found])
+        instances.pred_classes = torch.tensor([classes[result["category_id"]] for result in found]).long()
+        masks = [mask_util.decode(result["segmentation"]) for result in found]
+        instances.pred_masks = torch.from_numpy(np.stack(masks)).bool() if masks else torch.zeros(0, *SIZE).bool()
+        evaluator.process([{"image_id": image["id"]}], [{"instances": instances}])
+    return evaluator.evaluate()
+
+
+def with_lvis_ids(results: list[dict[str, Any]], dropped: str) -> list[dict[str, Any]]:
+    theirs = {ours: LVIS_IDS[name] for name, ours in COCO_IDS.items()}
+    return [
+        {key: v for key, v in result.items() if key != dropped} | {"category_id": theirs[result["category_id"]]}
+        for result in results
     ]
-    for task in ("bbox", "segm"):
-        dropped = "segmentation" if task == "bbox" else "bbox"
-        kept = [{key: value for key, value in result.items() if key != dropped} for result in as_lvis]
-        assert scores[task]["AP"] == pytest.approx(official(path, kept, task)["AP"], abs=1e-6)
+
+
+def test_a_model_is_scored_as_by_the_package(
+    lvis_set: tuple[CfgNode, dict[str, Any], list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """Boxes and masks, classes by frequency, and the limit of detections, each as the package has it."""
+    cfg, lvis, results = lvis_set
+    cfg.TEST.BOUNDARY_AP = True
+    for limit in (300, 3):
+        cfg.TEST.DETECTIONS_PER_IMAGE = limit
+        scores = evaluate_set(cfg, lvis, results)
+        assert list(scores) == ["bbox", "segm", "boundary"]
+        for task, dropped in (("bbox", "segmentation"), ("segm", "bbox")):
+            kept = with_lvis_ids(results, dropped)
+            expected = official(tmp_path / "lvis.json", kept, task, limit)
+            for metric in (*METRICS, "APr", "APc", "APf"):
+                value = expected[metric]
+                assert scores[task][metric] == pytest.approx(value if value >= 0 else np.nan, abs=1e-6, nan_ok=True)
+    assert (tmp_path / "inference" / "lvis_instances_results.json").is_file()
+
+
+def test_a_model_without_boxes_is_scored_on_its_masks(
+    lvis_set: tuple[CfgNode, dict[str, Any], list[dict[str, Any]]],
+) -> None:
+    cfg, lvis, results = lvis_set
+    scores = evaluate_set(cfg, lvis, results, boxes=False)
+    assert list(scores) == ["segm"]
+    assert scores["segm"] == pytest.approx(evaluate_set(cfg, lvis, results)["segm"], nan_ok=True)
+
+
+def test_a_file_that_is_none_of_lvis(lvis_set: tuple[CfgNode, dict[str, Any], list[dict[str, Any]]]) -> None:
+    cfg, lvis, _ = lvis_set
+    for image in lvis["images"]:
+        del image["neg_category_ids"]
+    Path(MetadataCatalog.get("test_lvis_v1_val").json_file).write_text(json.dumps(lvis))
+    with pytest.raises(ValueError, match="the images have no neg_category_ids: give an annotation file of LVIS"):
+        build_evaluator(cfg, "test_lvis_v1_val")

@@ -104,7 +104,7 @@ ON_FILES: list[Callable[[dict[str, Any]], Any]] = [
     lambda c: c["categories"][0].update(name=7),
     lambda c: c["categories"][0].pop("name", None),
     lambda c: c["categories"][0].update(id="1"),
-    lambda c: c["categories"].append({"id": 2, "name": "cell"}),
+    lambda c: c["categories"].append({"id": 3, "name": "cell"}),
     lambda c: c["categories"].append({"id": 1, "name": "dog"}),
     lambda c: c["annotations"].append(c["annotations"][0]),
     lambda c: c["annotations"].append(None),

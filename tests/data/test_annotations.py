@@ -217,6 +217,14 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "box of two numbers": (all_of(each(bbox=[1, 1]), drop("segmentation")), r"must be four numbers, \[x, y, width"),
     "box elsewhere": (one(bbox=[50, 50, 10, 10]), r"annotations\[1\].*different places"),
+    "boxes of another size of the image": (
+        every(lambda a: {"bbox": [a["bbox"][0], a["bbox"][1], 25, 25]}),
+        "4 of 4 annotations with a mask: 'bbox' covers less than half",
+    ),
+    "runs that end early elsewhere": (
+        one(segmentation={"size": [64, 96], "counts": [4000, 64]}),
+        r"annotations\[1\].*end early, and their mask is not where 'bbox' is",
+    ),
     "boxes in parts of the image": (
         all_of(every(lambda a: {"bbox": [v / 96 for v in a["bbox"]]}), drop("segmentation")),
         "seem to be parts of its width and height",
@@ -270,6 +278,16 @@ def test_no_annotation_file(tmp_path: Path) -> None:
 
 def test_one_object_whose_id_is_0(evaluated: Callable[..., dict]) -> None:
     assert evaluated(each(id=0), count=1)["segm"]["AP"] == pytest.approx(100)
+
+
+def test_classes_of_one_name_are_kept_apart(evaluated: Callable[..., dict]) -> None:
+    def change(content: dict) -> None:
+        content["categories"].append({"id": 2, "name": "cell"})
+        content["annotations"][0]["category_id"] = 2
+
+    scores = evaluated(change)["segm"]
+    assert scores["AP-cell (class 0)"] == pytest.approx(75)  # a wrong detection before three right ones
+    assert scores["AP-cell (class 1)"] == 0
 
 
 def test_file_is_read_for_training_as_for_evaluation(registered: Callable[..., str]) -> None:

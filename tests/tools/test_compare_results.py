@@ -54,12 +54,35 @@ def test_panels(dataset: str, tmp_path: Path) -> None:
         assert (drawn[60:, i * panel : (i + 1) * panel] != plain[60:, i * panel : (i + 1) * panel]).any()
 
 
+def test_equal_names_and_images_that_cannot_be_drawn(
+    dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads((tmp_path / "set.json").read_text())
+    images = [{**content["images"][0], "id": i, "file_name": f"cam{i}/0001.png"} for i in (3, 4, 5)]
+    (tmp_path / "set.json").write_text(json.dumps({**content, "images": images}))
+    for i in (3, 4, 5):
+        (tmp_path / f"cam{i}").mkdir()
+        Image.new("RGB", (60, 40), "gray").save(tmp_path / f"cam{i}" / "0001.png")
+    (tmp_path / "cam4" / "0001.png").write_text("no image")
+    (tmp_path / "r.json").write_text(json.dumps([result(9)]))
+    arguments = ["--dataset", dataset, "--output", str(tmp_path / "out"), f"A={tmp_path}/r.json"]
+    assert tool.main(arguments) == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0001.png", "0001_3.png"]
+    said = capsys.readouterr()
+    assert f"error: there is no picture of {tmp_path}/cam4/0001.png: " in said.err and "2 pictures are in" in said.out
+    samples = np.arange(2400).reshape(40, 60).astype(np.uint16)
+    Image.fromarray(samples).save(tmp_path / "cam4" / "0001.png")
+    assert tool.main(arguments) == 1 and "PIXEL_RANGE" in capsys.readouterr().err
+    assert tool.main([*arguments, "--pixel-range", "0", "2399"]) == 0
+    assert (tmp_path / "out" / "0001_2.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ([{"image_id": 3}], "not a list of results"),
         ({"images": []}, "not a list of results"),
-        ([result(8)], r"image 3: the data set has no categories \[8\]"),
+        ([result(8)], "1 values of category_id in the results are none of compare_set: 8"),
     ],
 )
 def test_bad_files(

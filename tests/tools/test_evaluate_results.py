@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import coco_files
 import numpy as np
 import pytest
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
@@ -175,3 +176,86 @@ def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "give an annotation file of LVIS" in capsys.readouterr().err
     assert tool.main([str(results), "--dataset", "unheard_of"]) == 1
     assert "there is no data set 'unheard_of'" in capsys.readouterr().err
+
+
+def polygon_of(result: dict[str, Any]) -> list[list[float]]:
+    x, y, w, h = result["bbox"]
+    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+
+def runs_of(result: dict[str, Any]) -> dict[str, Any]:
+    return {"size": [coco_files.HEIGHT, coco_files.WIDTH], "counts": coco_files.runs(polygon_of(result)[0])}
+
+
+CONVERTED: dict[str, tuple[Callable[[list], Any], str]] = {
+    "polygons": (lambda r: [x.update(segmentation=polygon_of(x)) for x in r], "polygons in place of run lengths"),
+    "uncompressed": (lambda r: [x.update(segmentation=runs_of(x)) for x in r], "uncompressed run lengths"),
+    "ids as texts": (lambda r: [x.update(image_id="1", category_id="1") for x in r], "'image_id' of another type"),
+    "float ids": (lambda r: [x.update(image_id=1.0) for x in r], ""),
+    "scores as texts": (lambda r: [x.update(score=str(x["score"])) for x in r], ""),
+    "no boxes": (lambda r: [x.pop("bbox") for x in r], ""),
+    "no masks": (lambda r: [x.pop("segmentation") for x in r], ""),
+}
+NOT_CONVERTED: dict[str, tuple[Callable[[list], Any], str]] = {
+    "size exchanged": (
+        lambda r: [x["segmentation"].update(size=[96, 64]) for x in r],
+        "result 0, of image 1: 'segmentation': 'size' is [96, 64], height and width exchanged",
+    ),
+    "runs too short": (
+        lambda r: r[2].update(segmentation={"size": [64, 96], "counts": [640, 64, 1]}),
+        "result 2, of image 1: 'segmentation': the runs of 'counts' sum to 705, the image has 6144 pixels",
+    ),
+    "two points": (lambda r: r[1].update(segmentation=[[1, 2, 3, 4]]), "result 1, of image 1: 'segmentation': a polyg"),
+    "empty mask": (lambda r: r[1].update(segmentation=[]), "result 1, of image 1: 'segmentation' is empty"),
+    "some masks": (lambda r: r[1].pop("segmentation"), "result 1: it has no 'segmentation', as 1 of 4 results"),
+    "nothing": (lambda r: [[x.pop(k) for k in ("bbox", "segmentation")] for x in r], "result 0: it has neither"),
+    "score not finite": (lambda r: r[3].update(score=float("nan")), "result 3: 'score' is nan"),
+    "score null": (lambda r: r[3].update(score=None), "result 3: 'score' is None"),
+    "box of three": (
+        lambda r: r[3].update(bbox=[1, 2, 3]),
+        "result 3: 'bbox' is [1, 2, 3]. Give [x, y, width, height]",
+    ),
+    "box negative": (lambda r: r[3].update(bbox=[9, 9, -3, 3]), "result 3: 'bbox' is [9, 9, -3, 3]"),
+    "category of another set": (
+        lambda r: r[0].update(category_id=0),
+        "1 values of category_id in the results are none",
+    ),
+    "a dictionary": (lambda r: r.insert(0, {"a": 1}), "result 0: not a list of results"),
+}
+
+
+def evaluate_changed(folder: Path, change: Callable[[list], Any], *options: str, count: int = 4) -> int:
+    truth, results = coco_files.write(folder, change_results=change, count=count)
+    return tool.main([str(results), "--annotations", str(truth), "--save", str(folder / "scores.json"), *options])
+
+
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_results_of_other_code(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    change, said = CONVERTED[kind]
+    assert evaluate_changed(tmp_path, change) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    tasks = {"no boxes": ["segm", "boundary"], "no masks": ["bbox"]}.get(kind, ["bbox", "segm", "boundary"])
+    assert {task: values["AP"] for task, values in scores.items()} == pytest.approx(dict.fromkeys(tasks, 100))
+    assert said in caplog.text and bool(said) == bool(caplog.records)
+
+
+@pytest.mark.parametrize("kind", NOT_CONVERTED)
+def test_results_that_are_refused(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change, message = NOT_CONVERTED[kind]
+    assert evaluate_changed(tmp_path, change) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'results.json'}: ") and message in error
+    assert error.count("\n") == 1
+
+
+def test_limit_of_detections(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """COCO's limit is 100, and any other can be chosen; a line tells where it counts."""
+    scores = tmp_path / "scores.json"
+    for options, expected, told in (((), 66.3, True), (("--max-detections", "150"), 100, False)):
+        caplog.clear()
+        assert evaluate_changed(tmp_path, lambda results: None, *options, count=150) == 0
+        values = json.loads(scores.read_text())
+        assert [values[task]["AP"] for task in ("bbox", "segm", "boundary")] == pytest.approx([expected] * 3, abs=0.1)
+        assert ("1 images have more objects (up to 150) than the 100" in caplog.text) == told
+    assert evaluate_changed(tmp_path, lambda results: None, "--max-detections", "1") == 0
+    assert json.loads(scores.read_text())["segm"]["AP"] == pytest.approx(100 * 26 / 101)  # recall 0.25 of 101 points

@@ -45,14 +45,13 @@ def check_rle(rle: Mapping[str, Any], height: int, width: int) -> tuple[dict[str
     runs = read_counts(counts) if compressed else _plain_runs(counts)
     total = int(runs.sum())
     if total != height * width:
-        if not 0 < total < height * width or len(runs) % 2:
+        if compressed or not 0 < total < height * width or len(runs) % 2:
             raise ValueError(
                 f"the runs of 'counts' sum to {total}, the image has {height * width} pixels. Encode the mask again, "
                 "at the image's size"
             )
         runs = np.append(runs, height * width - total)
         mended.append(REST)
-        compressed = False
     if (runs[1:] == 0).any():
         runs = _without_zeros(runs)
         compressed = False

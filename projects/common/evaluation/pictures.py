@@ -4,10 +4,11 @@ import logging
 import os
 from collections.abc import Sequence
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
+from querymask.common.data.annotations import read_dataset
 from querymask.common.data.image_files import ImageReader
 from querymask.common.picture_names import PictureNames
 
@@ -64,7 +65,7 @@ class PictureWriter(DatasetEvaluator):
         from querymask.common.visualization import save_comparison  # matplotlib and more, not needed for training
 
         if self._records is None:  # the model's inputs have no annotations
-            self._records = {entry["image_id"]: entry for entry in DatasetCatalog.get(self._dataset_name)}
+            self._records = {entry["image_id"]: entry for entry in read_dataset(self._dataset_name)}
         instances = output["instances"].to("cpu")
         path = os.path.join(self._folder, self._names(record["file_name"]))
         metadata = MetadataCatalog.get(self._dataset_name)

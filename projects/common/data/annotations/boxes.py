@@ -54,6 +54,12 @@ def clean_box(
             f"Convert the boxes to {_FORM}"
         )
     x0, y0, x1, y1 = clip_box((x0, y0, x1, y1), height, width)
+    if mask_box is not None and overlap((x0, y0, x1, y1), mask_box) < 0.5:
+        raise ValueError(
+            f"'bbox' {_show(numbers)} leaves the image of {width} x {height}, and 'segmentation', from "
+            f"({mask_box[0]:g}, {mask_box[1]:g}) to ({mask_box[2]:g}, {mask_box[3]:g}), is elsewhere. bbox is {_FORM}. "
+            "Correct one"
+        )
     return [x0, y0, x1 - x0, y1 - y0], "bbox reaches out of the image, cut off at its border"
 
 
@@ -82,6 +88,16 @@ def clip_box(corners: Box, height: int, width: int) -> Box | None:
     x0, y0, x1, y1 = corners
     x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
     return (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else None
+
+
+def overlap(first: Box, second: Box) -> float:
+    """Intersection over union of two boxes (x0, y0, x1, y1)."""
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (first, second))
+    return width * height / (areas - width * height)
 
 
 def _is_xyxy(box: Sequence[float], mask_box: Box | None, area: float | None) -> bool:

@@ -24,12 +24,27 @@ class Findings:
         self.source = source
         self._counts: dict[str, int] = {}
         self._first: dict[str, str] = {}
+        self._boxes = self._misfits = 0
 
     def mend(self, what: str, where: str | Callable[[], str]) -> None:
         """Count a thing that was mended; ``where`` is asked for the first of a kind only."""
         if what not in self._counts:
             self._first[what] = where if isinstance(where, str) else where()
         self._counts[what] = self._counts.get(what, 0) + 1
+
+    def count_fit(self, fits: bool) -> None:
+        """Count a box with a mask, and whether it is about the mask's."""
+        self._boxes += 1
+        self._misfits += not fits
+
+    def refuse_misfits(self) -> None:
+        """Raise the error where most boxes are not about those of their masks; a few may be, of hidden objects."""
+        if self._misfits > self._boxes / 2:
+            self.refuse(
+                f"{self._misfits} of {self._boxes} annotations with a mask",
+                "'bbox' covers less than half of what 'segmentation' does, or more than twice as much",
+                "Bring both to pixels of the image, bbox as [x, y, width, height]",
+            )
 
     def refuse(self, where: str, problem: str, remedy: str) -> NoReturn:
         """Raise the error."""

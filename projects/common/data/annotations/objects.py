@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from querymask.common.data.annotations.boxes import clean_box, clip_box, corners, read_box
+from querymask.common.data.annotations.boxes import clean_box, clip_box, corners, overlap, read_box
 from querymask.common.data.annotations.findings import Findings, show
 from querymask.common.data.annotations.images import ImageInfo
+from querymask.common.data.run_lengths import REST
 from querymask.common.data.segmentation import Segmentation, UnusableMask, clean_segmentation, segmentation_box
 
 _YES = {"1", "1.0", "true", "yes", "y", "t"}
@@ -53,6 +54,8 @@ def clean_object(
         findings.refuse(where, problem if unusable is None else f"{problem} ({unusable})", remedy)
     if mended:
         findings.mend(mended, where)
+    if extent is not None:
+        findings.count_fit(overlap(corners(box), extent) >= 0.5)
     clean["bbox"] = box
     clean.pop("area", None)
     if area is not None:
@@ -101,6 +104,12 @@ def _segmentation(
         findings.refuse(where, f"'segmentation': {problem}", remedy)
     for what in mended:
         findings.mend(what, where)
+    if REST in mended and (box := read_box(annotation.get("bbox"))) is not None:
+        extent = segmentation_box(segmentation)
+        if max(overlap(corners(box), extent), overlap(box, extent)) < 0.5:  # XYWH or XYXY
+            findings.refuse(
+                where, "the runs of 'counts' end early, and their mask is not where 'bbox' is", "Encode the mask again"
+            )
     return segmentation, None
 
 

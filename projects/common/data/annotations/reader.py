@@ -197,6 +197,7 @@ def clean_entries(entries: Any, source: str, class_names: Iterable[str] | None =
         ],
         findings,
     )
+    findings.refuse_misfits()
     findings.log()
     return cleaned
 
@@ -288,7 +289,7 @@ def _clean_annotations(
         )
     category_ids = _references(annotations, "category_id", known, "categories", findings)
     cleaned, taken = [], set()
-    seen: dict[tuple, Mapping[str, Any]] = {}
+    seen: dict[tuple, list[Mapping[str, Any]]] = {}
     for number, annotation in enumerate(annotations):
         image_id, category_id = image_ids[number], category_ids[number]
         where = f"annotations[{number}], id {show(annotation.get('id'))}, of {images[image_id].name}"
@@ -299,10 +300,11 @@ def _clean_annotations(
                 "Add the category, or remove the annotation",
             )
         own = read_id(annotation.get("id"))
-        if own is not None and seen.setdefault((own, image_id), annotation) is not annotation:
-            if _same(seen[own, image_id], annotation):
-                findings.mend("annotation that is there twice, taken once", where)
-                continue
+        namesakes = seen.setdefault((own, image_id), [])
+        if annotation in namesakes:
+            findings.mend("annotation that is there twice, taken once", where)
+            continue
+        namesakes.append(annotation)
         clean = clean_object(annotation, images[image_id], where, findings)
         if clean is None:
             continue
@@ -310,6 +312,7 @@ def _clean_annotations(
         cleaned.append(clean)
         taken.add(own)
     _refuse_relative([corners(annotation["bbox"]) for annotation in cleaned], findings)
+    findings.refuse_misfits()
     if len(taken) < len(cleaned) or not all(isinstance(key, int) and key > 0 for key in taken):
         findings.mend(
             "ids of annotations that are missing, 0, negative, doubled or no integers, all numbered anew from 1",
@@ -342,10 +345,6 @@ def _references(
             "Give both one type",
         )
     return values
-
-
-def _same(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    return json.dumps(first, sort_keys=True, default=str) == json.dumps(second, sort_keys=True, default=str)
 
 
 def _refuse_relative(boxes: list, findings: Findings) -> None:
