@@ -60,6 +60,10 @@ def add_common_config(cfg: CfgNode) -> None:
     # medium (bfloat16 where the processor has it, twice as fast there)
     cfg.FLOAT32_MATMUL_PRECISION = "highest"
 
+    # Of SOLVER.AMP.ENABLED, for training (evaluation is in float32): "bf16", "fp16" with a loss scale, or "auto": bf16
+    # on CPUs and on GPUs that compute in it (NVIDIA's since Ampere), else fp16
+    cfg.SOLVER.AMP.PRECISION = "auto"
+
     # SGD or ADAMW
     cfg.SOLVER.OPTIMIZER = "ADAMW"
     # Learning-rate factor of parameters of the backbone

@@ -221,3 +221,29 @@ def test_detectron2_meta_architecture(cfg: CfgNode) -> None:
     default_setup(cfg, argparse.Namespace())
     assert Trainer(cfg).train() is not None
     assert {"loss_rpn_cls", "loss_mask", "total_loss"} <= set().union(*metrics(cfg))
+
+
+def test_loss_scale_belongs_to_fp16(caplog: pytest.LogCaptureFixture) -> None:
+    """A run may be resumed in another precision; a line says what becomes of the loss scale."""
+
+    def make(dtype: torch.dtype | None, scaled: bool) -> TrainingStep:
+        step = TrainingStep(nn.Linear(1, 1), [], torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1), 0, dtype)
+        assert step.grad_scaler.is_enabled() == scaled
+        return step
+
+    fp16 = make(torch.float16, True).state_dict()
+    fp16["grad_scaler"]["scale"] = 128.0
+    others = [make(dtype, False) for dtype in (torch.bfloat16, None)]
+    with caplog.at_level("INFO", logger="querymask"):
+        again = make(torch.float16, True)
+        again.load_state_dict(fp16)
+        assert again.grad_scaler.state_dict()["scale"] == 128.0 and not caplog.messages
+        for step in others:
+            step.load_state_dict(fp16)
+            assert "grad_scaler" not in step.state_dict()
+            assert ["its loss scale is left out" in message for message in caplog.messages] == [True]
+            caplog.clear()
+            step.load_state_dict(step.state_dict())
+            again.load_state_dict(step.state_dict())
+            assert ["has no loss scale" in message for message in caplog.messages] == [True]
+            caplog.clear()

@@ -54,14 +54,16 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     for name in ("fvcore", "querymask", "detectron2"):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
     choose_seed(cfg)
-    dtype = training_dtype(cfg)
-    precision = "float32" if dtype is None else f"{str(dtype).removeprefix('torch.')} where that is safe (SOLVER.AMP)"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     logger.info(
         f"querymask {querymask.__version__}, Detectron2 {detectron2.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}, {gpu}, {comm.get_world_size()} process(es) on {cfg.MODEL.DEVICE}"
     )
-    logger.info(f"training computes in {precision}, evaluation in float32")
+    if not getattr(args, "eval_only", False):
+        dtype = training_dtype(cfg)
+        name = str(dtype).removeprefix("torch.")
+        where = "float32 (SOLVER.AMP.ENABLED is False)" if dtype is None else f"{name} where that is safe (SOLVER.AMP)"
+        logger.info(f"training computes in {where}, evaluation in float32")
     logger.info(f"arguments: {args}")
     if comm.is_main_process():
         path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")

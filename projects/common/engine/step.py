@@ -1,5 +1,6 @@
 """One training step: forward, backward, optimiser, and what is kept for the log."""
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -11,6 +12,8 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from querymask.common.engine.sampling import STEP, mix_seed, seed_everything
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingStep:
@@ -25,7 +28,7 @@ class TrainingStep:
     Args:
         model: gives a dict of losses (scalars) when it is called with a batch in training mode.
         data_loader: gives batches; ``iter`` must be cheap until the first ``next``.
-        amp: mixed precision; fp16 with loss scaling on CUDA, bf16 on CPU.
+        autocast: type of mixed precision, None for none; float16 has a loss scale.
     """
 
     def __init__(
@@ -34,7 +37,7 @@ class TrainingStep:
         data_loader: Iterable,
         optimizer: torch.optim.Optimizer,
         seed: int,
-        amp: bool = False,
+        autocast: torch.dtype | None = None,
     ) -> None:
         model.train()
         self.model = model
@@ -43,8 +46,8 @@ class TrainingStep:
         self.seed = seed
         self.iter = 0
         self.device_type = next(model.parameters()).device.type
-        self.amp = amp
-        self.grad_scaler = torch.amp.GradScaler(self.device_type, enabled=amp and self.device_type == "cuda")
+        self.autocast = autocast
+        self.grad_scaler = torch.amp.GradScaler(self.device_type, enabled=autocast == torch.float16)
         self._batches: Iterator | None = None
         self._pending: list[tuple[int, tuple[str, ...], torch.Tensor]] = []
 
@@ -59,8 +62,7 @@ class TrainingStep:
         data_time = time.perf_counter() - start
 
         seed_everything(mix_seed(self.seed, STEP, self.iter, comm.get_rank()))
-        dtype = torch.float16 if self.device_type == "cuda" else torch.bfloat16
-        with torch.autocast(self.device_type, dtype, enabled=self.amp):
+        with torch.autocast(self.device_type, self.autocast, enabled=self.autocast is not None):
             losses = self.model(batch)
             if isinstance(losses, torch.Tensor):
                 losses = {"total_loss": losses}
@@ -124,5 +126,10 @@ class TrainingStep:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.iter = state["iteration"]
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.grad_scaler.is_enabled() and "grad_scaler" in state:
-            self.grad_scaler.load_state_dict(state["grad_scaler"])
+        if self.grad_scaler.is_enabled():
+            if state.get("grad_scaler"):
+                self.grad_scaler.load_state_dict(state["grad_scaler"])
+            else:
+                logger.info("the checkpoint has no loss scale, as it is not of training in fp16: a new one is found")
+        elif state.get("grad_scaler"):
+            logger.info("the checkpoint is of training in fp16: its loss scale is left out, nothing else needs it")

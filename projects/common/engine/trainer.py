@@ -29,7 +29,7 @@ from querymask.common.data.training_set import read_training_set
 from querymask.common.engine import hooks, resuming
 from querymask.common.engine.checks import StrictCheckpointer, check_num_classes, dataset_classes
 from querymask.common.engine.sampling import TrainLoader
-from querymask.common.engine.setup import choose_seed
+from querymask.common.engine.setup import choose_seed, training_dtype
 from querymask.common.engine.step import TrainingStep
 from querymask.common.engine.unused_keys import check_unused_keys
 from querymask.common.evaluation import build_evaluator, results_table
@@ -56,7 +56,7 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
-        self._trainer = TrainingStep(distribute(model), loader, optimizer, cfg.SEED, cfg.SOLVER.AMP.ENABLED)
+        self._trainer = TrainingStep(distribute(model), loader, optimizer, cfg.SEED, training_dtype(cfg))
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = StrictCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, trainer=weakref.proxy(self))
         self.start_iter = 0
