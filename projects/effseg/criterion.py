@@ -22,6 +22,7 @@ from querymask.effseg.fqdet import FQDetOutput
 
 SELECTED_RANKS = 5  # the best anchors of a target are to be selected
 MATCHED_RANKS = 15  # and queries from these are matched to it
+PAIRS_AT_ONCE = 2**20  # of target and anchor: bounds the memory at about 50 MB
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class Matches:
 
 
 def rank_anchors(anchors: Tensor, boxes: Tensor, count: int = MATCHED_RANKS) -> Tensor:
-    """The ``count`` anchors of highest IoU with each target.
+    """The ``count`` anchors of highest IoU with each target. Which of equal ones comes first is not specified.
+
+    Anchors are taken some at a time, as an image has 800,000 of them and may have hundreds of targets.
 
     Args:
         anchors: (A, 4) cx, cy, w, h.
@@ -55,8 +58,16 @@ def rank_anchors(anchors: Tensor, boxes: Tensor, count: int = MATCHED_RANKS) -> 
     Returns:
         (count, T) numbers of anchors, the best first; fewer where there are fewer anchors.
     """
-    overlaps = box_iou(boxes, cxcywh_to_xyxy(anchors))
-    return overlaps.topk(min(count, len(anchors)), dim=1).indices.t()
+    count = min(count, len(anchors))
+    size = max(count, PAIRS_AT_ONCE // max(len(boxes), 1))
+    values, indices = [], []
+    for start in range(0, len(anchors), size):
+        overlaps = box_iou(boxes, cxcywh_to_xyxy(anchors[start : start + size]))
+        best = overlaps.topk(min(count, overlaps.shape[1]), dim=1)
+        values.append(best.values)
+        indices.append(start + best.indices)
+    order = torch.cat(values, dim=1).topk(count, dim=1).indices
+    return torch.cat(indices, dim=1).gather(1, order).t()
 
 
 def match_queries(ranked: Tensor, selected: Tensor, num_anchors: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
+from torchvision.ops import nms
 
 from querymask.common.deformable_attention import DeformableAttention, flatten_levels
 from querymask.effseg.anchors import ANCHORS_PER_CELL, apply_deltas, make_anchors
@@ -27,6 +27,7 @@ PRIOR_PROBABILITY = 0.01  # of an anchor being selected, at first
 NORM_GROUPS = 8
 BOTTLENECK = 4  # width of the selector over that of its bottleneck
 CANDIDATES = 1000  # pairs of query and class that enter NMS
+MAX_EXTENT = 2.0**20  # pixels over which boxes may be spread for one NMS of all classes
 
 
 class NormActLinear(nn.Sequential):
@@ -306,5 +307,28 @@ def detect(
     scores, pairs = scores.flatten().topk(min(CANDIDATES, scores.numel()))
     pairs, scores = pairs[scores >= 0], scores[scores >= 0]
     queries, labels = pairs // num_classes, pairs % num_classes
-    kept = batched_nms(boxes[queries].double(), scores.double(), labels, nms_threshold)[:max_detections]
+    kept = nms_within_classes(boxes[queries].double(), scores.double(), labels, nms_threshold)[:max_detections]
     return Detections(queries[kept], labels[kept], scores[kept], boxes[queries[kept]])
+
+
+def nms_within_classes(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tensor:
+    """NMS of every class on its own; a box that is huge or not finite matters to its class alone.
+
+    Args:
+        boxes: (n, 4) x0, y0, x1, y1 in float64, anywhere.
+        scores: (n,).
+        labels: (n,) classes.
+        threshold: a box whose IoU with a better one of its class is higher is left out.
+
+    Returns:
+        (kept,) numbers of the boxes that stay, by descending score.
+    """
+    if len(boxes) == 0:
+        return labels
+    low, high = boxes.aminmax()
+    if high - low < MAX_EXTENT:
+        # Side by side, so that one NMS does. Whole numbers of pixels, which float64 adds to float32 boxes exactly
+        return nms(boxes + (labels * ((high - low).floor() + 1))[:, None], scores, threshold)
+    members = [(labels == label).nonzero().flatten() for label in labels.unique()]
+    kept = torch.cat([rows[nms(boxes[rows], scores[rows], threshold)] for rows in members]).sort().values
+    return kept[scores[kept].argsort(descending=True, stable=True)]

@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from querymask.common.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from querymask.effseg import criterion
 from querymask.effseg.anchors import apply_deltas, encode_deltas, make_anchors
 from querymask.effseg.criterion import FQDetCriterion, extended_iou_loss, match_queries, rank_anchors
-from querymask.effseg.fqdet import FQDet, detect
+from querymask.effseg.fqdet import FQDet, detect, nms_within_classes
 
 VERSIONS = pytest.mark.parametrize("version", [1, 2])
 
@@ -55,6 +57,24 @@ def test_ranks():
     assert rank_anchors(anchors, boxes[:0]).shape == (4, 0)
 
 
+def test_ranks_of_some_anchors_at_a_time(monkeypatch):
+    """The overlaps are those of all pairs, sorted; no tensor is much larger than the pairs taken at once."""
+    anchors = make_anchors([(13, 17), (7, 9)], [3, 4], torch.float64, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    low = torch.rand(30, 2, generator=generator, dtype=torch.float64) * 100
+    boxes = torch.cat([low, low + 5 + torch.rand(30, 2, generator=generator, dtype=torch.float64) * 60], 1)
+    overlaps = box_iou(boxes, cxcywh_to_xyxy(anchors))
+    sizes: list[int] = []
+    monkeypatch.setattr(criterion, "box_iou", lambda a, b: (sizes.append(len(a) * len(b)), box_iou(a, b))[1])
+    for pairs in (1, 3000, 10**9):
+        sizes.clear()
+        monkeypatch.setattr(criterion, "PAIRS_AT_ONCE", pairs)
+        ranked = rank_anchors(anchors, boxes)
+        assert torch.equal(overlaps.gather(1, ranked.t()), overlaps.sort(dim=1, descending=True).values[:, :15])
+        assert all(len(set(numbers)) == 15 for numbers in ranked.t().tolist())
+        assert max(sizes) <= max(pairs, 15 * len(boxes))
+
+
 def test_a_query_that_two_targets_claim():
     """The better rank wins; at equal ranks the first target."""
     ranked = torch.tensor([[7, 3, 5], [3, 9, 9]])
@@ -85,6 +105,49 @@ def test_detections():
     assert torch.equal(found.boxes, boxes[[0, 0]])
     found = detect(logits, boxes, 0.95, max_detections=4, drop_empty=False)
     assert list(zip(found.queries.tolist(), found.labels.tolist())) == [(2, 0), (0, 0), (1, 0), (0, 1)]
+
+
+def nms_by_definition(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> list[int]:
+    """Each box in turn, by descending score, unless it overlaps a kept one of its class."""
+    overlaps = box_iou(boxes, boxes)
+    kept: list[int] = []
+    for i in scores.argsort(descending=True).tolist():
+        if not any(labels[i] == labels[j] and overlaps[i, j] > threshold for j in kept):
+            kept.append(i)
+    return kept
+
+
+@pytest.mark.parametrize(
+    "stray",
+    [
+        [0, 0, 1e8, 1e8],
+        [-1e30, -1e30, 1e30, 1e30],
+        [0, 0, float("inf"), 10],
+        [float("nan")] * 4,
+        [-900, -900, -200, -200],
+        [-1e8, 0, -1e8 + 1, 10],
+    ],
+)
+def test_a_stray_box_spoils_no_other_class(stray):
+    """Huge ones, such as exp() of a wild delta gives, boxes at negative places, and boxes that are not finite."""
+    generator = torch.Generator().manual_seed(0)
+    low = (torch.rand(60, 2, generator=generator) * 60).double()
+    boxes = torch.cat([low, low + 20 + torch.rand(60, 2, generator=generator).double() * 40], 1)
+    boxes = torch.cat([boxes, boxes + 0.25])  # every box has a near double, of another class or of the same
+    boxes = torch.cat([boxes, torch.tensor([stray, stray], dtype=torch.float64)])
+    labels = torch.randint(5, (len(boxes),), generator=generator)
+    scores = torch.rand(len(boxes), generator=generator).double()
+    kept = nms_within_classes(boxes, scores, labels, 0.5).tolist()
+    assert kept == nms_by_definition(boxes, scores, labels, 0.5)
+    assert 5 < len(kept) < len(boxes)
+
+
+def test_places_do_not_decide_between_classes():
+    """A class whose boxes lie left of the image is not compared with the right edge of the class before it."""
+    boxes = torch.tensor([[-1001.0, -1001, -1, -1], [0, 0, 1000, 1000]], dtype=torch.float64)
+    scores, labels = torch.tensor([0.5, 0.9], dtype=torch.float64), torch.tensor([1, 0])
+    assert nms_within_classes(boxes, scores, labels, 0.5).tolist() == [1, 0]
+    assert nms_within_classes(boxes[:0], scores[:0], labels[:0], 0.5).tolist() == []
 
 
 @VERSIONS
