@@ -156,6 +156,11 @@ MENDED: dict[str, tuple[Change, set[str], str]] = {
     "the last run missing": (every(short_runs), ALL, "the rest counts as background"),
     "runs of length 0": (every(zero_runs), ALL, ""),
     "no area": (drop("area"), ALL, ""),
+    "a line": (
+        lambda c: c["annotations"].append({**c["annotations"][0], "bbox": [5, 5, 9, 0], "segmentation": [[5, 5] * 3]}),
+        ALL,
+        "box and mask are a line, left out",
+    ),
     "area as text": (each(area="big"), ALL, "'area'"),
     "area not finite": (each(area=math.nan), ALL, "'area'"),
     "name is a number": (lambda c: c["categories"][0].update(name=1), ALL, "no text"),
@@ -224,6 +229,14 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "runs that end early elsewhere": (
         one(segmentation={"size": [64, 96], "counts": [4000, 64]}),
         r"annotations\[1\].*end early, and their mask is not where 'bbox' is",
+    ),
+    "boxes XYXY, one undecided": (
+        all_of(every(corners), drop("segmentation"), lambda c: c["annotations"][2].pop("area")),
+        r"annotations\[2\].*may be corners, as that of annotations\[0\].* is",
+    ),
+    "box and mask outside": (
+        one(bbox=[300, 300, 9, 9], segmentation=[[300, 300, 309, 300, 309, 309]]),
+        "no extent within the image.*'segmentation' has no pixel",
     ),
     "boxes in parts of the image": (
         all_of(every(lambda a: {"bbox": [v / 96 for v in a["bbox"]]}), drop("segmentation")),

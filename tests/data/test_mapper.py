@@ -207,14 +207,14 @@ def test_forms_of_boxes(entry, mode, kind):
 
 
 def test_boxes_are_clipped(entry):
-    entry["annotations"] = [annotation(bbox=[-10, 100, 500, 100])]
-    assert make_mapper()(entry)["instances"].gt_boxes.tensor.tolist() == [[0, 100, 200, 150]]
+    entry["annotations"] = [annotation(bbox=[-10, 30, 130, 125])]
+    assert make_mapper()(entry)["instances"].gt_boxes.tensor.tolist() == [[0, 30, 120, 150]]
 
 
-OUTSIDE = annotation(bbox=[300, 0, 10, 10], segmentation=[[300, 0, 310, 0, 310, 10]])
+LINE = annotation(bbox=[20, 30, 10, 0], segmentation=[[20, 30, 30, 30, 25, 30]])
 
 
-@pytest.mark.parametrize("annotations", [[], [annotation(iscrowd=1)], [OUTSIDE]])
+@pytest.mark.parametrize("annotations", [[], [annotation(iscrowd=1)], [LINE]])
 @pytest.mark.parametrize("use_masks", [True, False])
 def test_images_without_instances(entry, annotations, use_masks):
     entry["annotations"] = annotations

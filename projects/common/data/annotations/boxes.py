@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-XYXY = "bbox is [x0, y0, x1, y1] in place of [x, y, width, height], converted"
+from querymask.common.data.annotations.findings import XYXY
 
 Box = tuple[float, float, float, float]
 
@@ -48,7 +48,7 @@ def clean_box(
         )
     if max(-x0, -y0, x1 - width, y1 - height) <= 1:  # what rounding does
         return numbers, None
-    if mask_box is None and _may_be_xyxy(numbers, height, width):
+    if mask_box is None and may_be_xyxy(numbers, height, width):
         raise ValueError(
             f"'bbox' {_show(numbers)} leaves the image of {width} x {height} as {_FORM}, and fits as [x0, y0, x1, y1]. "
             f"Convert the boxes to {_FORM}"
@@ -114,7 +114,14 @@ def _is_xyxy(box: Sequence[float], mask_box: Box | None, area: float | None) -> 
     return math.isclose(area, (x1 - x0) * (y1 - y0), rel_tol=1e-6) and not math.isclose(area, x1 * y1, rel_tol=1e-2)
 
 
-def _may_be_xyxy(box: Sequence[float], height: int, width: int) -> bool:
+def is_line(box: Sequence[float], height: int, width: int) -> bool:
+    """Whether [x, y, width, height] has one side without extent and lies in the image."""
+    x, y, w, h = box
+    return min(w, h) == 0 < max(w, h) and x >= 0 and y >= 0 and x + w <= width + 1 and y + h <= height + 1
+
+
+def may_be_xyxy(box: Sequence[float], height: int, width: int) -> bool:
+    """Whether four numbers could be corners within the image."""
     x0, y0, x1, y1 = box
     return 0 <= x0 < x1 <= width + 1 and 0 <= y0 < y1 <= height + 1
 

@@ -8,6 +8,8 @@ logger = logging.getLogger(__name__)
 
 _SAID: set[str] = set()
 
+XYXY = "bbox is [x0, y0, x1, y1] in place of [x, y, width, height], converted"
+
 
 class AnnotationError(ValueError):
     """Annotations that give no right number as they are; the message names file, thing, key and remedy."""
@@ -25,6 +27,7 @@ class Findings:
         self._counts: dict[str, int] = {}
         self._first: dict[str, str] = {}
         self._boxes = self._misfits = 0
+        self._undecided: str | None = None
 
     def mend(self, what: str, where: str | Callable[[], str]) -> None:
         """Count a thing that was mended; ``where`` is asked for the first of a kind only."""
@@ -37,8 +40,22 @@ class Findings:
         self._boxes += 1
         self._misfits += not fits
 
+    def note_undecided(self, where: str) -> None:
+        """Note a box that may be [x, y, width, height] or corners: neither mask nor area shows which."""
+        self._undecided = self._undecided or where
+
     def refuse_misfits(self) -> None:
-        """Raise the error where most boxes are not about those of their masks; a few may be, of hidden objects."""
+        """Raise the error where boxes of the whole file do not fit together.
+
+        That is where most are not about those of their masks (a few may be, of hidden objects), or where some are
+        corners and others may be.
+        """
+        if self._undecided and XYXY in self._counts:
+            self.refuse(
+                self._undecided,
+                f"'bbox' may be corners, as that of {self._first[XYXY]} is, but neither mask nor area shows it",
+                "Write all boxes as [x, y, width, height]",
+            )
         if self._misfits > self._boxes / 2:
             self.refuse(
                 f"{self._misfits} of {self._boxes} annotations with a mask",

@@ -6,7 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from querymask.common.data.annotations.boxes import clean_box, clip_box, corners, overlap, read_box
+from querymask.common.data.annotations.boxes import (
+    clean_box,
+    clip_box,
+    corners,
+    is_line,
+    may_be_xyxy,
+    overlap,
+    read_box,
+)
 from querymask.common.data.annotations.findings import Findings, show
 from querymask.common.data.annotations.images import ImageInfo
 from querymask.common.data.run_lengths import REST
@@ -28,7 +36,7 @@ def clean_object(
     there is a mask, as polygons or compressed RLE; ``area`` where the file has a usable one.
 
     Returns:
-        None for an object without any extent.
+        None for an object that is but a line.
 
     Raises:
         AnnotationError: it can be neither used nor ignored.
@@ -42,8 +50,8 @@ def clean_object(
     extent = None if segmentation is None else segmentation_box(segmentation)
     if extent is not None and clip_box(extent, image.height, image.width) is None:
         numbers = read_box(annotation.get("bbox"))
-        if numbers is not None and clip_box(corners(numbers), image.height, image.width) is None:
-            findings.mend("annotation without extent in box and mask, left out", where)
+        if numbers is not None and is_line(numbers, image.height, image.width):  # COCO's training set has some
+            findings.mend("annotation whose box and mask are a line, left out", where)
             return None
         segmentation, extent, unusable = None, None, "'segmentation' has no pixel within the image"
     area = _area(annotation, where, findings)
@@ -54,6 +62,8 @@ def clean_object(
         findings.refuse(where, problem if unusable is None else f"{problem} ({unusable})", remedy)
     if mended:
         findings.mend(mended, where)
+    if extent is None and area is None and may_be_xyxy(box, image.height, image.width):
+        findings.note_undecided(where)
     if extent is not None:
         findings.count_fit(overlap(corners(box), extent) >= 0.5)
     clean["bbox"] = box
