@@ -12,7 +12,7 @@ from detectron2.data import MetadataCatalog
 from PIL import Image
 
 from querymask.common import visualization
-from querymask.common.engine import Trainer
+from querymask.common.engine import Trainer, default_setup
 from querymask.common.evaluation import pictures
 
 
@@ -126,3 +126,9 @@ def test_curves_that_cannot_be_drawn(cfg: CfgNode, monkeypatch: pytest.MonkeyPat
     trainer.resume_or_load(resume=False)
     results = trainer.train()
     assert "segm" in results and not (Path(cfg.OUTPUT_DIR) / "curves.png").exists()
+
+
+def test_a_font_that_is_none_stops_the_run_at_its_start(cfg: CfgNode) -> None:
+    cfg.VIS_FONT = "gone.ttf"
+    with pytest.raises(ValueError, match="VIS_FONT is 'gone.ttf', which is no font"):
+        default_setup(cfg, None)

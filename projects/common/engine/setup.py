@@ -14,6 +14,7 @@ from detectron2.utils.logger import setup_logger
 
 import querymask
 from querymask.common.engine.sampling import START, mix_seed, seed_everything
+from querymask.common.fonts import set_font
 from querymask.common.precision import autocast_dtype
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
         PathManager.mkdirs(cfg.OUTPUT_DIR)
     for name in ("fvcore", "querymask", "detectron2"):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
+    set_font(cfg.VIS_FONT)  # stops the run here, not at its first picture
     choose_seed(cfg)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     logger.info(
