@@ -29,7 +29,7 @@ from querymask.common.data.image_files import ImageFileError, ImageReader, find_
 from querymask.common.engine import choose_device
 from querymask.common.fonts import set_font
 from querymask.common.picture_names import PictureNames
-from querymask.common.predictor import Predictor, class_names
+from querymask.common.predictor import Predictor
 from querymask.common.views import choose_view, find_views
 from querymask.common.visualization import draw_instances, write_image
 
@@ -70,7 +70,7 @@ def make_draw(args: argparse.Namespace, cfg: CfgNode) -> Draw:
     if not cfg.MODEL.WEIGHTS:
         print("MODEL.WEIGHTS is empty: the weights are random", file=sys.stderr)
     predictor = Predictor(cfg)
-    names = class_names(cfg)
+    names = predictor.class_names
 
     def draw(image: np.ndarray) -> np.ndarray:
         if view is None:

@@ -24,14 +24,13 @@ from querymask import get_cfg  # before Detectron2, which it makes importable on
 # isort: split
 import torch
 from analyze_model import GIGA, MEGA, inputs
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from make_model_zoo import MISSING, force_detections, prepare_for_measurement
 from tabulate import tabulate
 from torch import nn
 
-from querymask.common.engine import choose_device
+from querymask.common.engine import StrictCheckpointer, choose_device
 from querymask.common.flops import count_parameters, measure
 from querymask.common.measuring import machine, median_time, peak_memory
 from querymask.effseg.effseg import EffSeg
@@ -187,7 +186,7 @@ def measure_config(path: Path, args: argparse.Namespace) -> Result:
     torch.manual_seed(0)
     model = build_model(cfg).eval()
     if args.load_weights:
-        DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+        StrictCheckpointer(model, cfg=cfg, complete=True).load(cfg.MODEL.WEIGHTS)
     else:
         prepare_for_measurement(model)
     detections, regions = cfg.TEST.DETECTIONS_PER_IMAGE, None

@@ -8,7 +8,7 @@ The format of INPUT is recognised. Nothing in it is executed. Formats and option
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,11 @@ from querymask.common.checkpoint import (
     Report,
     fit_to_model,
     read_checkpoint,
+    read_content,
     recognise,
     write_checkpoint,
 )
+from querymask.common.engine import num_classes_key
 
 SHOWN_KEYS = 12
 SHOWN_CONFIGS = 5
@@ -116,8 +118,15 @@ def convert(args: argparse.Namespace, cfg: CfgNode) -> None:
     if not fitted:
         raise CheckpointError(f"{args.input}: nothing in it fits {args.config_file}.")
     author = f"querymask {querymask.__version__}, converted from {Path(args.input).name}"
-    write_checkpoint(fitted, args.output, author)
+    write_checkpoint(fitted, args.output, author, () if args.drop_classes else class_names(args.input, cfg))
     print(f"Written: {args.output} ({len(fitted)} tensors)")
+
+
+def class_names(path: str, cfg: CfgNode) -> list[str]:
+    """The names of the classes that a file of this project has, if the config's model has as many."""
+    content, key = read_content(path), num_classes_key(cfg)
+    names = list(content.get("class_names") or ()) if isinstance(content, Mapping) else []
+    return names if key is not None and len(names) == lookup(cfg, key) else []
 
 
 def coco_class_ids() -> list[int]:

@@ -87,6 +87,9 @@ def add_common_config(cfg: CfgNode) -> None:
     # has them is looked for
     cfg.VIS_FONT = ""
 
+    # Names of the classes, in order; training fills them in from its data set, and checkpoints keep them
+    cfg.MODEL.CLASS_NAMES = []
+
     # Swin transformer (Liu et al. 2021); the defaults are Swin-T
     cfg.MODEL.SWIN = CfgNode()
     cfg.MODEL.SWIN.EMBED_DIM = 96

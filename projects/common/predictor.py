@@ -1,5 +1,6 @@
 """From an image to its detections, with memory that does not grow with the photograph."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +14,12 @@ from detectron2.modeling import build_model
 from detectron2.structures import Instances
 
 from querymask.common.data.augmentation import build_augmentations
-from querymask.common.engine.checks import StrictCheckpointer
+from querymask.common.engine.checkpointer import StrictCheckpointer
+from querymask.common.engine.checks import get_key, num_classes_key
+from querymask.common.engine.class_names import shown
 from querymask.common.engine.unused_keys import check_unused_keys
+
+logger = logging.getLogger(__name__)
 
 LONGEST_SIDE = 1280
 """Pixels of the longer side of pictures and masks, if not chosen; what the drawing code reduces images to."""
@@ -29,6 +34,9 @@ class Predictor:
     Args:
         cfg: with MODEL.WEIGHTS; random weights where it is empty.
         longest_side: of masks and reduced images, in pixels; 0: no limit.
+
+    Attributes:
+        class_names: of the model's classes, by ``class_names``.
     """
 
     def __init__(self, cfg: CfgNode, longest_side: int = LONGEST_SIDE) -> None:
@@ -36,7 +44,9 @@ class Predictor:
             raise ValueError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}: the predictor knows RGB and BGR")
         check_unused_keys(cfg)
         self.model = build_model(cfg).eval()
-        StrictCheckpointer(self.model, cfg=cfg).load(cfg.MODEL.WEIGHTS)
+        checkpointer = StrictCheckpointer(self.model, cfg=cfg, complete=True)
+        checkpointer.load(cfg.MODEL.WEIGHTS)
+        self.class_names = class_names(cfg, checkpointer.class_names)
         self.longest_side = longest_side
         self._format = cfg.INPUT.FORMAT
         self._augmentations = T.AugmentationList(build_augmentations(cfg, is_train=False))
@@ -71,9 +81,29 @@ class Predictor:
         return instances[instances.scores >= score_threshold].to("cpu"), reduced
 
 
-def class_names(cfg: CfgNode) -> Sequence[str]:
-    """Names of the classes of the first set of DATASETS that is known by its metadata; the images are not needed."""
-    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        if names := MetadataCatalog.get(name).get("thing_classes"):
-            return names
+def class_names(cfg: CfgNode, of_checkpoint: Sequence[str] = ()) -> Sequence[str]:
+    """Names of the classes: ``MODEL.CLASS_NAMES``, the checkpoint's, or those of a data set in the metadata.
+
+    Data sets are those of DATASETS, known by their metadata; the images are not needed. Names whose number is not that
+    of the model's classes are left out: nothing tells which class would be which.
+
+    Args:
+        of_checkpoint: ``StrictCheckpointer.class_names``.
+
+    Returns:
+        the names, or nothing where they are not known.
+    """
+    key = num_classes_key(cfg)
+    number = None if key is None else get_key(cfg, key)
+    configured = list(cfg.MODEL.CLASS_NAMES)
+    if configured and number not in (None, len(configured)):
+        raise ValueError(
+            f"MODEL.CLASS_NAMES has {len(configured)} names, {key} is {number}: give as many, or [] for those known"
+        )
+    if configured and of_checkpoint and configured != list(of_checkpoint):
+        logger.warning(f"MODEL.CLASS_NAMES is used, {shown(configured)}; the checkpoint has {shown(of_checkpoint)}")
+    of_data = (MetadataCatalog.get(name).get("thing_classes") for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN))
+    for names in (configured, of_checkpoint, *of_data):
+        if names and number in (None, len(names)):
+            return [str(name) for name in names]
     return ()

@@ -1,6 +1,6 @@
 """Checkpoints in the formats of others: safe reading, renaming by rules, a report key by key, recognition."""
 
-from querymask.common.checkpoint.files import read_checkpoint, write_checkpoint
+from querymask.common.checkpoint.files import MODEL_KEYS, read_checkpoint, read_content, write_checkpoint
 from querymask.common.checkpoint.formats import FORMATS, Format, Options, pick_classes, recognise, register_format
 from querymask.common.checkpoint.rules import (
     Change,
@@ -18,6 +18,7 @@ from querymask.common.checkpoint.rules import (
 
 __all__ = [
     "FORMATS",
+    "MODEL_KEYS",
     "Change",
     "CheckpointError",
     "Copy",
@@ -33,6 +34,7 @@ __all__ = [
     "fit_to_model",
     "pick_classes",
     "read_checkpoint",
+    "read_content",
     "recognise",
     "register_format",
     "write_checkpoint",

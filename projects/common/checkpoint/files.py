@@ -4,7 +4,7 @@ import argparse
 import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import Tensor
 from querymask.common.checkpoint.pickles import load_arrays
 from querymask.common.checkpoint.rules import CheckpointError, State
 
-# Where training code of the field puts the model's state dict; the first one that is there counts
-_MODEL_KEYS = ("model", "state_dict", "model_state_dict", "model_state")
+MODEL_KEYS = ("model", "state_dict", "model_state_dict", "model_state")
+"""Where training code of the field puts the model's state dict; the first one that is there counts."""
 # First bytes of the formats: a zip archive, and the pickled magic number of PyTorch before 1.6
 _ZIP = b"PK\x03\x04"
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -34,31 +34,43 @@ def read_checkpoint(path: str | os.PathLike[str]) -> State:
     Raises:
         CheckpointError: no such file, damaged, not a checkpoint, or with a class that is not accepted.
     """
+    return _state_dict(read_content(path), Path(path))
+
+
+def read_content(path: str | os.PathLike[str]) -> Any:
+    """All that a file holds, read as ``read_checkpoint`` does: usually a dictionary, of which the model is one entry.
+
+    Raises:
+        CheckpointError: no such file, damaged, not a checkpoint, or with a class that is not accepted.
+    """
     path = Path(path)
     try:
         with path.open("rb") as file:
             head = file.read(len(_LEGACY_TORCH))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be opened ({error.strerror}).") from error
+    if not head:
+        raise CheckpointError(f"{path}: an empty file, not a checkpoint. Download it again, or take an earlier one.")
     if path.suffix == ".safetensors":
-        content: Any = _read_safetensors(path)
-    elif head.startswith(_ZIP) or head == _LEGACY_TORCH:
-        content = _read_torch(path)
-    elif head.startswith(b"\x80"):
-        content = load_arrays(path)
-    else:
-        raise CheckpointError(
-            f"{path}: not a checkpoint (neither PyTorch's format, nor a pickle, nor safetensors). "
-            "A download that failed often leaves a web page or a pointer file: look at its size and first lines."
-        )
-    return _state_dict(content, path)
+        return _read_safetensors(path)
+    if head.startswith(_ZIP) or head == _LEGACY_TORCH:
+        return _read_torch(path)
+    if head.startswith(b"\x80"):
+        return load_arrays(path)
+    raise CheckpointError(
+        f"{path}: not a checkpoint (neither PyTorch's format, nor a pickle, nor safetensors). "
+        "A download that failed often leaves a web page or a pointer file: look at its size and first lines."
+    )
 
 
-def write_checkpoint(state: Mapping[str, Tensor], path: str | os.PathLike[str], author: str) -> None:
+def write_checkpoint(
+    state: Mapping[str, Tensor], path: str | os.PathLike[str], author: str, class_names: Sequence[str] = ()
+) -> None:
     """Write a file that ``MODEL.WEIGHTS`` loads by its exact keys.
 
     Args:
         author: where the weights come from, for the log of whoever loads them.
+        class_names: of the model's classes, in order, if they are known.
     """
     path = Path(path)
     if path.suffix != ".pth":
@@ -66,7 +78,8 @@ def write_checkpoint(state: Mapping[str, Tensor], path: str | os.PathLike[str], 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     # Rows that were picked from a larger tensor would drag the whole of it into the file
-    torch.save({"model": {key: value.clone() for key, value in state.items()}, "__author__": author}, partial)
+    content = {"model": {key: value.clone() for key, value in state.items()}, "__author__": author}
+    torch.save({**content, "class_names": list(class_names)} if class_names else content, partial)
     partial.replace(path)
 
 
@@ -102,7 +115,7 @@ def _read_safetensors(path: Path) -> Any:
 
 def _state_dict(content: Any, path: Path) -> State:
     """The model's tensors in what a file contained."""
-    for key in _MODEL_KEYS:
+    for key in MODEL_KEYS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break

@@ -2,11 +2,8 @@
 
 from detectron2.engine import default_argument_parser
 
-from querymask.common.engine.checks import (
-    StrictCheckpointer,
-    check_num_classes,
-    num_classes_key,
-)
+from querymask.common.engine.checkpointer import StrictCheckpointer
+from querymask.common.engine.checks import check_num_classes, num_classes_key
 from querymask.common.engine.launch import launch
 from querymask.common.engine.setup import choose_device, default_setup
 from querymask.common.engine.trainer import Trainer

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -21,7 +20,7 @@ def num_classes_key(cfg: CfgNode) -> str | None:
     """The config key with the model's number of classes; None if the model has no such key."""
     name = cfg.MODEL.META_ARCHITECTURE
     key = NUM_CLASSES_KEYS.get(name, f"MODEL.{name.upper()}.NUM_CLASSES")
-    return key if _get(cfg, key) is not None else None
+    return key if get_key(cfg, key) is not None else None
 
 
 def check_num_classes(cfg: CfgNode, dataset_names: Iterable[str]) -> None:
@@ -36,10 +35,10 @@ def check_num_classes(cfg: CfgNode, dataset_names: Iterable[str]) -> None:
     first, first_classes = "", []
     for name in dataset_names:
         classes = dataset_classes(name)
-        if classes and len(classes) != _get(cfg, key):
+        if classes and len(classes) != get_key(cfg, key):
             shown = ", ".join(classes[:6]) + (", ..." if len(classes) > 6 else "")
             raise ValueError(
-                f"{key} is {_get(cfg, key)}, but the data set {name} has {len(classes)} classes ({shown}). "
+                f"{key} is {get_key(cfg, key)}, but the data set {name} has {len(classes)} classes ({shown}). "
                 f"Set {key} {len(classes)}, or choose another data set with DATASETS.TRAIN and DATASETS.TEST"
             )
         if first_classes and classes and classes != first_classes:
@@ -57,49 +56,7 @@ def dataset_classes(name: str) -> list[str]:
     return MetadataCatalog.get(name).get("thing_classes") or []
 
 
-class StrictCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, but tensors of other shapes are an error instead of being left out.
-
-    Args:
-        cfg: names the class-count key in the message.
-    """
-
-    def __init__(self, model: Any, save_dir: str = "", *, cfg: CfgNode, **checkpointables: Any) -> None:
-        super().__init__(model, save_dir, **checkpointables)
-        self._cfg = cfg
-        self._loading = ""
-
-    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        self._loading = path
-        return super().load(path, *args, **kwargs)
-
-    def _load_model(self, checkpoint: Any) -> Any:
-        incompatible = super()._load_model(checkpoint)
-        if incompatible.incorrect_shapes:
-            raise ValueError(self._mismatch(incompatible.incorrect_shapes))
-        return incompatible
-
-    def _mismatch(self, shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> str:
-        key = num_classes_key(self._cfg)
-        lines = "\n".join(f"  {name}: {file} in the file, {model} in the model" for name, file, model in shapes[:8])
-        if len(shapes) > 8:
-            lines += f"\n  ... and {len(shapes) - 8} more"
-        message = f"{self._loading} does not fit the model: {len(shapes)} tensors have other shapes.\n{lines}\n"
-        remedy = "Use the config that the file was made with, or take these tensors out of the file."
-        if key is None:
-            return message + remedy
-        classes = _get(self._cfg, key)
-        heads = [name for name, file, model in shapes if model[:1] == (classes,) and file[1:] == model[1:]]
-        if len(heads) < len(shapes):
-            return message + remedy
-        in_file = next(file[0] for _, file, _ in shapes)
-        return message + (
-            f"The file has {in_file} classes, {key} is {classes}. Set {key} {in_file} for the file's own classes. To "
-            "train on others from it, leave its class head out with tools/convert_checkpoint.py --drop-classes"
-        )
-
-
-def _get(cfg: CfgNode, key: str) -> Any:
+def get_key(cfg: CfgNode, key: str) -> Any:
     """Value of a dotted key, None if there is no such key."""
     node: Any = cfg
     for part in key.split("."):

@@ -13,6 +13,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 import querymask
+from querymask.common.engine.class_names import choose_class_names
 from querymask.common.engine.sampling import START, mix_seed, seed_everything
 from querymask.common.fonts import set_font
 from querymask.common.precision import autocast_dtype
@@ -66,6 +67,7 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
         name = str(dtype).removeprefix("torch.")
         where = "float32 (SOLVER.AMP.ENABLED is False)" if dtype is None else f"{name} where that is safe (SOLVER.AMP)"
         logger.info(f"training computes in {where}, evaluation in float32")
+        choose_class_names(cfg)
     logger.info(f"arguments: {args}")
     if comm.is_main_process():
         path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")

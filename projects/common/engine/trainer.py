@@ -27,13 +27,16 @@ from querymask.common.data.annotations import read_dataset
 from querymask.common.data.mapper import InstanceMapper
 from querymask.common.data.training_set import read_training_set
 from querymask.common.engine import hooks, resuming
-from querymask.common.engine.checks import StrictCheckpointer, check_num_classes, dataset_classes
+from querymask.common.engine.checkpointer import StrictCheckpointer
+from querymask.common.engine.checks import check_num_classes, dataset_classes
+from querymask.common.engine.class_names import check_class_names, choose_class_names
 from querymask.common.engine.sampling import TrainLoader
 from querymask.common.engine.setup import choose_seed, training_dtype
 from querymask.common.engine.step import TrainingStep
 from querymask.common.engine.unused_keys import check_unused_keys
 from querymask.common.evaluation import build_evaluator, results_table
-from querymask.common.evaluation.build import num_queries
+from querymask.common.evaluation.build import num_queries, results_folder
+from querymask.common.evaluation.class_file import write_class_file
 from querymask.common.evaluation.results import evaluate_results
 from querymask.common.solver import build_lr_scheduler, build_optimizer
 
@@ -53,6 +56,7 @@ class Trainer(DefaultTrainer):
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         PathManager.mkdirs(cfg.OUTPUT_DIR)
         check_num_classes(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+        choose_class_names(cfg)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
@@ -151,10 +155,14 @@ class Trainer(DefaultTrainer):
         check_unused_keys(cfg)
         check_num_classes(cfg, cfg.DATASETS.TEST)
         model = cls.build_model(cfg)
-        checkpointer = StrictCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg)
+        checkpointer = StrictCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, complete=True)
         if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
             logger.warning("MODEL.WEIGHTS is empty: a model with random weights is evaluated")
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+        for name in cfg.DATASETS.TEST:
+            check_class_names(checkpointer.class_names, checkpointer.file, name)
+            if list(cfg.MODEL.CLASS_NAMES) != checkpointer.class_names:
+                check_class_names(cfg.MODEL.CLASS_NAMES, "MODEL.CLASS_NAMES", name)
         results = cls.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
@@ -247,6 +255,9 @@ class Trainer(DefaultTrainer):
                 torch.distributed.broadcast(buffer, 0)
         results = super().test(cfg, model, evaluators)
         names = cfg.DATASETS.TEST
+        if comm.is_main_process():
+            for name in names:
+                write_class_file(name, results_folder(cfg, name))
         for name, scores in (results if len(names) > 1 else dict.fromkeys(names, results)).items():
             log_results(name, scores)
         return results

@@ -228,7 +228,9 @@ def _within(key: str, section: str) -> bool:
 
 def _same(a: Any, b: Any) -> bool:
     """Whether two settings are the same; YAML and Python differ in lists and tuples."""
-    return (list(a) if isinstance(a, tuple) else a) == (list(b) if isinstance(b, tuple) else b)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a == b
 
 
 def _leaves(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -21,7 +21,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
     subfolder = dataset_name if len(cfg.DATASETS.TEST) > 1 else ""
-    output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", subfolder)
+    output_dir = results_folder(cfg, dataset_name)
     if kind in ("coco", "lvis"):
         evaluator: DatasetEvaluator = InstanceEvaluator(
             dataset_name, output_dir, cfg.TEST.BOUNDARY_AP, cfg.TEST.DETECTIONS_PER_IMAGE, num_queries(cfg)
@@ -46,6 +46,11 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     reader = ImageReader.from_config(cfg)
     pictures = PictureWriter(dataset_name, folder, cfg.VIS_NUM_IMAGES, cfg.VIS_SCORE_THRESHOLD, reader)
     return DatasetEvaluators([evaluator, pictures])
+
+
+def results_folder(cfg: CfgNode, dataset_name: str) -> str:
+    """Where the results of a data set go."""
+    return os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name if len(cfg.DATASETS.TEST) > 1 else "")
 
 
 def num_queries(cfg: CfgNode) -> int | None:

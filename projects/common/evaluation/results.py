@@ -13,6 +13,7 @@ from querymask.common.data.annotations.boxes import read_box
 from querymask.common.data.annotations.findings import Findings, show
 from querymask.common.data.annotations.images import read_id
 from querymask.common.data.segmentation import clean_segmentation, encode_segmentation
+from querymask.common.evaluation.class_file import compare_class_file
 from querymask.common.evaluation.coco import InstanceEvaluator
 from querymask.common.evaluation.scores import MAX_DETECTIONS
 
@@ -171,6 +172,7 @@ def evaluate_results(
             f"{dataset_name} has evaluator_type {kind!r}: only data sets of type coco or lvis take result files"
         )
     results = read_results(path)
+    compare_class_file(path, dataset_name)
     evaluator = InstanceEvaluator(dataset_name, None, boundary, max_detections, distributed=False)
     evaluator.add_results(fit_results(results, evaluator.content, dataset_name, str(path)))
     return evaluator.evaluate()
