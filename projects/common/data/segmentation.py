@@ -144,7 +144,7 @@ def _numbers(part: Any, height: int, width: int) -> list[float]:
         part = np.asarray(part).tolist()
     polygon = part
     try:
-        if not isinstance(polygon, list) or any(type(value) not in (int, float) for value in polygon):
+        if not isinstance(polygon, list) or not set(map(type, polygon)) <= {int, float}:
             polygon = [_number(v) for value in part for v in (value if _is_list(value) else (value,))]
         total = sum(polygon)
     except (TypeError, ValueError, OverflowError):

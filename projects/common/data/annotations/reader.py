@@ -28,6 +28,10 @@ Content = dict[str, Any]
 """Of a checked file: ``images``, ``categories`` and, where the file has them, ``annotations``; and its other keys."""
 
 
+class CheckedEntries(list):
+    """Dictionaries of a data set that have been checked already."""
+
+
 def read_json(path: str | os.PathLike, what: str) -> Any:
     """Content of a JSON file.
 
@@ -123,7 +127,7 @@ def load_coco_json(
         if keypoints := record.get("keypoints"):  # Detectron2's coordinates are half a pixel larger
             record["keypoints"] = [v if i % 3 == 2 else v + 0.5 for i, v in enumerate(keypoints)]
         entries[annotation["image_id"]]["annotations"].append(record)
-    return list(entries.values())
+    return CheckedEntries(entries.values())
 
 
 _LVIS_KEYS = ("neg_category_ids", "not_exhaustive_category_ids")
@@ -146,12 +150,14 @@ def read_dataset(name: str) -> list[dict[str, Any]]:
 
 def clean_entries(entries: Any, source: str, class_names: Iterable[str] | None = None) -> list[dict[str, Any]]:
     """``read_dataset`` of what is read already; ``entries`` stay as they are."""
+    if isinstance(entries, CheckedEntries):
+        return entries
     findings = Findings(source)
     if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, Mapping) for entry in entries):
         findings.refuse("what its function returns", f"it is {show(entries)}", "Return a list of dictionaries")
     count = None if class_names is None else len(list(class_names))
     ids: Counter[int | str] = Counter()
-    cleaned = []
+    cleaned = CheckedEntries()
     for number, entry in enumerate(entries):
         name = entry.get("file_name")
         where = f"entry {number}, {name}"
