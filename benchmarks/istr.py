@@ -27,12 +27,12 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_model
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
-from measuring import machine, median_time
 from tabulate import tabulate
 from torch import nn
 
 from querymask.common.flops import count_parameters
 from querymask.common.mask_coding import fill_missing_bases
+from querymask.common.measuring import machine, median_time
 from querymask.common.solver import build_optimizer
 
 SHAPES = "projects/istr/configs/istr_shapes.yaml"
