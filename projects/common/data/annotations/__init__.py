@@ -1,16 +1,9 @@
 """The one reader of annotations: COCO-style files and registered data sets, checked whole, mended or refused."""
 
+from querymask.common.data.annotations.dictionaries import clean_entries, clean_record, read_dataset
 from querymask.common.data.annotations.findings import AnnotationError, Findings
 from querymask.common.data.annotations.images import ImageInfo
-from querymask.common.data.annotations.reader import (
-    clean_coco,
-    clean_entries,
-    clean_record,
-    load_coco_json,
-    read_coco,
-    read_dataset,
-    read_json,
-)
+from querymask.common.data.annotations.reader import clean_coco, load_coco_json, read_coco, read_json
 
 __all__ = [
     "AnnotationError",

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from querymask.common.data.annotations.findings import Findings, show
 
@@ -158,3 +160,14 @@ def _side(value: Any) -> int | None:
         value = int(value)
     key = read_id(value)
     return key if isinstance(key, int) and key > 0 else None
+
+
+def file_size(path: Path) -> Size | None:
+    """Height and width as the mapper reads the image (after its EXIF rotation), None if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            rotated = image.getexif().get(274, 1) in (5, 6, 7, 8)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    return (width, height) if rotated else (height, width)

@@ -135,3 +135,13 @@ def _area(annotation: Mapping[str, Any], where: str, findings: Findings) -> floa
         findings.mend("'area' that is no number, computed anew", f"{where}: {show(value)}")
         return None
     return area
+
+
+def refuse_relative(boxes: list, findings: Findings) -> None:
+    """Boxes in parts of the image would all lie within its first pixel."""
+    if boxes and all(max(box) <= 1 for box in boxes):
+        findings.refuse(
+            f"all {len(boxes)} annotations",
+            "their boxes lie within the first pixel of the image: they seem to be parts of its width and height",
+            "Multiply x and width by the image's width, y and height by its height",
+        )
