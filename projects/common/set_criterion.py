@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from detectron2.utils import comm
 from torch import nn
 
 from querymask.common.losses import sigmoid_focal_loss
 from querymask.common.matching import Assignment, Targets, hungarian_assignment
 from querymask.common.precision import full_precision
+from querymask.common.processes import Processes
 
 
 @dataclass
@@ -81,10 +81,9 @@ def normalizers_over_processes(assignment: Assignment, targets: Targets) -> Norm
     processes even where a batch has fewer targets than processes.
     """
     counts = [float(sum(targets.counts)), float(assignment.pairs_per_layer())]
-    totals = torch.tensor(counts, device=targets.labels.device)
-    if comm.get_world_size() > 1:
-        torch.distributed.all_reduce(totals)
-    return Normalizers(*totals.clamp(min=1) / comm.get_world_size())
+    processes = Processes()
+    totals = processes.total(torch.tensor(counts, device=targets.labels.device))
+    return Normalizers(*totals.clamp(min=1) / processes.count)
 
 
 def by_layer(values: torch.Tensor) -> dict[int, torch.Tensor]:

@@ -38,6 +38,11 @@ def add_effseg_config(cfg: CfgNode) -> None:
     cfg.MODEL.EFFSEG.CLASS_WEIGHT = None
     cfg.MODEL.EFFSEG.BOX_WEIGHT = None
 
+    # Losses are sums over a batch, MAX_TRAIN_REGIONS and REFINEMENTS are limits of one. "global": that of all processes
+    # together, so that gradients do not depend on their number; "local": that of each process, whose gradients are
+    # averaged (release)
+    cfg.MODEL.EFFSEG.LOSS_REDUCTION = "global"
+
     # Inference: a pair of query and class is left out if its IoU with a better pair of the class is higher
     cfg.MODEL.EFFSEG.NMS_THRESHOLD = 0.5
 

@@ -1,7 +1,7 @@
 """Matching and losses of FQDet and FQDetV2 (https://arxiv.org/abs/2210.02318, section 3.3).
 
-Matching is static: an anchor belongs to a target by its IoU rank alone, whatever the network says. All losses are sums;
-none is divided by the number of targets.
+Matching is static: an anchor belongs to a target by its IoU rank alone, whatever the network says. All losses are sums
+over this process's images; none is divided by the number of targets.
 
 Letters: A anchors, T targets of an image, Q queries, K classes, F matched queries of the batch.
 """
@@ -17,6 +17,7 @@ from torchvision.ops import box_iou
 from querymask.common.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from querymask.common.losses import sigmoid_focal_loss
 from querymask.common.precision import full_precision
+from querymask.common.processes import Processes
 from querymask.effseg.anchors import encode_deltas
 from querymask.effseg.fqdet import FQDetOutput
 
@@ -38,11 +39,19 @@ class Matches:
     query: Tensor
     target: Tensor
 
-    def limit(self, number: int) -> "Matches":
-        """At most ``number`` of them, a random choice; 0: all."""
-        if not 0 < number < len(self.query):
+    def limit(self, number: int, num_images: int, processes: Processes) -> "Matches":
+        """At most ``number`` of them, a random choice among those of all processes; 0: all.
+
+        Args:
+            number: how many, in the whole batch.
+            num_images: of this process.
+            processes: whose matches are chosen from.
+        """
+        if number <= 0:
             return self
-        kept = torch.randperm(len(self.query), device=self.query.device)[:number].sort().values
+        device = self.query.device
+        order = processes.draw(lambda n: torch.randperm(n, device=device).argsort(), self.image, num_images)
+        (kept,) = (order < number).nonzero(as_tuple=True)
         return Matches(self.image[kept], self.query[kept], self.target[kept])
 
 

@@ -24,12 +24,15 @@ from torch import Tensor, nn
 from querymask.common.masks import instance_masks
 from querymask.common.meta_arch import QuerySegmenter, feature_channels
 from querymask.common.precision import full_precision
+from querymask.common.processes import Processes
 from querymask.effseg.criterion import FQDetCriterion, Matches
 from querymask.effseg.fqdet import Detections, FQDet, FQDetOutput, detect
 from querymask.effseg.heads.build import build_mask_head
 from querymask.effseg.masks import EXPORTS, paste_and_resize
 from querymask.effseg.neck import build_neck
 from querymask.effseg.regions import NUM_MAPS, Regions, RegionTargets, SegmentationHead
+
+LOSS_REDUCTIONS = ("global", "local")
 
 
 @META_ARCH_REGISTRY.register()
@@ -43,6 +46,8 @@ class EffSeg(QuerySegmenter):
         detector: boxes and classes.
         criterion: matching and losses of the detector.
         mask_head: masks of regions; None: the detector alone.
+        loss_reduction: losses, limit of regions and refinement budget are "global", those of the whole batch, or
+            "local", of each process by itself.
         max_train_regions: matched queries of a batch that get masks in training, a random choice of them; 0: all.
         nms_threshold: IoU with a better pair of the same class above which a pair of query and class is left out.
         detections_per_image: pairs that are kept.
@@ -60,6 +65,7 @@ class EffSeg(QuerySegmenter):
         detector: FQDet,
         criterion: FQDetCriterion,
         mask_head: SegmentationHead | None,
+        loss_reduction: str,
         max_train_regions: int,
         nms_threshold: float,
         detections_per_image: int,
@@ -75,11 +81,17 @@ class EffSeg(QuerySegmenter):
             )
         if mask_export not in EXPORTS:
             raise ValueError(f"MODEL.EFFSEG.MASK_EXPORT is {mask_export!r}: choose one of {', '.join(EXPORTS)}")
+        if loss_reduction not in LOSS_REDUCTIONS:
+            choices = ", ".join(LOSS_REDUCTIONS)
+            raise ValueError(f"MODEL.EFFSEG.LOSS_REDUCTION is {loss_reduction!r}: choose one of {choices}")
         self.in_features = list(in_features)
         self.neck = neck
         self.detector = detector
         self.criterion = criterion
         self.mask_head = mask_head
+        self.processes = Processes(together=loss_reduction == "global")
+        if mask_head is not None:
+            mask_head.processes = self.processes
         self.max_train_regions = max_train_regions
         self.nms_threshold = nms_threshold
         self.detections_per_image = detections_per_image
@@ -111,6 +123,7 @@ class EffSeg(QuerySegmenter):
                 effseg.VERSION, effseg.SELECTION_WEIGHT, effseg.CLASS_WEIGHT, effseg.BOX_WEIGHT
             ),
             "mask_head": build_mask_head(effseg),
+            "loss_reduction": effseg.LOSS_REDUCTION,
             "max_train_regions": effseg.MAX_TRAIN_REGIONS,
             "nms_threshold": effseg.NMS_THRESHOLD,
             "detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
@@ -120,19 +133,20 @@ class EffSeg(QuerySegmenter):
         }
 
     def training_losses(self, images: ImageList, batched_inputs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Weighted losses of a batch of normalised images."""
+        """Weighted losses of a batch of normalised images, whose mean over the processes is the whole batch's loss."""
         maps, output = self.predict(images)
         instances = [item["instances"].to(self.device) for item in batched_inputs]
         boxes = [x.gt_boxes.tensor for x in instances]
         labels = [x.gt_classes for x in instances]
         losses, matches = self.criterion(output, boxes, labels)
-        if self.mask_head is None:
-            return dict(losses)
-        canvas = canvas_size(images)
-        masks = [pad_masks(instance_masks(x), canvas) for x in instances]
-        matches = matches.limit(self.max_train_regions)
-        regions = matched_regions(output, matches, labels)
-        return {**losses, **self.mask_head.losses(maps, canvas, regions, RegionTargets(masks, matches.target))}
+        if self.mask_head is not None:
+            canvas = canvas_size(images)
+            masks = [pad_masks(instance_masks(x), canvas) for x in instances]
+            matches = matches.limit(self.max_train_regions, len(instances), self.processes)
+            regions = matched_regions(output, matches, labels)
+            targets = RegionTargets(masks, matches.target)
+            losses = {**losses, **self.mask_head.losses(maps, canvas, regions, targets)}
+        return {name: self.processes.count * loss for name, loss in losses.items()}
 
     def inference(self, images: ImageList, sizes: Sequence[tuple[int, int]]) -> list[Instances]:
         """Detections of every image, scaled to (height, width) of ``sizes``."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchvision.ops import nms
 
 from querymask.common.deformable_attention import DeformableAttention, flatten_levels
+from querymask.common.precision import full_precision, without_autocast
 from querymask.effseg.anchors import ANCHORS_PER_CELL, apply_deltas, make_anchors
 
 PRIOR_PROBABILITY = 0.01  # of an anchor being selected, at first
@@ -147,7 +148,7 @@ class DecoderLayer(nn.Module):
 
 @dataclass(frozen=True)
 class FQDetOutput:
-    """What the detector says about a batch.
+    """What the detector says about a batch, in full precision.
 
     Attributes:
         selection_logits: (B, A) of the anchors.
@@ -247,17 +248,19 @@ class FQDet(nn.Module):
                 f"an image of {image_size[0]} x {image_size[1]} has {len(anchors)} anchors, fewer than the "
                 f"{self.num_queries} queries: use larger images or fewer queries"
             )
-        logits = self.selector(maps)
+        logits = full_precision(self.selector(maps))
         selected = logits.detach().topk(self.num_queries, dim=1).indices.sort(dim=1).values
-        queries = self._transit(tokens, selected)
+        queries = full_precision(self._transit(tokens, selected))  # and so are the sums along the layers
         query_anchors = anchors[selected]
         relative = query_anchors / query_anchors.new_tensor([image_size[1], image_size[0]] * 2)
-        positions = None if self.anchor_encoder is None else self.anchor_encoder(relative)
+        with without_autocast(tokens.device):
+            positions = None if self.anchor_encoder is None else self.anchor_encoder(relative)
         for layer in self.layers:
             queries = layer(queries, positions, relative, tokens, shapes)
-        deltas = self.box_head(queries)
+        deltas = full_precision(self.box_head(queries))
         boxes = apply_deltas(query_anchors, deltas)
-        return FQDetOutput(logits, anchors, selected, queries, self.class_head(queries), deltas, boxes)
+        class_logits = full_precision(self.class_head(queries))
+        return FQDetOutput(logits, anchors, selected, queries, class_logits, deltas, boxes)
 
     def _transit(self, tokens: Tensor, selected: Tensor) -> Tensor:
         """The features at the selected anchors' cells, through the layer of each anchor's shape."""

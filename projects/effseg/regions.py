@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from querymask.common.precision import full_precision
+from querymask.common.processes import Processes
 
 ROI_SIZE = 14
 """Cells a side of a region at first."""
@@ -67,18 +68,20 @@ class RegionTargets:
 def pool_regions(maps: Sequence[Tensor], regions: Regions, size: int = ROI_SIZE) -> Tensor:
     """RoIAlign with adaptive sampling, half-pixel aligned, each region on its own map, without gradient to the boxes.
 
+    Boxes must not be rounded to the type of the maps: bfloat16 has steps of 4 pixels from 512 on.
+
     Args:
         maps: P2, P3, ... (B, C, H_l, W_l), of which the first ``NUM_MAPS`` are read.
         regions: n of them.
         size: cells a side.
 
     Returns:
-        (n, C, size, size).
+        (n, C, size, size) in full precision.
     """
     boxes = full_precision(regions.boxes.detach())
     levels = regions.levels
-    pooled = maps[0].new_zeros(len(regions), maps[0].shape[1], size, size)
-    for level, feature in enumerate(maps[:NUM_MAPS]):
+    pooled = full_precision(maps[0]).new_zeros(len(regions), maps[0].shape[1], size, size)
+    for level, feature in enumerate(full_precision(x) for x in maps[:NUM_MAPS]):
         rows = (levels == level).nonzero().flatten()
         rois = torch.cat([regions.images[rows, None].to(boxes.dtype), boxes[rows]], dim=1)
         crops = roi_align(feature, rois.to(feature.dtype), size, 0.25 / 2**level, sampling_ratio=0, aligned=True)
@@ -109,9 +112,11 @@ class SegmentationHead(nn.Module):
 
     Attributes:
         per_class: masks depend on the labels, so every pair of query and class is a region; else every query is one.
+        processes: whose regions are one batch in training.
     """
 
     per_class: bool
+    processes: Processes = Processes()
 
     @abstractmethod
     def forward(self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions) -> Tensor:
@@ -129,8 +134,10 @@ class SegmentationHead(nn.Module):
     ) -> Mapping[str, Tensor]:
         """Weighted losses of matched regions of all images together; zeros with a gradient if there is none.
 
+        Summed over the processes they are those of the whole batch. All of ``processes`` must call this together.
+
         Args:
             maps, image_size: as in ``forward``.
-            regions: n matched queries, with the classes of their targets.
+            regions: n matched queries, with the classes of their targets, ordered by image.
             targets: theirs.
         """

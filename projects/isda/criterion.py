@@ -8,6 +8,7 @@ import torch
 from querymask.common.losses import dice_loss
 from querymask.common.matching import Assignment, Targets, focal_class_cost, pad_targets
 from querymask.common.precision import full_precision, without_autocast
+from querymask.common.processes import Processes
 from querymask.common.set_criterion import Normalizers, SetCriterion, by_layer, focal_class_loss
 from querymask.isda.masks import mask_logits
 
@@ -97,7 +98,7 @@ class ISDACriterion(SetCriterion):
             mask_loss = 1 - soft_iou(*sums)
         return {
             "loss_cls": by_layer(class_loss),
-            "loss_mask": by_layer(assignment.sum_layers(mask_loss) / (count + 1e-5)),
+            "loss_mask": by_layer(assignment.sum_layers(mask_loss) / (count + 1e-5 / Processes().count)),
         }
 
     def matched_masks(self, outputs: ISDAOutput, targets: Targets, assignment: Assignment) -> torch.Tensor:

@@ -184,11 +184,11 @@ class ISDA(QuerySegmenter):
         Returns:
             (N, B, Q, C).
         """
-        kernels = self.kernel_embed(hidden)
+        kernels = full_precision(self.kernel_embed(hidden))
         if self.kernel_positions == "none":
             return kernels
         positions = inverse_sigmoid(references) if self.kernel_positions == "logit" else references
-        return torch.cat((kernels, positions.to(kernels.dtype).expand(*kernels.shape[:-1], 2)), dim=-1)
+        return torch.cat((kernels, positions.expand(*kernels.shape[:-1], 2)), dim=-1)
 
     def encode_targets(self, batched_inputs: Sequence[Mapping[str, Any]], outputs: ISDAOutput) -> Targets:
         """Ground truth of a batch: classes, and masks at the resolution of the mask features."""

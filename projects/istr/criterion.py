@@ -13,6 +13,7 @@ from querymask.common.mask_coding import AutoencoderMaskCoding, MaskCoding
 from querymask.common.masks import crop_masks
 from querymask.common.matching import Assignment, Targets, focal_class_cost, pad_targets
 from querymask.common.precision import full_precision, without_autocast
+from querymask.common.processes import Processes
 from querymask.common.roi_pooling import FeaturePyramid
 from querymask.common.set_criterion import Normalizers, SetCriterion, by_layer, focal_class_loss
 from querymask.istr.mask_head import MaskCode
@@ -212,7 +213,7 @@ class ISTRCriterion(SetCriterion):
     def class_losses(
         self, outputs: ISTROutput, targets: ISTRTargets, assignment: Assignment, count: torch.Tensor
     ) -> torch.Tensor:
-        """(N,): focal loss, or DETR's weighted mean of the cross-entropy."""
+        """(N,): focal loss, or DETR's weighted mean of the cross-entropy, over the queries of all processes."""
         if self.classifier == "sigmoid":
             return focal_class_loss(outputs.logits, targets.labels, assignment, count, self.focal_alpha)
         logits = full_precision(outputs.logits)
@@ -222,7 +223,8 @@ class ISTRCriterion(SetCriterion):
         weights = logits.new_ones(logits.shape[-1])
         weights[no_object] = self.no_object_weight
         values = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), weights, reduction="none").view_as(labels)
-        return values.sum((1, 2)) / weights[labels].sum((1, 2))
+        processes = Processes()
+        return values.sum((1, 2)) * processes.count / processes.total(weights[labels].sum((1, 2)))
 
     def mask_losses(
         self, outputs: ISTROutput, targets: ISTRTargets, assignment: Assignment, coding: MaskCoding

@@ -214,10 +214,11 @@ class ISTR(QuerySegmenter):
 
     def initial_queries(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
         """P + E (B, Q, C) (equation 10): the sum of the pooled levels, padding included, and the position embedding."""
-        queries = maps[0].new_zeros((len(maps[0]), self.num_queries, maps[0].shape[1]))
+        dtype = torch.promote_types(maps[0].dtype, torch.float32)
+        queries = maps[0].new_zeros((len(maps[0]), self.num_queries, maps[0].shape[1]), dtype=dtype)
         if self.use_image_feature:
-            pooled = [x.mean((2, 3)) if self.query_pooling == "mean" else x.amax((2, 3)) for x in maps]
-            queries = queries + torch.stack(pooled).sum(0)[:, None]
+            pooled = [x.mean((2, 3), dtype=dtype) if self.query_pooling == "mean" else x.amax((2, 3)) for x in maps]
+            queries = queries + torch.stack(pooled).sum(0, dtype=dtype)[:, None]
         if self.pos_embeddings is not None:
             queries = queries + self.pos_embeddings.weight
         return queries

@@ -226,11 +226,8 @@ def test_more_points_than_cells() -> None:
 def test_drawn_points() -> None:
     """Three quarters are the least certain of three times as many, the rest is uniform."""
     head, masks = make_head(PointRendHead, num_points=40), torch.randn(2, 28, 28, dtype=torch.float64)
-    torch.manual_seed(5)
-    shares = head.draw_points(masks)
-    torch.manual_seed(5)
-    candidates = torch.rand(2, 120, 2, dtype=torch.float64)
-    others = torch.rand(2, 10, 2, dtype=torch.float64)
+    candidates, others = torch.rand(2, 120, 2, dtype=torch.float64), torch.rand(2, 10, 2, dtype=torch.float64)
+    shares = head.draw_points(masks, torch.cat([candidates, others], 1))
     for mask, drawn, points, rest in zip(masks, shares, candidates, others):
         distance = [slow_read(mask[None], 28 * u - 0.5, 28 * v - 0.5).abs().item() for u, v in points.tolist()]
         best = sorted(range(120), key=distance.__getitem__)[:30]
@@ -286,7 +283,7 @@ def test_pointrend_losses() -> None:
     torch.testing.assert_close(losses["loss_mask"], expected)
 
     torch.manual_seed(7)
-    shares = head.draw_points(coarse)
+    shares = head.draw_points(coarse, torch.rand(3, 60 + 5, 2, dtype=torch.float64))
     logits = slow_points(head, maps, regions, shares)[torch.arange(3), regions.labels]
     points = regions.boxes[:, None, :2] + shares * (regions.boxes[:, None, 2:] - regions.boxes[:, None, :2]) - 0.5
     wanted = [

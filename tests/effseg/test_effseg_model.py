@@ -11,6 +11,7 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from querymask.common.masks import instance_masks
+from querymask.common.processes import Processes
 from querymask.effseg.criterion import Matches
 from querymask.effseg.masks import paste_and_resize
 from querymask.effseg.regions import Regions, RegionTargets, SegmentationHead, pool_regions
@@ -249,6 +250,7 @@ def test_no_regions(make_model: MakeModel, make_batch: MakeBatch) -> None:
         ({"IN_FEATURES": []}, "the pyramid has these and the ones that follow them"),
         ({"IN_FEATURES": ["res2", "res6"]}, r"names \['res6'\], but the backbone gives"),
         ({"VERSION": 3}, "versions 1 and 2, not 3"),
+        ({"LOSS_REDUCTION": "mean"}, "LOSS_REDUCTION is 'mean': choose one of global, local"),
         (
             {"IN_FEATURES": ["res3", "res4", "res5"], "LEVELS": [3, 4, 5], "MASK_HEAD": "mask_rcnn"},
             r"read the levels 2 to 5, but MODEL.EFFSEG.LEVELS is \[3, 4, 5\]",
@@ -268,9 +270,9 @@ def test_limited_matches() -> None:
     query = torch.arange(50)
     matches = Matches(query // 10, query, query + 100)
     for number in (0, 50, 51):
-        assert matches.limit(number) is matches
+        assert torch.equal(matches.limit(number, 5, Processes()).query, query)
     torch.manual_seed(0)
-    choices = [matches.limit(7) for _ in range(200)]
+    choices = [matches.limit(7, 5, Processes()) for _ in range(200)]
     for kept in choices:
         assert len(kept.query) == 7 and (kept.query.diff() > 0).all()
         assert torch.equal(kept.image, kept.query // 10) and torch.equal(kept.target, kept.query + 100)

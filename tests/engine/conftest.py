@@ -40,6 +40,25 @@ class ToyBackbone(Backbone):
         return {name: ShapeSpec(channels=8, stride=s) for name, s in (("res3", 8), ("res4", 16), ("res5", 32))}
 
 
+class FineToyBackbone(ToyBackbone):
+    """Stride 4 as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine = nn.Conv2d(3, 8, 4, stride=4)
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"res2": self.fine(image).relu(), **super().forward(image)}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return {"res2": ShapeSpec(channels=8, stride=4), **super().output_shape()}
+
+
+@BACKBONE_REGISTRY.register()
+def build_engine_test_fine_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    return FineToyBackbone()
+
+
 @BACKBONE_REGISTRY.register()
 def build_engine_test_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     return ToyBackbone()

@@ -44,6 +44,7 @@ class ClassMaskHead(SegmentationHead):
     ) -> Mapping[str, Tensor]:
         """The losses of ``loss_names``. See :class:`SegmentationHead`."""
         if not len(regions):
+            self.follow(maps, regions)
             zero = 0 * torch.stack([parameter.sum() for parameter in self.parameters()]).sum()
             return dict.fromkeys(self.loss_names, zero)
         return self.compute_losses(maps, image_size, regions, targets)
@@ -52,6 +53,9 @@ class ClassMaskHead(SegmentationHead):
         """Features of the regions (n, C, 14, 14) with what the queries say about them."""
         features = self.pool(maps, regions)
         return features + self.query_fusion(features, regions.queries)
+
+    def follow(self, maps: Sequence[Tensor], regions: Regions) -> None:
+        """What ``compute_losses`` asks the other processes, in one that has no regions."""
 
     @abstractmethod
     def pool(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from querymask.common.precision import full_precision
+from querymask.common.processes import ALONE, Processes
 from querymask.common.sps import SparseMap
 from querymask.effseg.heads.effseg_losses import RefinementCriterion, Stage
 from querymask.effseg.heads.processing import PROCESSING
@@ -111,7 +112,7 @@ class RefinementStage(nn.Module):
         """
         children = self.child_features(sparse.active)
         sparse = sparse.upsample()
-        active = sparse.active + children
+        active = full_precision(sparse.active) + children
         active = active + self.fusion(active, sample_cells(sparse, sampler, regions, number))
         features = self.transition(torch.cat([active, sparse.passive]))
         sparse = sparse.replace_features(features[: len(active)], features[len(active) :])
@@ -211,17 +212,32 @@ class EffSegHead(SegmentationHead):
     ) -> Mapping[str, Tensor]:
         """``loss_segmentation`` and ``loss_refinement``. See :class:`SegmentationHead`."""
         if not len(regions):
+            self._follow(full_precision(maps[0]).new_zeros(0))
             zero = 0 * torch.stack([parameter.sum() for parameter in self.parameters()]).sum()
             return {"loss_segmentation": zero, "loss_refinement": zero}
-        return self.criterion(self.refine(maps, image_size, regions), regions, targets)
+        stages = self.refine(maps, image_size, regions, self.processes)
+        return self.criterion(stages, regions, targets, self.processes)
 
-    def refine(self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions) -> list[Stage]:
+    def _follow(self, no_scores: Tensor) -> None:
+        """What ``losses`` asks the other processes, in one that has no regions."""
+        for _ in self.stages if self.refinements is not None else ():
+            self.processes.share_of_highest(no_scores, self.refinements)
+        self.criterion.normalizers(0, [0] * (len(self.stages) + 1), self.processes, no_scores.device)
+
+    def refine(
+        self,
+        maps: Sequence[Tensor],
+        image_size: tuple[int, int],
+        regions: Regions,
+        processes: Processes = ALONE,
+    ) -> list[Stage]:
         """Run all stages.
 
         Args:
             maps: P2, P3, ... (B, C, H_l, W_l).
             image_size: (height, width) of the padded images.
             regions: n > 0, of any images; they compete for refinement.
+            processes: whose regions compete, all calling this together.
 
         Returns:
             Stage 0 and the refinement stages.
@@ -236,7 +252,8 @@ class EffSegHead(SegmentationHead):
         stages = [self._classify(0, sparse)]
         for number, refine in enumerate(self.stages, 1):
             if self.refinements is not None:
-                sparse = sparse.split_highest(stages[-1].refinement.detach(), self.refinements)
+                scores = stages[-1].refinement.detach()
+                sparse = sparse.split_highest(scores, processes.share_of_highest(scores, self.refinements))
             sparse = refine(sparse, sampler, regions, number)
             stages.append(self._classify(number, sparse))
         return stages
@@ -245,9 +262,7 @@ class EffSegHead(SegmentationHead):
         """The features of stage 0 (n, C, 14, 14)."""
         features = pool_regions(maps, regions)
         if self.use_position:
-            dtype = torch.promote_types(features.dtype, torch.float32)
-            position = encode_cells(features.shape[1], features.shape[2], dtype, features.device)
-            features = features + position.to(features.dtype)
+            features = features + encode_cells(*features.shape[1:3], features.dtype, features.device)
         features = features + self.query_fusion(features, regions.queries)
         for conv in self.convs:
             features = conv(features).relu()

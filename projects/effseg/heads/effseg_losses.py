@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from querymask.common.precision import full_precision
+from querymask.common.processes import ALONE, Processes
 from querymask.common.sps import SparseMap
 from querymask.effseg.regions import Regions, RegionTargets
 
@@ -63,7 +64,8 @@ def is_border(coverage: Tensor, tolerance: float = COVERAGE_TOLERANCE) -> Tensor
 class RefinementCriterion(nn.Module):
     """Binary cross-entropy of the active cells of every stage.
 
-    A stage's loss is the mean over its active cells, times its weight and the number of regions.
+    A stage's loss is the mean over its active cells, times its weight and the number of regions: of all processes, of
+    which each has its part of the sum.
 
     Args:
         segmentation_weights: of the stages, for "more than half of the cell belongs to the mask".
@@ -83,17 +85,38 @@ class RefinementCriterion(nn.Module):
         self.segmentation_weights = tuple(segmentation_weights)
         self.refinement_weights = tuple(refinement_weights)
 
-    def forward(self, stages: Sequence[Stage], regions: Regions, targets: RegionTargets) -> Mapping[str, Tensor]:
+    def normalizers(self, regions: int, cells: Sequence[int], processes: Processes, device: torch.device) -> Tensor:
+        """What each stage's sum over its active cells is multiplied by: regions over active cells, of all processes.
+
+        Args:
+            regions: number of this process's regions.
+            cells: number of its active cells in every stage.
+            processes: all of which call this together.
+            device: for the exchange.
+        """
+        counts = processes.total(torch.tensor([regions, *cells], device=device))
+        return counts[0] / counts[1:].clamp(min=1)
+
+    def forward(
+        self,
+        stages: Sequence[Stage],
+        regions: Regions,
+        targets: RegionTargets,
+        processes: Processes = ALONE,
+    ) -> Mapping[str, Tensor]:
         """Sum over the stages.
 
         Args:
             stages: of the head, for these regions.
             regions: n > 0, matched with targets.
             targets: theirs.
+            processes: whose regions are one batch.
 
         Returns:
             ``loss_segmentation`` and ``loss_refinement``.
         """
+        cells = [len(stage.segmentation) for stage in stages]
+        factors = self.normalizers(len(regions), cells, processes, regions.boxes.device)
         sizes = [stage.features.index_map.shape[1] for stage in stages]
         segmentation, refinement = [], []
         for stage, share in zip(stages, mask_coverage(regions, targets, sizes)):
@@ -101,15 +124,16 @@ class RefinementCriterion(nn.Module):
             segmentation.append(_cross_entropy(stage.segmentation, share > 0.5))
             refinement.append(_cross_entropy(stage.refinement, is_border(share, self.coverage_tolerance)))
         return {
-            "loss_segmentation": len(regions) * _weighted(segmentation, self.segmentation_weights),
-            "loss_refinement": len(regions) * _weighted(refinement, self.refinement_weights),
+            "loss_segmentation": _weighted(segmentation, self.segmentation_weights, factors),
+            "loss_refinement": _weighted(refinement, self.refinement_weights, factors),
         }
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     logits = full_precision(logits)
-    return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
+    return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum")
 
 
-def _weighted(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    return torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)]).sum()
+def _weighted(sums: Sequence[Tensor], weights: Sequence[float], factors: Tensor) -> Tensor:
+    weighted = torch.stack([weight * value for weight, value in zip(weights, sums, strict=True)])
+    return (weighted * factors.to(weighted.dtype)).sum()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
 
+from querymask.common.precision import full_precision
 from querymask.effseg.heads.class_masks import ClassMaskHead, class_channels
 from querymask.effseg.heads.mask_rcnn import MaskLayers, mask_loss
 from querymask.effseg.heads.points import cell_centres, points_in_boxes, sample_map, sample_squares
@@ -84,8 +85,8 @@ class PointRendHead(ClassMaskHead):
                 f"oversampling must be 1 or more, got {oversampling}; importance must be from 0 to 1, got {importance}"
             )
         self.num_points = num_points
-        self.oversampling = oversampling
-        self.importance = importance
+        self.num_candidates = int(num_points * oversampling)
+        self.num_uncertain = int(num_points * importance)
         self.subdivisions = subdivisions
         self.subdivision_points = subdivision_points
         self.mask_size = 2 * ROI_SIZE * 2**subdivisions
@@ -94,7 +95,7 @@ class PointRendHead(ClassMaskHead):
 
     def pool(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
         """The finest map at the cells' centres, however large the region."""
-        shares = cell_centres(ROI_SIZE, maps[0].dtype, maps[0].device)
+        shares = cell_centres(ROI_SIZE, full_precision(regions.boxes).dtype, maps[0].device)
         return sample_map(maps[0], regions, shares, STRIDE).unflatten(2, (ROI_SIZE, ROI_SIZE))
 
     def predict(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
@@ -130,7 +131,7 @@ class PointRendHead(ClassMaskHead):
         """``loss_mask`` of the coarse masks, as Mask R-CNN's; ``loss_point``, for the points instead of the cells."""
         coarse = self.coarse_layers(self.fused_features(maps, regions))
         masks = class_channels(coarse, regions.labels)
-        shares = self.draw_points(masks.detach())
+        shares = self.draw_points(masks.detach(), self._uniform(maps, regions))
         logits = class_channels(self.classify(maps, regions, coarse, shares), regions.labels)
         wanted = point_targets(regions, targets, shares)
         return {
@@ -138,21 +139,33 @@ class PointRendHead(ClassMaskHead):
             "loss_point": len(regions) * F.binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype)),
         }
 
-    def draw_points(self, masks: Tensor) -> Tensor:
+    def follow(self, maps: Sequence[Tensor], regions: Regions) -> None:
+        """See :class:`ClassMaskHead`."""
+        self._uniform(maps, regions)
+
+    def _uniform(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
+        """Random points (n, candidates + others, 2) that do not depend on how regions are spread over the processes."""
+        number = self.num_candidates + self.num_points - self.num_uncertain
+        boxes = full_precision(regions.boxes)
+        return self.processes.draw(
+            lambda rows: boxes.new_empty(rows, number, 2).uniform_(), regions.images, len(maps[0])
+        )
+
+    def draw_points(self, masks: Tensor, uniform: Tensor) -> Tensor:
         """Random points, most of them uncertain.
 
         Args:
             masks: logits (n, S, S).
+            uniform: (n, candidates + others, 2) from 0 to 1: points of which the least certain are taken, and points
+                that are all taken.
 
         Returns:
             (n, P, 2) x, y as shares of the regions' sides.
         """
-        candidates = masks.new_empty(len(masks), int(self.num_points * self.oversampling), 2).uniform_()
+        candidates, others = uniform[:, : self.num_candidates], uniform[:, self.num_candidates :]
         logits = sample_squares(masks[:, None], candidates)[:, 0]
-        num_uncertain = int(self.importance * self.num_points)
-        chosen = logits.abs().topk(num_uncertain, dim=1, largest=False).indices
+        chosen = logits.abs().topk(self.num_uncertain, dim=1, largest=False).indices
         uncertain = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
-        others = masks.new_empty(len(masks), self.num_points - num_uncertain, 2).uniform_()
         return torch.cat([uncertain, others], dim=1)
 
 

@@ -177,19 +177,31 @@ class RefineMaskHead(ClassMaskHead):
         """``loss_mask``: binary cross-entropy of the stages, the later ones near boundaries only."""
         stages = self.predict_stages(maps, regions)
         wanted = mask_targets(image_size, regions, targets, [stage.shape[1] for stage in stages])
-        losses = []
+        sums, counts = [], []
         for number, (logits, target) in enumerate(zip(stages, wanted)):
             loss = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none")
             if number <= FIRST_MERGED:
-                losses.append(loss.mean())
+                sums.append(loss.sum())
+                counts.append(torch.tensor(loss.numel(), device=loss.device))
                 merged = logits.detach()
                 continue
             region = boundary(merged >= 0, TRAINED_WIDTH) | boundary(wanted[number - 1], TRAINED_WIDTH)
             region = resize_mask(region, logits.shape[1])
-            losses.append((loss * region).sum() / region.sum().clamp(min=1))
+            sums.append((loss * region).sum())
+            counts.append(region.sum())
             merged = merge_masks(merged, logits.detach())
-        weighted = torch.stack([weight * loss for weight, loss in zip(self.loss_weights, losses, strict=True)])
-        return {"loss_mask": len(regions) * weighted.sum()}
+        weighted = torch.stack([weight * total for weight, total in zip(self.loss_weights, sums, strict=True)])
+        factors = self._normalizers(len(regions), torch.stack(counts))
+        return {"loss_mask": (weighted * factors.to(weighted.dtype)).sum()}
+
+    def follow(self, maps: Sequence[Tensor], regions: Regions) -> None:
+        """See :class:`ClassMaskHead`."""
+        self._normalizers(0, torch.zeros(len(self.loss_weights), dtype=torch.int64, device=maps[0].device))
+
+    def _normalizers(self, regions: int, cells: Tensor) -> Tensor:
+        """Regions over the cells (stages,) that have a loss, of all processes."""
+        counts = self.processes.total(torch.cat([cells.new_tensor([regions]), cells]))
+        return counts[0] / counts[1:].clamp(min=1)
 
 
 def merge_masks(coarse: Tensor, fine: Tensor) -> Tensor:
