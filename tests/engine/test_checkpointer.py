@@ -113,6 +113,15 @@ def test_resuming_from_weights_alone(cfg: CfgNode, state: dict[str, torch.Tensor
         Trainer(cfg).resume_or_load(resume=True)
 
 
+def test_resuming_a_run_of_detectron2(cfg: CfgNode, state: dict[str, torch.Tensor]) -> None:
+    folder = Path(cfg.OUTPUT_DIR)
+    folder.mkdir(parents=True)
+    torch.save({"model": state, "trainer": {"iteration": 4}}, folder / "model_final.pth")
+    (folder / "last_checkpoint").write_text("model_final.pth")
+    with pytest.raises(ValueError, match=r"model_final.pth is of a run of another program.*MODEL.WEIGHTS"):
+        Trainer(cfg).resume_or_load(resume=True)
+
+
 def damaged(path: Path, state: dict[str, torch.Tensor], kind: str) -> None:
     """Write a file that is no checkpoint."""
     torch.save({"model": state}, path)

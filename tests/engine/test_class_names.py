@@ -106,6 +106,22 @@ def test_evaluation_with_other_names(
         evaluate(["tall", "wide"])
 
 
+def test_training_and_evaluation_in_another_order(cfg: CfgNode, register: Callable[..., str]) -> None:
+    swapped = register("engine_swapped_names", Path("unused.json"))
+    MetadataCatalog.get(swapped).thing_classes = ["tall", "wide"]
+    cfg.DATASETS.TEST = (swapped,)
+    with pytest.raises(ValueError, match=r"another order.*training data has wide, tall, engine_swapped_names has tall"):
+        Trainer(cfg)
+
+
+def test_resuming_on_data_in_another_order(cfg: CfgNode) -> None:
+    path = train(cfg)
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "class_names": NAMES[::-1]}, path)
+    with pytest.raises(ValueError, match=r"another order.*model_final.pth has tall, wide, engine_train has wide, tall"):
+        Trainer(cfg).resume_or_load(resume=True)
+
+
 def test_results_of_other_classes_are_told(
     cfg: CfgNode, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

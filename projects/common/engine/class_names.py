@@ -25,12 +25,13 @@ def choose_class_names(cfg: CfgNode) -> None:
         cfg.freeze()
 
 
-def check_class_names(names: Sequence[str], source: str, dataset_name: str) -> None:
-    """Compare the classes that a model was trained on with those of a data set; warn where they differ.
+def check_class_names(names: Sequence[str], source: str, dataset_name: str, warn: bool = True) -> None:
+    """Compare the classes that a model is trained on with those of a data set.
 
     Args:
         names: empty where they are not known.
         source: where they come from, for messages.
+        warn: say where they differ otherwise than in their order.
 
     Raises:
         ValueError: they are the same in another order, so that every class would be taken for another one.
@@ -45,7 +46,8 @@ def check_class_names(names: Sequence[str], source: str, dataset_name: str) -> N
             f"one: {both}. Put the data set's categories into the model's order: their ids for COCO's format, "
             "thing_classes otherwise"
         )
-    logger.warning(f"the classes of the model are not those of the data set: {both}")
+    if warn:
+        logger.warning(f"the classes of the model are not those of the data set: {both}")
 
 
 def shown(names: Sequence[str]) -> str:

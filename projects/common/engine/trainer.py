@@ -57,6 +57,8 @@ class Trainer(DefaultTrainer):
         PathManager.mkdirs(cfg.OUTPUT_DIR)
         check_num_classes(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
         choose_class_names(cfg)
+        for name in cfg.DATASETS.TEST:  # other differences were told by check_num_classes
+            check_class_names(cfg.MODEL.CLASS_NAMES, "the training data", name, warn=False)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
@@ -77,6 +79,8 @@ class Trainer(DefaultTrainer):
         if resume:
             self.start_iter = self.iter + 1  # the checkpoint has the number of the iteration that had just finished
             logger.info(f"resumed at iteration {self.start_iter} from {self.checkpointer.get_checkpoint_file()}")
+            for name in self.cfg.DATASETS.TRAIN:
+                check_class_names(self.checkpointer.class_names, self.checkpointer.file, name)
             if self._trainer.seed != self.cfg.SEED:
                 logger.info(f"the run goes on with its own SEED {self._trainer.seed}")
 
@@ -117,6 +121,11 @@ class Trainer(DefaultTrainer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The reverse of ``state_dict``, but the settings of SOLVER are those of the config."""
+        if "_trainer" not in state or "seed" not in state:
+            raise ValueError(
+                f"{self.checkpointer.file} is of a run of another program, or of Detectron2's trainer, which this one "
+                "cannot go on with. Start from its weights: without --resume, with MODEL.WEIGHTS"
+            )
         saved, optimizer = state.get("solver", {}), self._trainer.optimizer
         fresh = resuming.FreshSettings(optimizer, self.scheduler)
         step = dict(state["_trainer"])

@@ -187,6 +187,8 @@ def _conditions(cfg: CfgNode) -> Iterator[tuple[str, str, bool]]:
         yield "SOLVER.CLIP_GRADIENTS", "SOLVER.CLIP_GRADIENTS.ENABLED is False", False
     elif solver.CLIP_GRADIENTS.CLIP_TYPE == "value":
         yield "SOLVER.CLIP_GRADIENTS.NORM_TYPE", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE value clips no norm", True
+    if not solver.AMP.ENABLED:
+        yield "SOLVER.AMP", "SOLVER.AMP.ENABLED is False", False
     if cfg.DATALOADER.SAMPLER_TRAIN != "RepeatFactorTrainingSampler":
         reason = "only DATALOADER.SAMPLER_TRAIN RepeatFactorTrainingSampler reads it"
         yield "DATALOADER.REPEAT_THRESHOLD", reason, True
