@@ -11,28 +11,28 @@ from pathlib import Path
 
 import querymask  # isort: skip  (before Detectron2: makes it importable)
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from querymask.common.engine import Trainer, choose_device, default_setup
+from querymask.common.engine.checks import dataset_classes
+from querymask.common.evaluation.truth import dataset_truth
 
 
 def register_first_images(name: str, count: int, folder: Path) -> str:
-    """Register the first annotated images of a COCO-style data set as one of its own.
+    """Register the first annotated images of a data set as one of its own.
 
     Args:
-        name: a registered data set whose metadata names its JSON.
+        name: a registered data set.
         count: number of images.
         folder: where the smaller JSON is written.
 
     Returns:
         the name of the new data set.
     """
-    DatasetCatalog.get(name)  # makes or checks the files, and fills the metadata
-    metadata = MetadataCatalog.get(name)
-    with open(metadata.json_file) as file:
-        content = json.load(file)
-    annotated = {a["image_id"] for a in content["annotations"] if not a.get("iscrowd")}
+    dataset_classes(name)  # an error for a name that is not registered
+    content = dataset_truth(name)
+    annotated = {a["image_id"] for a in content.get("annotations", ()) if not a["iscrowd"]}
     images = [image for image in content["images"] if image["id"] in annotated][:count]
     if len(images) < count:
         raise ValueError(f"{name} has {len(images)} annotated images, not {count}: lower --num-images")
@@ -42,7 +42,7 @@ def register_first_images(name: str, count: int, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}_first_{count}.json"
     path.write_text(json.dumps(content))
-    register_coco_instances(path.stem, {}, str(path), metadata.image_root)
+    register_coco_instances(path.stem, {}, str(path), MetadataCatalog.get(name).get("image_root") or "")
     return path.stem
 
 

@@ -65,7 +65,7 @@ class Findings:
 
     def refuse(self, where: str, problem: str, remedy: str) -> NoReturn:
         """Raise the error."""
-        raise AnnotationError(f"{self.source}: {where}: {problem}. {remedy}.")
+        raise AnnotationError(f"{self.source}: {where}: {problem}. {remedy}.") from None
 
     def lines(self) -> list[str]:
         """What was mended, how often and where first."""

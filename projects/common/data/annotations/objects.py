@@ -117,8 +117,12 @@ def _segmentation(
     if REST in mended and (box := read_box(annotation.get("bbox"))) is not None:
         extent = segmentation_box(segmentation)
         if max(overlap(corners(box), extent), overlap(box, extent)) < 0.5:  # XYWH or XYXY
+            total = sum(annotation["segmentation"]["counts"])
             findings.refuse(
-                where, "the runs of 'counts' end early, and their mask is not where 'bbox' is", "Encode the mask again"
+                where,
+                f"the runs of 'counts' sum to {total:g}, the image has {image.height * image.width} pixels, and the mask "
+                "is not where 'bbox' is",
+                "Encode the mask again",
             )
     return segmentation, None
 
