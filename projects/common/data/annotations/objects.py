@@ -117,11 +117,10 @@ def _segmentation(
     if REST in mended and (box := read_box(annotation.get("bbox"))) is not None:
         extent = segmentation_box(segmentation)
         if max(overlap(corners(box), extent), overlap(box, extent)) < 0.5:  # XYWH or XYXY
-            total = sum(annotation["segmentation"]["counts"])
+            total, pixels = sum(annotation["segmentation"]["counts"]), image.height * image.width
             findings.refuse(
                 where,
-                f"the runs of 'counts' sum to {total:g}, the image has {image.height * image.width} pixels, and the mask "
-                "is not where 'bbox' is",
+                f"the runs of 'counts' sum to {total:g}, the image has {pixels} pixels, and the mask is not where 'bbox' is",
                 "Encode the mask again",
             )
     return segmentation, None
