@@ -120,7 +120,7 @@ def _segmentation(
             total, pixels = sum(annotation["segmentation"]["counts"]), image.height * image.width
             findings.refuse(
                 where,
-                f"the runs of 'counts' sum to {total:g}, the image has {pixels} pixels, and the mask is not where 'bbox' is",
+                f"the runs of 'counts' sum to {total:g}, the image has {pixels} pixels, and the mask is elsewhere than 'bbox'",
                 "Encode the mask again",
             )
     return segmentation, None
