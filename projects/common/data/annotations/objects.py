@@ -120,7 +120,7 @@ def _segmentation(
             total, pixels = sum(annotation["segmentation"]["counts"]), image.height * image.width
             findings.refuse(
                 where,
-                f"the runs of 'counts' sum to {total:g}, the image has {pixels} pixels, and the mask is elsewhere than 'bbox'",
+                f"the runs of 'counts' sum to {total:g}, the image has {pixels} pixels, and 'bbox' is not at the mask",
                 "Encode the mask again",
             )
     return segmentation, None
