@@ -33,3 +33,17 @@ def make_batch() -> Callable[..., list[dict[str, Any]]]:
         return items
 
     return make
+
+
+@pytest.fixture
+def precision_batches(make_batch: Callable[..., list[dict[str, Any]]]) -> Callable[[], list[list[dict[str, Any]]]]:
+    """Function that gives batches of an image each for ``rounded_products.precision_errors``."""
+
+    def make() -> list[list[dict[str, Any]]]:
+        generator = torch.Generator().manual_seed(1)
+        batches = [make_batch([3], [size]) for size in [(96, 128), (80, 152)] * 8]
+        for item in (item for batch in batches for item in batch):
+            item["image"] = torch.randint(0, 256, item["image"].shape, dtype=torch.uint8, generator=generator)
+        return batches
+
+    return make

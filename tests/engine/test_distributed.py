@@ -144,6 +144,21 @@ def test_two_processes_give_the_gradients_of_one(
                 assert unused or expected.abs().sum() > 0, message
 
 
+def test_each_process_may_count_for_itself(
+    cfg: CfgNode, batches: dict[str, list[dict]], two_process_gradients: Callable, single_process_gradients: Callable
+) -> None:
+    """LOSS_REDUCTION local: the mean of what the processes find alone, with limits of their own."""
+    everywhere = effseg_configs(cfg)["limits"]
+    config = everywhere.replace("LOSS_REDUCTION: global", "LOSS_REDUCTION: local")
+    assert config != everywhere
+    results = two_process_gradients({"local": config})["local"]
+    halves = [single_process_gradients(config, {case: x[rank::2] for case, x in batches.items()}) for rank in (0, 1)]
+    for case, gradients in results.items():
+        for name, gradient in gradients.items():
+            expected = (halves[0][case][name] + halves[1][case][name]) / 2
+            torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9, msg=f"{case}: {name}")
+
+
 def test_num_gpus_starts_processes_on_cpu(coco_folder: Path, tmp_path: Path, register: Callable[..., str]) -> None:
     """The command line trains the same in two processes as in one, and leaves everything in OUTPUT_DIR."""
     data = tmp_path / "data"

@@ -1,0 +1,85 @@
+"""EffSeg under autocast: boxes to the pixel, losses of the detector in float32, and no more error than must be."""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from rounded_products import precision_errors
+from torch import nn
+
+from querymask.common.boxes import cxcywh_to_xyxy
+from querymask.effseg.anchors import apply_deltas
+from querymask.effseg.regions import Regions, pool_regions
+
+MakeModel = Callable[..., nn.Module]
+MakeBatch = Callable[..., list[dict[str, Any]]]
+
+
+def test_regions_are_pooled_to_the_pixel() -> None:
+    """The type of the maps has no say in where they are read. From 512 on, bfloat16 has steps of 4 pixels."""
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(2, 3, 1280 // s, 1280 // s, generator=generator).bfloat16() for s in (4, 8, 16, 32)]
+    low = torch.rand(40, 2, generator=generator) * 400 + 600
+    sides = 2 ** (torch.rand(40, 1, generator=generator) * 6.5 + 3)
+    images = torch.arange(40) // 20
+    regions = Regions(torch.cat([low, low + sides], 1), images, torch.zeros(40, 3), images)
+    assert len(regions.levels.unique()) == 4
+    expected = pool_regions([x.double() for x in maps], replace(regions, boxes=regions.boxes.double()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pooled = pool_regions(maps, regions)
+    assert pooled.dtype == torch.float32
+    torch.testing.assert_close(pooled.double(), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_detector_under_autocast(make_model: MakeModel, make_batch: MakeBatch, version: int) -> None:
+    """Its outputs are float32; boxes follow from the deltas, and losses from the outputs, as in float64."""
+    model = make_model(VERSION=version)
+    nn.init.normal_(model.detector.box_head[-1].weight, std=0.3)  # boxes unlike their anchors
+    batch = make_batch([3, 2], [(256, 512), (200, 400)])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model.predict(model.preprocess(batch))[1]
+        # Near anchors of queries, so that some are matched; at places where no two anchors are equally near
+        shift = torch.tensor([1.3, 0.7, 2.1, -0.4])
+        boxes = [cxcywh_to_xyxy(anchors[:3]) + shift for anchors in output.query_anchors]
+        labels = [torch.arange(3)] * 2
+        losses, matches = model.criterion(output, boxes, labels)
+    tensors = {field.name: getattr(output, field.name) for field in fields(output)}
+    assert all(x.dtype in (torch.float32, torch.int64) for x in tensors.values())
+    exact_boxes = apply_deltas(output.query_anchors.double(), output.deltas.double())
+    sides = exact_boxes[..., 2:] - exact_boxes[..., :2]
+    assert sides.max() > 300
+    assert (output.boxes - exact_boxes).abs().max() < 1e-2
+    exact = replace(output, **{name: x.double() for name, x in tensors.items() if x.dtype == torch.float32})
+    expected, exact_matches = model.criterion(exact, boxes, labels)
+    assert len(matches.query) > 0 and torch.equal(matches.query, exact_matches.query)
+    for name, loss in losses.items():
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss.double(), expected[name], rtol=1e-5, atol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"MASK_HEAD": "effseg"},
+        {"MASK_HEAD": "effseg", "VERSION": 2, "NECK": "deform_encoder"},
+        {"MASK_HEAD": "mask_rcnn", "VERSION": 2},
+        {"MASK_HEAD": "pointrend", "VERSION": 2},
+        {"MASK_HEAD": "refine_mask", "VERSION": 2},
+    ],
+    ids=["paper", "deformable encoder", "Mask R-CNN", "PointRend", "RefineMask"],
+)
+def test_error_of_bfloat16(
+    make_model: MakeModel,
+    make_batch: MakeBatch,
+    form: dict[str, Any],
+    precision_batches: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At most twice that of the same network in float64 whose products alone are rounded."""
+    errors = precision_errors(make_model(**form), precision_batches(), monkeypatch)
+    assert errors["losses"][0] > 0
+    for name, (found, allowed) in errors.items():
+        assert found <= 2 * allowed, f"{name}: {found}, where {allowed} is the error of rounded products"

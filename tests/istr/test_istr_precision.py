@@ -1,0 +1,22 @@
+"""ISTR under autocast: no more error than must be."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from rounded_products import precision_errors
+from torch import nn
+
+
+@pytest.mark.parametrize("form", [{}, {"CLASSIFIER": "softmax", "ATTENTION": "multi_head"}], ids=["sigmoid", "softmax"])
+def test_error_of_bfloat16(
+    make_model: Callable[..., nn.Module],
+    form: dict[str, Any],
+    precision_batches: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At most twice that of the same network in float64 whose products alone are rounded."""
+    errors = precision_errors(make_model(**form), precision_batches(), monkeypatch)
+    assert errors["losses"][0] > 0
+    for name, (found, allowed) in errors.items():
+        assert found <= 2 * allowed, f"{name}: {found}, where {allowed} is the error of rounded products"
