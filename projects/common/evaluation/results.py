@@ -15,6 +15,7 @@ from querymask.common.data.annotations.images import read_id
 from querymask.common.data.segmentation import clean_segmentation, encode_segmentation
 from querymask.common.evaluation.class_file import compare_class_file
 from querymask.common.evaluation.coco import InstanceEvaluator
+from querymask.common.evaluation.result_boxes import check_boxes
 from querymask.common.evaluation.scores import MAX_DETECTIONS
 
 Scores = dict[str, dict[str, float]]
@@ -86,13 +87,15 @@ def fit_results(
         source: file of the results, for messages.
 
     Raises:
-        AnnotationError: images or categories that the data set does not have; masks that do not fit.
+        AnnotationError: images or categories that the data set does not have; masks that do not fit; boxes of another
+            form.
     """
     findings = Findings(source)
     images = {image["id"]: image for image in truth["images"]}
     fitted = [dict(result) for result in results]
     for key, known in (("image_id", set(images)), ("category_id", {c["id"] for c in truth["categories"]})):
         _fit_ids(fitted, key, known, name, findings)
+    farthest = -math.inf  # coordinate of polygons
     for number, result in enumerate(fitted):
         if "segmentation" not in result:
             continue
@@ -107,6 +110,7 @@ def fit_results(
         if mask is None:
             findings.refuse(where, "'segmentation' is empty", "Give the mask, or leave the result out")
         if isinstance(mask, list):
+            farthest = max(farthest, max(map(max, mask)))
             mask = encode_segmentation(mask, *size)
             findings.mend("polygons in place of run lengths, converted", where)
         elif isinstance(result["segmentation"].get("counts"), list):
@@ -114,6 +118,13 @@ def fit_results(
         for what in mended:
             findings.mend(what, where)
         result["segmentation"] = mask
+    if -math.inf < farthest <= 1:
+        findings.refuse(
+            "the polygons",
+            "all of them lie within the first pixel of the image: they seem to be parts of its width and height",
+            "Multiply x by the image's width, y by its height",
+        )
+    check_boxes(fitted, images, findings)
     findings.log()
     return fitted
 
@@ -139,7 +150,7 @@ def _number(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 
