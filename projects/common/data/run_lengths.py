@@ -104,7 +104,8 @@ def _plain_runs(counts: Any) -> np.ndarray:
         integers = runs.astype(np.int64)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{wrong}. Encode the mask again") from None
-    if runs.ndim != 1 or runs.dtype.kind not in "iuf" or (integers != runs).any() or (integers < 0).any():
+    allowed = runs.ndim == 1 and runs.dtype.kind in "iuf" and (integers == runs).all()
+    if not allowed or ((integers < 0) | (integers >= 2**32)).any():
         raise ValueError(f"{wrong}. Encode the mask again")
     return integers
 
@@ -122,6 +123,6 @@ def _sides(size: Any) -> tuple[int, int] | None:
     if isinstance(size, (Sequence, np.ndarray)) and not isinstance(size, str) and len(size) == 2:
         try:
             return int(size[0]), int(size[1])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return None
     return None

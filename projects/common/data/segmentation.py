@@ -146,7 +146,7 @@ def _numbers(part: Any, height: int, width: int) -> list[float]:
     try:
         if not isinstance(polygon, list) or not set(map(type, polygon)) <= {int, float}:
             polygon = [_number(v) for value in part for v in (value if _is_list(value) else (value,))]
-        total = sum(polygon)
+        total = float(sum(map(abs, polygon)))
     except (TypeError, ValueError, OverflowError):
         raise UnusableMask(f"a polygon has coordinates that are no numbers: {str(part)[:60]}. Correct it") from None
     if len(polygon) % 2:

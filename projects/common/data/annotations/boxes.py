@@ -72,7 +72,7 @@ def read_box(box: Any) -> list[float] | None:
         return None
     try:
         numbers = [float(value) for value in box]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return numbers if len(numbers) == 4 and all(map(math.isfinite, numbers)) else None
 

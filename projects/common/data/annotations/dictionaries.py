@@ -149,7 +149,7 @@ def _absolute_box(annotation: Mapping[str, Any], image: ImageInfo, where: str, f
         )
     try:
         numbers = [float(value) for value in box]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return box
     if len(numbers) != 4:
         return box

@@ -140,6 +140,12 @@ def _size(
 ) -> Size:
     sides = [_side(image.get(key)) for key in ("height", "width")]
     if None not in sides:
+        if sides[0] * sides[1] >= 2**31 or max(sides) >= 2**24:
+            findings.refuse(
+                where,
+                f"height and width are {sides[0]} and {sides[1]}, and COCO's run lengths hold 2 billion pixels",
+                "Correct them, or cut the image into tiles",
+            )
         if any(not isinstance(image[key], int) for key in ("height", "width")):
             findings.mend("height or width that is no integer, taken as one", where)
         return sides[0], sides[1]

@@ -1,12 +1,13 @@
 """One annotation, checked: whether it is a crowd, its mask, its box."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from querymask.common.data.annotations.boxes import (
+    Box,
     clean_box,
     clip_box,
     corners,
@@ -67,6 +68,12 @@ def clean_object(
     if extent is not None:
         findings.count_fit(overlap(corners(box), extent) >= 0.5)
     clean["bbox"] = box
+    if area is not None and not _possible(area, box, extent):
+        findings.mend("'area' that is not that of the object in pixels, computed anew", f"{where}: {area:g}")
+        area = None
+    if clean.get("keypoints") is not None and not _are_keypoints(clean["keypoints"]):
+        wrong = clean.pop("keypoints")
+        findings.mend("'keypoints' that are not x, y, visibility, ..., left out", f"{where}: {show(wrong)}")
     clean.pop("area", None)
     if area is not None:
         clean["area"] = area
@@ -132,12 +139,28 @@ def _area(annotation: Mapping[str, Any], where: str, findings: Findings) -> floa
         return None
     try:
         area = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         area = math.nan
     if isinstance(value, (str, bool)) or not math.isfinite(area) or area < 0:
         findings.mend("'area' that is no number, computed anew", f"{where}: {show(value)}")
         return None
     return area
+
+
+def _possible(area: float, box: Sequence[float], extent: Box | None) -> bool:
+    """Whether an object in this box (or mask's extent) may have so many pixels, by whatever convention."""
+    room = (box[2] + 2) * (box[3] + 2)
+    if extent is not None:
+        room = max(room, (extent[2] - extent[0] + 2) * (extent[3] - extent[1] + 2))
+    return area <= 1.5 * room and (area >= 1 or room < 100)
+
+
+def _are_keypoints(keypoints: Any) -> bool:
+    return (
+        isinstance(keypoints, (list, tuple, np.ndarray))
+        and len(keypoints) % 3 == 0
+        and all(isinstance(v, (int, float, np.number)) and math.isfinite(v) for v in keypoints)
+    )
 
 
 def refuse_relative(boxes: list, findings: Findings) -> None:

@@ -58,7 +58,7 @@ def read_json(path: str | os.PathLike, what: str) -> Any:
     try:
         with open(local, encoding="utf-8-sig") as file:  # some Windows programs write a mark at the beginning
             return json.load(file)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # of JSON, of its encoding, of an integer of 5000 digits
         raise AnnotationError(f"{path}: not JSON ({error}). Give {what}.") from None
 
 
@@ -120,8 +120,11 @@ def load_coco_json(
     keys = {"iscrowd", "bbox", "keypoints", "category_id", "segmentation", *(extra_annotation_keys or ())}
     entries = {}
     for image in content["images"]:
-        if image.get("file_name") is None:
-            raise AnnotationError(f"{json_file}: image with id {image['id']!r}: it has no 'file_name'. Add it.")
+        name = image.get("file_name")
+        if not isinstance(name, str) or not name:
+            raise AnnotationError(
+                f"{json_file}: image with id {image['id']!r}: its 'file_name' is {show(name)}. Give the file's name."
+            )
         entries[image["id"]] = {
             "file_name": os.path.join(image_root, image["file_name"]),
             "height": image["height"],
