@@ -312,6 +312,17 @@ def test_tool_drops_classes(tiny: Tiny, source: str) -> None:
     assert torch.equal(loaded["vector_embed.layers.2.weight"], model["vector_embed.layers.2.weight"])
 
 
+def test_tool_keeps_the_names_of_classes(tiny: Tiny) -> None:
+    path, file, model = tiny
+    names = [f"class of {i}" for i in range(80)]
+    state = {key: value[COCO] if key.startswith("class_embed.") else value for key, value in model.items()}
+    for options, expected in (((), names), (("--drop-classes",), None)):
+        torch.save({"model": state, "class_names": names}, file)
+        status, output = run(path, file, *options)
+        assert status == 0
+        assert torch.load(output, weights_only=True).get("class_names") == expected
+
+
 def test_tool_leaves_the_mask_branch_out(tiny: Tiny) -> None:
     path, file, _ = tiny
     status, output = run(path, file, "--detector-only", opts=("MODEL.SOLQ.MASK_ON", False))
