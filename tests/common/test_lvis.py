@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 
 from querymask import get_cfg
 from querymask.common.compat import mend_lvis
-from querymask.common.evaluation import build_evaluator
+from querymask.common.evaluation import InstanceEvaluator, build_evaluator
 from querymask.common.evaluation.lvis import FederatedEval, evaluate_on_lvis
 
 SIZE = (120, 160)
@@ -216,3 +216,39 @@ def test_a_file_that_is_none_of_lvis(lvis_set: tuple[CfgNode, dict[str, Any], li
     Path(MetadataCatalog.get("test_lvis_v1_val").json_file).write_text(json.dumps(lvis))
     with pytest.raises(ValueError, match="the images have no neg_category_ids: give an annotation file of LVIS"):
         build_evaluator(cfg, "test_lvis_v1_val")
+
+
+@pytest.mark.parametrize("key", ["neg_category_ids", "not_exhaustive_category_ids"])
+@pytest.mark.parametrize("value", [None, 5, ["9"], [[9]], [None], "9"])
+def test_lists_of_categories_that_are_none_are_refused(key: str, value: Any, tmp_path: Path) -> None:
+    content, lvis, results = scene(1)
+    lvis["images"][2][key] = value
+    coco = COCO()
+    coco.dataset = content
+    coco.createIndex()
+    with pytest.raises(ValueError, match=f"LVIS's file: image with id 3: '{key}' is"):
+        evaluate_on_lvis(coco, lvis, results)
+    path = tmp_path / "lvis.json"
+    path.write_text(json.dumps(lvis))
+    MetadataCatalog.get("lvis_faulty").set(json_file=str(path), evaluator_type="lvis")
+    try:
+        with pytest.raises(ValueError, match=f"lvis_faulty: image with id 3: '{key}' is"):
+            InstanceEvaluator("lvis_faulty", None)
+    finally:
+        MetadataCatalog.remove("lvis_faulty")
+
+
+def test_masks_are_needed_on_lvis() -> None:
+    content, lvis, results = scene(1)
+    coco = COCO()
+    coco.dataset = content
+    coco.createIndex()
+    for result in results:
+        del result["segmentation"]
+    with pytest.raises(ValueError, match="results are without segmentation"):
+        evaluate_on_lvis(coco, lvis, results)
+    with pytest.raises(ValueError, match="LVIS's file: 0 of 0 annotations"):
+        evaluate_on_lvis(coco, {key: lvis[key] for key in ("images", "categories")}, results)
+    del lvis["annotations"][0]["segmentation"]
+    with pytest.raises(ValueError, match="LVIS's file: 1 of"):
+        evaluate_on_lvis(coco, lvis, results)

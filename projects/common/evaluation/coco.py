@@ -76,7 +76,7 @@ class InstanceEvaluator(DatasetEvaluator):
         self._distributed = distributed
         content = dataset_truth(dataset_name)
         if self._federated:
-            check_lvis(content["images"])
+            check_lvis(content, dataset_name)
         self._ids = category_ids(dataset_name, content)
         self._class_names = [] if self._federated else [category["name"] for category in content["categories"]]
         self._truth = index(content)

@@ -20,6 +20,8 @@ from typing import Any
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from querymask.common.data.annotations.findings import show
+from querymask.common.data.annotations.images import read_id
 from querymask.common.evaluation.boundary import BoundaryEval
 from querymask.common.evaluation.scores import evaluate, load_results
 from querymask.common.evaluation.truth import index
@@ -67,7 +69,7 @@ def match_categories(
             found = [c for c in lvis_categories if c.get("synset") == SYNSETS[name]]
         else:
             found = [c for c in lvis_categories if c["name"] == key]
-            found = found or [c for c in lvis_categories if key in c.get("synonyms", ())]
+            found = found or [c for c in lvis_categories if key in (c.get("synonyms") or ())]
         if len(found) == 1:
             matched[category["id"]] = found[0]["id"]
         else:
@@ -85,9 +87,16 @@ def lvis_truth(coco: COCO, lvis: Mapping[str, Any]) -> tuple[COCO, list[str]]:
         the ground truth, and names of COCO's categories that LVIS lacks.
 
     Raises:
-        ValueError: the file is none of LVIS, or has no image or no category of COCO's.
+        ValueError: the file is none of LVIS, or has no image or no category of COCO's, or no masks.
     """
-    check_lvis(lvis["images"])
+    check_lvis(lvis, "LVIS's file")
+    annotations = lvis.get("annotations") or []
+    lacking = [annotation for annotation in annotations if "segmentation" not in annotation]
+    if lacking or not annotations:
+        raise ValueError(
+            f"LVIS's file: {len(lacking)} of {len(annotations)} annotations are without segmentation, and AP* "
+            "is that of masks. Give LVIS's annotations with masks"
+        )
     categories = coco.loadCats(sorted(coco.getCatIds()))
     matched, missing = match_categories(categories, lvis["categories"])
     ids = {theirs: ours for ours, theirs in matched.items()}
@@ -105,7 +114,7 @@ def lvis_truth(coco: COCO, lvis: Mapping[str, Any]) -> tuple[COCO, list[str]]:
         "categories": [category for category in categories if category["id"] in matched],
         "annotations": [
             {"iscrowd": 0, **annotation, "category_id": ids[annotation["category_id"]]}
-            for annotation in lvis["annotations"]
+            for annotation in annotations
             if annotation["image_id"] in kept and annotation["category_id"] in ids
         ],
     }
@@ -147,11 +156,27 @@ class FederatedEval(BoundaryEval):
         return result
 
 
-def check_lvis(images: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError unless the images have LVIS's lists of categories."""
+def check_lvis(content: Mapping[str, Any], source: str) -> None:
+    """Raise ValueError unless all images have LVIS's lists of categories, with ids of the categories' type.
+
+    Ids that are none of the categories count for nothing, as in a file that was reduced to a few categories.
+
+    Args:
+        content: of a checked annotation file.
+        source: the file or the data set, as messages call it.
+    """
+    images = content["images"]
+    kinds = {type(category["id"]) for category in content["categories"]}
     for key in ("neg_category_ids", "not_exhaustive_category_ids"):
-        if not images or key not in images[0]:
-            raise ValueError(f"the images have no {key}: give an annotation file of LVIS, with annotations")
+        if not images or not any(key in image for image in images):
+            raise ValueError(f"{source}: the images have no {key}: give an annotation file of LVIS, with annotations")
+        for image in images:
+            ids = image.get(key)
+            if not isinstance(ids, (list, tuple)) or not {type(read_id(i)) for i in ids} <= kinds:
+                raise ValueError(
+                    f"{source}: image with id {image['id']!r}: {key!r} is {show(ids)}. Give a list of category ids, "
+                    "empty if there are none, of the type that they have in 'categories'"
+                )
 
 
 def best_of_images(results: Iterable[Mapping[str, Any]], max_detections: int) -> list[Mapping[str, Any]]:
@@ -163,10 +188,10 @@ def best_of_images(results: Iterable[Mapping[str, Any]], max_detections: int) ->
 
 
 def frequency_groups(truth: COCO) -> dict[str, list[int]]:
-    """LVIS's rare, common and frequent classes by their place among the sorted ids; none where the file has none."""
+    """LVIS's rare, common and frequent classes by their place among the sorted ids; none where not all have one."""
     frequencies = [truth.cats[i].get("frequency") for i in sorted(truth.cats)]
     groups = {f"AP{letter}": [k for k, f in enumerate(frequencies) if f == letter] for letter in "rcf"}
-    return groups if all(frequencies) else {}
+    return groups if all(frequency in ("r", "c", "f") for frequency in frequencies) else {}
 
 
 def evaluate_on_lvis(
@@ -181,6 +206,11 @@ def evaluate_on_lvis(
         scores by task ("segm_lvis", "boundary_lvis"), COCO's categories that LVIS lacks, the number of images.
     """
     truth, missing = lvis_truth(coco, lvis)
+    if lacking := sum("segmentation" not in result for result in results):
+        raise ValueError(
+            f"{lacking} of {len(results)} results are without segmentation, and AP* is that of masks. Give results "
+            "with masks, or leave LVIS's file out"
+        )
     best = best_of_images((r for r in results if r["image_id"] in truth.imgs), max_detections)
     used = [result for result in best if result["category_id"] in truth.cats]
     names = [truth.cats[i]["name"] for i in sorted(truth.cats)]
