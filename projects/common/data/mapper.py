@@ -163,7 +163,7 @@ class InstanceMapper:
         new_size: tuple[int, int],
     ) -> Instances:
         """Targets for an image that was (height, width) ``size`` and is ``new_size`` after the transforms."""
-        if "annotations" not in dataset_dict:
+        if dataset_dict.get("annotations") is None:
             raise ValueError(
                 f"{_name(dataset_dict)}: the entry has no 'annotations'. Training needs them; give an empty list where "
                 "an image has no instances."

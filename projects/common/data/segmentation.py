@@ -42,6 +42,12 @@ def clean_segmentation(segmentation: Any, height: int, width: int) -> tuple[Segm
         return check_rle(segmentation, height, width) if segmentation else (None, [])
     if hasattr(segmentation, "__array__"):
         array = np.asarray(segmentation)
+        if array.ndim > 2:  # [H, W, 1], or a contour of OpenCV, [N, 1, 2]
+            array = array.squeeze()
+        if array.ndim > 2:
+            raise ValueError(
+                f"a mask has shape {array.shape}: it must be one of height and width. Give each annotation its own"
+            )
         if array.ndim == 2 and array.dtype.kind in "biuf" and (array.shape == (height, width) or min(array.shape) > 2):
             return _encode(array, height, width), []
         segmentation = array.tolist()
@@ -119,6 +125,12 @@ def _as_text(rle: dict[str, Any]) -> dict[str, Any]:
 
 def _clean_polygons(parts: Sequence[Any], height: int, width: int) -> tuple[list[list[float]] | None, list[str]]:
     mended = []
+    if len(parts) == 1 and isinstance(parts[0], Mapping) and "counts" in parts[0]:
+        return check_rle(parts[0], height, width)
+    if len(parts) == height and all(_is_list(part) and len(part) == width for part in parts):
+        array = np.asarray(parts)
+        if array.dtype.kind in "biuf" and ((array == 0) | (array == 1)).all():
+            return _encode(array, height, width), []
     if parts and not any(_is_list(part) for part in parts):
         parts = [parts]
         mended.append("a polygon that is not in a list of polygons")
@@ -140,8 +152,7 @@ def _clean_polygons(parts: Sequence[Any], height: int, width: int) -> tuple[list
 
 def _numbers(part: Any, height: int, width: int) -> list[float]:
     """One polygon as a flat list of plain numbers."""
-    if hasattr(part, "__array__"):
-        part = np.asarray(part).tolist()
+    part = _flat(part)
     polygon = part
     try:
         if not isinstance(polygon, list) or not set(map(type, polygon)) <= {int, float}:
@@ -166,6 +177,19 @@ def _numbers(part: Any, height: int, width: int) -> list[float]:
             "Correct the annotation"
         )
     return polygon
+
+
+def _flat(part: Any) -> Any:
+    """A polygon that is nested deeper, as pairs where it is but one: of OpenCV [N, 1, 2], of GeoJSON [1, N, 2]."""
+    if hasattr(part, "__array__"):
+        return np.asarray(part).squeeze().tolist()
+    if isinstance(part, (list, tuple)) and part and _is_list(part[0]) and len(part[0]) and _is_list(part[0][0]):
+        try:
+            points = np.asarray(part, dtype=np.float64).squeeze()
+        except (TypeError, ValueError, OverflowError):  # rings of different lengths, no numbers
+            return part
+        return points.tolist() if points.ndim == 2 and points.shape[1] == 2 else part
+    return part
 
 
 def _number(value: Any) -> float:

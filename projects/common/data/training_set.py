@@ -91,7 +91,8 @@ def _require_annotations(name: str, entries: Entries) -> None:
     if crowds == total:
         raise AnnotationError(
             f"data set {name}: {crowds} of {total} annotations are crowd regions, which are not trained on. Set "
-            "iscrowd to 0 in the annotation file where an annotation is a single object."
+            "iscrowd to 0 in the annotation file where an annotation is a single object; if lines above say that masks "
+            "are unusable, correct these."
         )
     if crowds:
         logger.info(f"{name}: {crowds} of {total} annotations are crowd regions, which are not trained on")

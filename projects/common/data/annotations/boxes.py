@@ -4,13 +4,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from querymask.common.data.annotations.findings import XYXY
+from querymask.common.data.annotations.findings import XYWH, XYXY
 
 Box = tuple[float, float, float, float]
 
 
 def clean_box(
-    box: Any, mask_box: Box | None, area: float | None, height: int, width: int
+    box: Any, mask_box: Box | None, area: float | None, height: int, width: int, from_corners: bool = False
 ) -> tuple[list[float], str | None]:
     """The box [x, y, width, height] of an annotation.
 
@@ -20,6 +20,7 @@ def clean_box(
             a box should be.
         area: as it stands in the file, None if there is none.
         height, width: of the image.
+        from_corners: whether the box was corners, and was converted.
 
     Returns:
         the box, and what was mended.
@@ -28,6 +29,9 @@ def clean_box(
         ValueError: there is no usable box, and no mask to take one from; or box and mask contradict each other.
     """
     numbers = read_box(box)
+    if from_corners and numbers is not None and _is_xywh(given := list(corners(numbers)), mask_box, area):
+        numbers, _ = clean_box(given, mask_box, area, height, width)
+        return numbers, XYWH
     inside = None if mask_box is None else clip_box(mask_box, height, width)
     if numbers is None or clip_box(corners(numbers), height, width) is None:
         if inside is None:
@@ -112,6 +116,21 @@ def _is_xyxy(box: Sequence[float], mask_box: Box | None, area: float | None) -> 
     if area is None:
         return False
     return math.isclose(area, (x1 - x0) * (y1 - y0), rel_tol=1e-6) and not math.isclose(area, x1 * y1, rel_tol=1e-2)
+
+
+def _is_xywh(box: Sequence[float], mask_box: Box | None, area: float | None) -> bool:
+    """Whether the mask, or the area of a box without mask, says that numbers given as corners are none."""
+    x, y, width, height = box
+    if width <= 0 or height <= 0:
+        return False
+    if mask_box is not None:
+        as_corners = max(abs(a - b) for a, b in zip(box, mask_box))
+        as_sides = max(abs(a - b) for a, b in zip(corners(box), mask_box))
+        return as_sides <= 1 and as_sides + 0.5 < as_corners
+    if area is None:
+        return False
+    corner_area = max(width - x, 0) * max(height - y, 0)
+    return math.isclose(area, width * height, rel_tol=1e-6) and not math.isclose(area, corner_area, rel_tol=1e-2)
 
 
 def is_line(box: Sequence[float], height: int, width: int) -> bool:

@@ -13,6 +13,9 @@ from querymask.common.data.annotations.findings import Findings, show
 from querymask.common.data.annotations.images import ImageInfo, file_size, kind_of, read_id
 from querymask.common.data.annotations.objects import clean_object, refuse_relative
 
+_MOST_CLASSES = 100_000
+"""Of a data set without names of its classes."""
+
 
 class CheckedEntries(list):
     """Dictionaries of a data set that have been checked already."""
@@ -38,6 +41,8 @@ def clean_entries(entries: Any, source: str, class_names: Iterable[str] | None =
     if isinstance(entries, CheckedEntries):
         return entries
     findings = Findings(source)
+    if isinstance(class_names, (str, Mapping)):
+        findings.refuse("the metadata", f"thing_classes is {show(class_names)}", "Give a list of names")
     if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, Mapping) for entry in entries):
         findings.refuse("what its function returns", f"it is {show(entries)}", "Return a list of dictionaries")
     count = None if class_names is None else len(list(class_names))
@@ -103,7 +108,7 @@ def _clean_records(annotations: Any, image: ImageInfo, num_classes: int | None, 
         if not isinstance(annotation, Mapping):
             findings.refuse(where, f"it is {show(annotation)}", "Give a dictionary")
         category = read_id(annotation.get("category_id"))
-        if not isinstance(category, int) or category < 0 or num_classes is not None and category >= num_classes:
+        if not isinstance(category, int) or not 0 <= category < (_MOST_CLASSES if num_classes is None else num_classes):
             known = "0, 1, ..." if num_classes is None else f"0 to {num_classes - 1}"
             findings.refuse(
                 where,
@@ -121,7 +126,8 @@ def clean_record(
 ) -> dict[str, Any] | None:
     """An annotation in Detectron2's form by ``clean_object``; a box that is fine stays as it is written."""
     box = _absolute_box(annotation, image, where, findings)
-    clean = clean_object({**annotation, "bbox": box}, image, where, findings)
+    from_corners = annotation.get("bbox_mode") in (BoxMode.XYXY_ABS, BoxMode.XYXY_REL)
+    clean = clean_object({**annotation, "bbox": box}, image, where, findings, from_corners)
     if clean is None:
         return None
     absolute = annotation.get("bbox_mode") in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)

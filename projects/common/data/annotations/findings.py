@@ -10,6 +10,8 @@ _SAID: set[str] = set()
 
 XYXY = "bbox is [x0, y0, x1, y1] in place of [x, y, width, height], converted"
 
+XYWH = "bbox is [x, y, width, height] in place of the stated [x0, y0, x1, y1], converted"
+
 
 class AnnotationError(ValueError):
     """Annotations that give no right number as they are; the message names file, thing, key and remedy."""

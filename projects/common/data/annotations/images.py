@@ -26,6 +26,8 @@ def read_id(value: Any) -> int | str | None:
     """An id as a plain number or text, None if it is none; 7.0 is 7."""
     if isinstance(value, str):
         return value
+    if not isinstance(value, (int, float)) and getattr(value, "shape", None) == ():  # of a NumPy or Torch array
+        value = value.item()
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
         return None
     return int(value) if value == value and abs(value) < 2**63 and int(value) == value else None

@@ -28,13 +28,16 @@ _IGNORE_KEYS = ("ignore", "ignored")
 
 
 def clean_object(
-    annotation: Mapping[str, Any], image: ImageInfo, where: str, findings: Findings
+    annotation: Mapping[str, Any], image: ImageInfo, where: str, findings: Findings, from_corners: bool = False
 ) -> dict[str, Any] | None:
     """An annotation in COCO's form, its other keys as they are.
 
     ``iscrowd`` is 0 or 1: crowd regions, regions to be ignored, and objects whose mask nobody can read, which are
     neither trained on nor counted in evaluation. ``bbox`` is [x, y, width, height]. ``segmentation`` is there where
     there is a mask, as polygons or compressed RLE; ``area`` where the file has a usable one.
+
+    Args:
+        from_corners: whether ``bbox`` was given as corners.
 
     Returns:
         None for an object that is but a line.
@@ -57,7 +60,7 @@ def clean_object(
         segmentation, extent, unusable = None, None, "'segmentation' has no pixel within the image"
     area = _area(annotation, where, findings)
     try:
-        box, mended = clean_box(annotation.get("bbox"), extent, area, image.height, image.width)
+        box, mended = clean_box(annotation.get("bbox"), extent, area, image.height, image.width, from_corners)
     except ValueError as error:
         problem, _, remedy = str(error).rpartition(". ")
         findings.refuse(where, problem if unusable is None else f"{problem} ({unusable})", remedy)
@@ -95,6 +98,8 @@ def _flag(annotation: Mapping[str, Any], keys: tuple[str, ...], where: str, find
         if key not in annotation:
             continue
         value = annotation[key]
+        if getattr(value, "shape", None) == ():  # of a NumPy or Torch array
+            value = value.item()
         if key != keys[0]:
             findings.mend(f"key {key!r}, read as {keys[0]!r}", where)
         if type(value) is int and value in (0, 1):
@@ -102,7 +107,7 @@ def _flag(annotation: Mapping[str, Any], keys: tuple[str, ...], where: str, find
         text = str(value).strip().lower()
         if text not in _YES | _NO or isinstance(value, (list, dict)):
             findings.refuse(where, f"{key!r} is {show(value)}", "Write 1 for a crowd region or 0")
-        if not isinstance(value, (bool, np.bool_, np.integer)):
+        if not isinstance(value, bool):
             findings.mend(f"{key!r} that is neither 0 nor 1, read as such", f"{where}: {show(value)}")
         return int(text in _YES)
     return 0
