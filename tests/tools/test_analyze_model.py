@@ -123,7 +123,7 @@ def test_means_over_images_of_a_data_set(
     items = [
         {"file_name": f"{i}.jpg", "image_id": i, "height": 40 + i, "width": 50, "annotations": []} for i in range(3)
     ]
-    monkeypatch.setattr(tool.DatasetCatalog, "get", lambda name: {"shapes_val": items}[name])
+    monkeypatch.setattr(tool, "read_dataset", lambda name: {"shapes_val": items}[name])
     mapped = []
 
     class Mapper:
