@@ -8,10 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from coco_files import Change, each, write
+from coco_files import HEIGHT, WIDTH, Change, each, squares, write
 from detectron2.data import MetadataCatalog
+from detectron2.structures import BoxMode
 
-from querymask.common.data.annotations import AnnotationError, findings, load_coco_json, read_coco
+from querymask.common.data.annotations import (
+    AnnotationError,
+    Findings,
+    ImageInfo,
+    clean_coco,
+    clean_entries,
+    clean_record,
+    findings,
+    load_coco_json,
+    read_coco,
+)
 from querymask.common.evaluation.results import evaluate_results, register_annotations
 
 HUGE = 10**400  # JSON has no limit, float has
@@ -99,3 +110,55 @@ def test_file_name_that_is_none(tmp_path: Path, name: Any) -> None:
     truth, _ = write(tmp_path, lambda c: c["images"][0].update(file_name=name))
     with pytest.raises(AnnotationError, match="truth.json: image with id 1: its 'file_name' is"):
         load_coco_json(str(truth), str(tmp_path))
+
+
+def test_keys_that_are_there_twice(tmp_path: Path) -> None:
+    path = tmp_path / "truth.json"
+    text = json.dumps(squares())
+    path.write_text(text[:-1] + ', "annotations": []}')
+    with pytest.raises(AnnotationError, match="truth.json: not JSON .key 'annotations' is twice in one object"):
+        read_coco(path)
+    path.write_text(text.replace('"cell"', '"images"'))  # a class of that name
+    assert len(read_coco(path)["annotations"]) == 4
+
+
+def test_image_twice_with_two_sizes(tmp_path: Path) -> None:
+    truth, _ = write(tmp_path, lambda c: c["images"].append({**c["images"][0], "height": 65}))
+    with pytest.raises(AnnotationError, match=r"images\[1\], a.png: 'id' 1 is there before with another height"):
+        read_coco(truth)
+
+
+def test_annotations_without_ids_are_compared_with_few_others() -> None:
+    """All with all would take minutes for thousands of objects in an image."""
+
+    class Counted(dict):
+        comparisons = 0
+
+        def __eq__(self, other: object) -> bool:
+            Counted.comparisons += 1
+            return dict.__eq__(self, other)
+
+    content = squares(150)
+    for annotation in content["annotations"]:
+        del annotation["id"]
+    content["annotations"] = [Counted(annotation) for annotation in [*content["annotations"]] * 2]
+    assert len(clean_coco(content, "truth.json")["annotations"]) == 150
+    assert Counted.comparisons <= 300
+
+
+@pytest.mark.parametrize("corners", [False, True])
+def test_box_near_the_corner_is_read_as_the_others(corners: bool) -> None:
+    """[1, 1, 11, 11] are corners of the square in one file, and its sides with the border's pixel in another."""
+    content = squares()
+    for annotation in content["annotations"]:
+        x, y, width, height = annotation["bbox"]
+        annotation["bbox"] = [x, y, x + width, y + height] if corners else [x, y, width + 1, height + 1]
+    boxes = [annotation["bbox"] for annotation in clean_coco(content, "truth.json")["annotations"]]
+    assert [box[2] for box in boxes] == ([10] * 4 if corners else [11] * 4)
+    record = {"file_name": "a.png", "image_id": 1, "height": HEIGHT, "width": WIDTH}
+    annotations = [{**a, "category_id": 0, "bbox_mode": BoxMode.XYWH_ABS} for a in content["annotations"]]
+    (clean,) = clean_entries([{**record, "annotations": annotations}], "data set made")
+    assert [a["bbox"] for a in clean["annotations"]] == boxes
+    assert (
+        clean_record(clean["annotations"][0], ImageInfo("a.png", HEIGHT, WIDTH), "", Findings(""))["bbox"] == boxes[0]
+    )

@@ -41,7 +41,7 @@ def clean_box(
         x0, y0, x1, y1 = inside
         why = "missing" if box is None else "no four numbers" if numbers is None else "empty or outside of the image"
         return [x0, y0, x1 - x0, y1 - y0], f"bbox {why}: that of the mask is taken"
-    if _is_xyxy(numbers, mask_box, area):
+    if not from_corners and _is_xyxy(numbers, mask_box, area):
         x0, y0, x1, y1 = numbers
         return [x0, y0, x1 - x0, y1 - y0], XYXY
     x0, y0, x1, y1 = corners(numbers)
@@ -131,6 +131,11 @@ def _is_xywh(box: Sequence[float], mask_box: Box | None, area: float | None) -> 
         return False
     corner_area = max(width - x, 0) * max(height - y, 0)
     return math.isclose(area, width * height, rel_tol=1e-6) and not math.isclose(area, corner_area, rel_tol=1e-2)
+
+
+def is_about(box: Box, other: Box) -> bool:
+    """Whether two boxes (x0, y0, x1, y1) differ by a pixel at most, as conventions of the last pixel do."""
+    return max(abs(a - b) for a, b in zip(box, other)) <= 1
 
 
 def is_line(box: Sequence[float], height: int, width: int) -> bool:

@@ -117,7 +117,8 @@ def _clean_records(annotations: Any, image: ImageInfo, num_classes: int | None, 
             )
         clean = clean_record(annotation, image, where, findings)
         if clean is not None:
-            records.append({**clean, "category_id": category})
+            clean["category_id"] = category
+            records.append(clean)
     return records
 
 

@@ -30,6 +30,7 @@ class Findings:
         self._first: dict[str, str] = {}
         self._boxes = self._misfits = 0
         self._undecided: str | None = None
+        self._ambiguous: list[tuple[dict[str, Any], list[float], str]] = []
 
     def mend(self, what: str, where: str | Callable[[], str]) -> None:
         """Count a thing that was mended; ``where`` is asked for the first of a kind only."""
@@ -46,12 +47,25 @@ class Findings:
         """Note a box that may be [x, y, width, height] or corners: neither mask nor area shows which."""
         self._undecided = self._undecided or where
 
+    def note_ambiguous(self, annotation: dict[str, Any], converted: list[float], where: str) -> None:
+        """Note a box near the image's corner that is that of its mask as corners, and but a pixel off as it stands."""
+        self._ambiguous.append((annotation, converted, where))
+
+    def _decide_ambiguous(self) -> None:
+        """Take ambiguous boxes as the other boxes of the file are; as corners where there are none."""
+        others = self._boxes - len(self._ambiguous)
+        if 2 * self._counts.get(XYXY, 0) >= others:
+            for annotation, converted, where in self._ambiguous:
+                annotation["bbox"] = converted
+                self.mend(XYXY, where)
+
     def refuse_misfits(self) -> None:
         """Raise the error where boxes of the whole file do not fit together.
 
         That is where most are not about those of their masks (a few may be, of hidden objects), or where some are
         corners and others may be.
         """
+        self._decide_ambiguous()
         if self._undecided and XYXY in self._counts:
             self.refuse(
                 self._undecided,

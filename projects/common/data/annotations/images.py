@@ -110,6 +110,8 @@ def clean_images(
                     f"'id' {show(key)} is that of {_file_name(found[key])}, too",
                     "Give every image an id of its own",
                 )
+            if _size(image, where, findings, find_size) != (found[key]["height"], found[key]["width"]):
+                findings.refuse(where, f"'id' {show(key)} is there before with another height and width", "Keep one")
             findings.mend("image that is listed twice with one id, taken once", where)
             continue
         if name is not None and name in names:

@@ -11,12 +11,13 @@ from querymask.common.data.annotations.boxes import (
     clean_box,
     clip_box,
     corners,
+    is_about,
     is_line,
     may_be_xyxy,
     overlap,
     read_box,
 )
-from querymask.common.data.annotations.findings import Findings, show
+from querymask.common.data.annotations.findings import XYXY, Findings, show
 from querymask.common.data.annotations.images import ImageInfo
 from querymask.common.data.run_lengths import REST
 from querymask.common.data.segmentation import Segmentation, UnusableMask, clean_segmentation, segmentation_box
@@ -64,14 +65,20 @@ def clean_object(
     except ValueError as error:
         problem, _, remedy = str(error).rpartition(". ")
         findings.refuse(where, problem if unusable is None else f"{problem} ({unusable})", remedy)
-    if mended:
+    converted, numbers = box, read_box(annotation.get("bbox"))
+    ambiguous = mended == XYXY and extent is not None and is_about(corners(numbers), extent)
+    if ambiguous:
+        box = numbers
+    elif mended:
         findings.mend(mended, where)
     if extent is None and area is None and may_be_xyxy(box, image.height, image.width):
         findings.note_undecided(where)
     if extent is not None:
         findings.count_fit(overlap(corners(box), extent) >= 0.5)
     clean["bbox"] = box
-    if area is not None and not _possible(area, box, extent):
+    if ambiguous:
+        findings.note_ambiguous(clean, converted, where)
+    if area is not None and not _possible(area, box, extent, image):
         findings.mend("'area' that is not that of the object in pixels, computed anew", f"{where}: {area:g}")
         area = None
     if clean.get("keypoints") is not None and not _are_keypoints(clean["keypoints"]):
@@ -98,12 +105,12 @@ def _flag(annotation: Mapping[str, Any], keys: tuple[str, ...], where: str, find
         if key not in annotation:
             continue
         value = annotation[key]
-        if getattr(value, "shape", None) == ():  # of a NumPy or Torch array
-            value = value.item()
         if key != keys[0]:
             findings.mend(f"key {key!r}, read as {keys[0]!r}", where)
         if type(value) is int and value in (0, 1):
             return value
+        if getattr(value, "shape", None) == ():  # of a NumPy or Torch array
+            value = value.item()
         text = str(value).strip().lower()
         if text not in _YES | _NO or isinstance(value, (list, dict)):
             findings.refuse(where, f"{key!r} is {show(value)}", "Write 1 for a crowd region or 0")
@@ -152,12 +159,17 @@ def _area(annotation: Mapping[str, Any], where: str, findings: Findings) -> floa
     return area
 
 
-def _possible(area: float, box: Sequence[float], extent: Box | None) -> bool:
-    """Whether an object in this box (or mask's extent) may have so many pixels, by whatever convention."""
+def _possible(area: float, box: Sequence[float], extent: Box | None, image: ImageInfo) -> bool:
+    """Whether an object in this box (or mask's extent) may have so many pixels, by whatever convention.
+
+    Those of large objects are neither 0 nor a part of the image from 0 to 1.
+    """
     room = (box[2] + 2) * (box[3] + 2)
     if extent is not None:
         room = max(room, (extent[2] - extent[0] + 2) * (extent[3] - extent[1] + 2))
-    return area <= 1.5 * room and (area >= 1 or room < 100)
+    if area >= 1:
+        return area <= 1.5 * room
+    return room < 100 or 1.5 * room < area * image.height * image.width
 
 
 def _are_keypoints(keypoints: Any) -> bool:

@@ -57,9 +57,21 @@ def read_json(path: str | os.PathLike, what: str) -> Any:
         raise FileNotFoundError(f"{path}: there is no such file. Give {what}.")
     try:
         with open(local, encoding="utf-8-sig") as file:  # some Windows programs write a mark at the beginning
-            return json.load(file)
+            text = file.read()
+        if any(text.count(f'"{key}"') > 1 for key in ("images", "annotations", "categories")):
+            return json.loads(text, object_pairs_hook=_unique)  # takes longer
+        return json.loads(text)
     except (ValueError, RecursionError) as error:  # of JSON, of its encoding, of an integer of 5000 digits
         raise AnnotationError(f"{path}: not JSON ({error}). Give {what}.") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, which would lose a part of its content where a key is there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is twice in one object")
+    return found
 
 
 def read_coco(path: str | os.PathLike, image_root: str | os.PathLike | None = None) -> Content:
@@ -167,7 +179,8 @@ def _clean_annotations(
         )
     category_ids = _references(annotations, "category_id", known, "categories", findings)
     cleaned, taken = [], set()
-    seen: dict[tuple, list[Mapping[str, Any]]] = {}
+    seen: dict[tuple, Mapping[str, Any]] = {}
+    namesakes: dict[tuple, list[Mapping[str, Any]]] = {}
     for number, annotation in enumerate(annotations):
         image_id, category_id = image_ids[number], category_ids[number]
         where = f"annotations[{number}], id {show(annotation.get('id'))}, of {images[image_id].name}"
@@ -178,11 +191,15 @@ def _clean_annotations(
                 "Add the category, or remove the annotation",
             )
         own = read_id(annotation.get("id"))
-        namesakes = seen.setdefault((own, image_id), [])
-        if annotation in namesakes:
-            findings.mend("annotation that is there twice, taken once", where)
-            continue
-        namesakes.append(annotation)
+        if (own, image_id) in seen:
+            first = seen[own, image_id]
+            namesakes.setdefault(_place(first, own, image_id), [first])
+            same = namesakes.setdefault(_place(annotation, own, image_id), [])
+            if annotation in same:
+                findings.mend("annotation that is there twice, taken once", where)
+                continue
+            same.append(annotation)
+        seen.setdefault((own, image_id), annotation)
         clean = clean_object(annotation, images[image_id], where, findings)
         if clean is None:
             continue
@@ -199,6 +216,11 @@ def _clean_annotations(
         for number, annotation in enumerate(cleaned, start=1):
             annotation["id"] = number
     return cleaned
+
+
+def _place(annotation: Mapping[str, Any], own: int | str | None, image_id: int | str) -> tuple:
+    """A key that few annotations share: in files without ids, those of an image would all be compared."""
+    return own, image_id, repr(annotation.get("bbox") or annotation.get("segmentation"))
 
 
 def _references(
