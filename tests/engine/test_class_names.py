@@ -114,6 +114,22 @@ def test_training_and_evaluation_in_another_order(cfg: CfgNode, register: Callab
         Trainer(cfg)
 
 
+@pytest.mark.parametrize(
+    "classes",
+    [["tall", "wide"], ["Tall", " wide"], ["tall", "high"], ["high", "wide"]],
+    ids="swapped spelt first second".split(),
+)
+def test_two_training_sets_with_classes_at_other_places(
+    cfg: CfgNode, register: Callable[..., str], classes: list[str]
+) -> None:
+    """Each of NAMES that the other set has, whatever else it has, must have the same number there."""
+    other = register("engine_other_places", Path("unused.json"))
+    MetadataCatalog.get(other).thing_classes = classes
+    cfg.DATASETS.TRAIN = (*cfg.DATASETS.TRAIN, other)
+    with pytest.raises(ValueError, match="in another order.*would count as"):
+        Trainer(cfg)
+
+
 def test_resuming_on_data_in_another_order(cfg: CfgNode) -> None:
     path = train(cfg)
     content = torch.load(path, weights_only=True)

@@ -31,23 +31,32 @@ def check_class_names(names: Sequence[str], source: str, dataset_name: str, warn
     Args:
         names: empty where they are not known.
         source: where they come from, for messages.
-        warn: say where they differ otherwise than in their order.
+        warn: say where they differ otherwise than in their places.
 
     Raises:
-        ValueError: they are the same in another order, so that every class would be taken for another one.
+        ValueError: a class has another place, so that it would be taken for another one.
     """
     present = [str(name) for name in dataset_classes(dataset_name)]
     if not names or not present or list(names) == present:
         return
     both = f"{source} has {shown(names)}, {dataset_name} has {shown(present)}"
-    if sorted(names) == sorted(present):
+    there = [_spelling(name) for name in present]
+    moved = [
+        i for i, (name, other) in enumerate(zip(names, there)) if _spelling(name) != other and _spelling(name) in there
+    ]
+    if moved:
+        name, other = names[moved[0]], present[moved[0]]
         raise ValueError(
-            f"the classes of the model and of {dataset_name} are in another order, so that each would count as another "
-            f"one: {both}. Put the data set's categories into the model's order: their ids for COCO's format, "
+            f"the classes of the model and of {dataset_name} are in another order, so that {name!r} would count as "
+            f"{other!r}: {both}. Put the data set's categories into the model's order: their ids for COCO's format, "
             "thing_classes otherwise"
         )
     if warn:
         logger.warning(f"the classes of the model are not those of the data set: {both}")
+
+
+def _spelling(name: str) -> str:
+    return str(name).strip().casefold()
 
 
 def shown(names: Sequence[str]) -> str:

@@ -57,7 +57,7 @@ class Trainer(DefaultTrainer):
         PathManager.mkdirs(cfg.OUTPUT_DIR)
         check_num_classes(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
         choose_class_names(cfg)
-        for name in cfg.DATASETS.TEST:  # other differences were told by check_num_classes
+        for name in [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]:  # other differences were told by check_num_classes
             check_class_names(cfg.MODEL.CLASS_NAMES, "the training data", name, warn=False)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
