@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from coco_files import HEIGHT, WIDTH, Change, each, squares, write
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from querymask.common.data.annotations import (
@@ -23,6 +23,7 @@ from querymask.common.data.annotations import (
     load_coco_json,
     read_coco,
 )
+from querymask.common.data.training_set import read_training_set
 from querymask.common.evaluation.results import evaluate_results, register_annotations
 
 HUGE = 10**400  # JSON has no limit, float has
@@ -162,3 +163,21 @@ def test_box_near_the_corner_is_read_as_the_others(corners: bool) -> None:
     assert (
         clean_record(clean["annotations"][0], ImageInfo("a.png", HEIGHT, WIDTH), "", Findings(""))["bbox"] == boxes[0]
     )
+
+
+def test_data_sets_of_background_beside_others(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("querymask"), "propagate", True)
+    record = {"file_name": "a.png", "height": HEIGHT, "width": WIDTH, "image_id": 1}
+    objects = [{**a, "category_id": 0, "bbox_mode": BoxMode.XYWH_ABS} for a in squares()["annotations"]]
+    for name, annotations in (("objects", objects), ("background", [])):
+        DatasetCatalog.register(name, lambda annotations=annotations: [{**record, "annotations": annotations}])
+    try:
+        assert len(read_training_set(["objects", "background"])) == 2
+        assert "data set background: its 1 images have no annotations, and count as background" in caplog.text
+        with pytest.raises(AnnotationError, match="background: there is no object to train on"):
+            read_training_set(["background", "background"])
+    finally:
+        for name in ("objects", "background"):
+            DatasetCatalog.remove(name)

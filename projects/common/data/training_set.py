@@ -41,10 +41,12 @@ def read_training_set(
     entries: Entries = []
     for name in names:
         found = read_dataset(name)
-        _require_annotations(name, found)
+        _require_annotations(name, found, alone=len(names) == 1)
         if masks:
             _require_masks(name, found)
         entries += found
+    if not any(_instances(entry) for entry in entries):
+        raise AnnotationError(f"{', '.join(names)}: there is no object to train on. Look into the lines above.")
     _show_classes(names, entries)
     counts = {i: len(_instances(entry)) for i, entry in enumerate(entries)}
     if num_queries is not None and (highest := max(counts.values())) > num_queries:
@@ -72,7 +74,8 @@ def _instances(entry: dict[str, Any]) -> list[dict[str, Any]]:
     return [annotation for annotation in entry["annotations"] if not annotation["iscrowd"]]
 
 
-def _require_annotations(name: str, entries: Entries) -> None:
+def _require_annotations(name: str, entries: Entries, alone: bool) -> None:
+    """Raise the error, or write a line where others than this data set may have objects: it may be background."""
     if not entries:
         raise AnnotationError(f"data set {name}: it has no images. Look into what it is registered with.")
     lacking = [entry for entry in entries if "annotations" not in entry]
@@ -83,6 +86,9 @@ def _require_annotations(name: str, entries: Entries) -> None:
         )
     total = sum(len(entry["annotations"]) for entry in entries)
     crowds = total - sum(len(_instances(entry)) for entry in entries)
+    if total == 0 and not alone:
+        logger.warning(f"data set {name}: its {len(entries)} images have no annotations, and count as background")
+        return
     if total == 0:
         raise AnnotationError(
             f"data set {name}: its {len(entries)} images have no annotations: there is nothing to train on. Is it the "
