@@ -25,7 +25,11 @@ Annotation = dict[str, Any]
 
 def corners(annotation: Annotation) -> None:
     """XYXY in place of XYWH, where the mask or the area shows it; not of what is XYXY already."""
-    if not annotation.setdefault("corners", False) and _is_box(annotation.get("bbox")) and (annotation.get("area") or isinstance(annotation["segmentation"], list)):
+    if (
+        not annotation.setdefault("corners", False)
+        and _is_box(annotation.get("bbox"))
+        and (annotation.get("area") or isinstance(annotation["segmentation"], list))
+    ):
         x, y, w, h = annotation["bbox"]
         annotation.update(bbox=[x, y, x + w, y + h], corners=True)
 
