@@ -15,6 +15,11 @@ def xyxy_to_cxcywh(boxes: torch.Tensor) -> torch.Tensor:
     return torch.cat((0.5 * (low + high), high - low), dim=-1)
 
 
+def area(sides: torch.Tensor) -> torch.Tensor:
+    """Width times height: (..., 2) -> (...). The gradient of ``prod`` would look for zeros, which makes a GPU wait."""
+    return sides[..., 0] * sides[..., 1]
+
+
 def generalized_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Generalised IoU of XYXY boxes (Rezatofighi et al. 2019), element by element with broadcasting.
 
@@ -28,9 +33,9 @@ def generalized_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         (...), in [-1, 1].
     """
     a_low, a_high, b_low, b_high = a[..., :2], a[..., 2:], b[..., :2], b[..., 2:]
-    intersection = (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0).prod(-1)
-    hull = (torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low)).clamp(min=0).prod(-1)
-    union = (a_high - a_low).prod(-1) + (b_high - b_low).prod(-1) - intersection
+    intersection = area((torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0))
+    hull = area((torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low)).clamp(min=0))
+    union = area(a_high - a_low) + area(b_high - b_low) - intersection
     return intersection / union - (hull - union) / hull
 
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from detectron2.structures import ImageList
 
+from querymask.common.transfer import to_device
+
 
 def batch_images(
     batched_inputs: Sequence[Mapping[str, Any]], mean: torch.Tensor, std: torch.Tensor, size_divisibility: int = 0
@@ -18,7 +20,7 @@ def batch_images(
         mean, std: (3, 1, 1), on the model's device.
         size_divisibility: height and width of the batch are multiples of it; 0: the largest height and width.
     """
-    images = [(item["image"].to(mean.device) - mean) / std for item in batched_inputs]
+    images = [(to_device(item["image"], mean.device) - mean) / std for item in batched_inputs]
     batch = ImageList.from_tensors(images, size_divisibility)
     if batch.tensor.device.type == "cpu":  # convolutions on CPU are faster so, and tokens of a map need no copy
         batch.tensor = batch.tensor.contiguous(memory_format=torch.channels_last)

@@ -9,6 +9,7 @@ from detectron2.structures import BitMasks, Instances
 from torchvision.ops import roi_align
 
 from querymask.common.precision import full_precision
+from querymask.common.transfer import masks_to_device, numbers_to_device
 
 
 def instance_masks(instances: Instances) -> torch.Tensor:
@@ -23,7 +24,7 @@ def instance_masks(instances: Instances) -> torch.Tensor:
         return torch.zeros(0, *instances.image_size, dtype=torch.bool, device=instances.gt_classes.device)
     if not isinstance(masks, BitMasks):
         masks = BitMasks.from_polygon_masks(masks, *instances.image_size)
-    return masks.tensor.to(instances.gt_classes.device)
+    return masks_to_device(masks.tensor, instances.gt_classes.device)
 
 
 def crop_masks(masks: torch.Tensor, boxes: torch.Tensor, size: int, index: torch.Tensor | None = None) -> torch.Tensor:
@@ -68,12 +69,13 @@ def paste_masks(maps: torch.Tensor, boxes: torch.Tensor, height: int, width: int
     if not maps.is_floating_point():
         maps = maps.to(boxes.dtype)
     low, high = boxes[:, :2], boxes[:, 2:]
-    visible = ((low < high) & (high > 0) & (low < boxes.new_tensor([width, height]))).all(1)
-    if visible.all():
+    limit = numbers_to_device([width, height], boxes.dtype, boxes.device)
+    visible = ((low < high) & (high > 0) & (low < limit)).all(1)
+    if boxes.device.type == "cpu" and visible.all():  # a GPU would have to be waited for
         return paste_masks_in_image(maps, boxes, (height, width), threshold=threshold)
-    masks = torch.zeros((len(maps), height, width), dtype=torch.bool, device=maps.device)
-    masks[visible] = paste_masks(maps[visible], boxes[visible], height, width, threshold)
-    return masks
+    anywhere = torch.cat([torch.zeros_like(limit), torch.ones_like(limit)])
+    masks = paste_masks_in_image(maps, boxes.where(visible[:, None], anywhere), (height, width), threshold=threshold)
+    return masks.logical_and_(visible[:, None, None])
 
 
 def resize_masks(masks: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from scipy.optimize import linear_sum_assignment
 
 from querymask.common.compat import has_event_storage
 from querymask.common.precision import full_precision
+from querymask.common.transfer import numbers_to_device
 
 
 @dataclass
@@ -100,9 +101,28 @@ def hungarian_assignment(terms: Mapping[str, torch.Tensor], targets: Targets) ->
         FloatingPointError: a cost is nan or infinite; names iteration, layer, image, cost term, and whether
             predictions or targets are at fault.
     """
+    return hungarian_assignments([(terms, targets)])[0]
+
+
+def hungarian_assignments(problems: Sequence[tuple[Mapping[str, torch.Tensor], Targets]]) -> list[Assignment]:
+    """:func:`hungarian_assignment` of several problems, whose costs are copied to the host at once.
+
+    Args:
+        problems: one or more, each of terms and targets.
+    """
+    costs = [torch.stack([full_precision(term) for term in terms.values()]).sum(0) for terms, _ in problems]
+    host = torch.cat([cost.flatten() for cost in costs]).cpu().split([cost.numel() for cost in costs])
+    return [
+        _assign(terms, targets, values.view_as(cost).numpy(), cost.device)
+        for (terms, targets), values, cost in zip(problems, host, costs, strict=True)
+    ]
+
+
+def _assign(
+    terms: Mapping[str, torch.Tensor], targets: Targets, matrices: np.ndarray, device: torch.device
+) -> Assignment:
+    """The assignment at the costs (N, B, Q, T), on the device."""
     counts = targets.counts
-    cost = torch.stack([full_precision(term) for term in terms.values()]).sum(0)
-    matrices = cost.cpu().numpy()
     starts = [sum(counts[:b]) for b in range(len(counts))]
     pairs: tuple[list[int], ...] = ([], [], [], [])
     for layer in range(len(matrices)):
@@ -115,7 +135,7 @@ def hungarian_assignment(terms: Mapping[str, torch.Tensor], targets: Targets) ->
             pairs[1].extend([b] * len(rows))
             pairs[2].extend(rows.tolist())
             pairs[3].extend((columns + starts[b]).tolist())
-    packed = torch.tensor(pairs, dtype=torch.int64).view(4, -1).to(cost.device)
+    packed = numbers_to_device(pairs, torch.int64, device).view(4, -1)
     return Assignment(*packed, num_layers=len(matrices))
 
 

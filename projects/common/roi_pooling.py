@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from querymask.common.precision import full_precision
+from querymask.common.transfer import numbers_to_device
 
 CANONICAL_SIZE, CANONICAL_LEVEL = 224, 4
 """A box of this side (pixels) goes to the level of stride 2 ** 4; twice the side, one level higher."""
@@ -35,9 +36,9 @@ class FeaturePyramid:
         sizes = [(x.shape[2], x.shape[3]) for x in maps]
         cells = [x.shape[0] * height * width for x, (height, width) in zip(maps, sizes, strict=True)]
         # (L, 4): height, width, first row, stride
-        self._geometry = torch.tensor(
-            [(*size, sum(cells[:i]), strides[i]) for i, size in enumerate(sizes)], dtype=torch.int64
-        ).to(device, non_blocking=True)
+        self._geometry = numbers_to_device(
+            [(*size, sum(cells[:i]), strides[i]) for i, size in enumerate(sizes)], torch.int64, device
+        )
         self._rows = torch.cat([full_precision(x).permute(0, 2, 3, 1).flatten(0, 2) for x in maps])
 
     def level_of(self, boxes: torch.Tensor) -> torch.Tensor:

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from querymask.common.losses import sigmoid_focal_loss
-from querymask.common.matching import Assignment, Targets, hungarian_assignment
+from querymask.common.matching import Assignment, Targets, hungarian_assignments
 from querymask.common.precision import full_precision
 from querymask.common.processes import Processes
+from querymask.common.transfer import numbers_to_device
 
 
 @dataclass
@@ -51,12 +52,20 @@ class SetCriterion(nn.Module):
 
     def match(self, outputs: Any, targets: Targets) -> Assignment:
         """Assign targets to queries, without gradient."""
-        with torch.no_grad():
-            return hungarian_assignment(self.cost_terms(outputs, targets), targets)
+        return self.match_all([(outputs, targets)])[0]
 
-    def forward(self, outputs: Any, targets: Targets) -> dict[str, torch.Tensor]:
-        """Losses before their weights; the last layer's have no suffix, layer i's end in ``_i``."""
-        assignment = self.match(outputs, targets)
+    def match_all(self, pairs: Sequence[tuple[Any, Targets]]) -> list[Assignment]:
+        """:meth:`match` of several outputs with their targets; a GPU is waited for only once."""
+        with torch.no_grad():
+            return hungarian_assignments([(self.cost_terms(*pair), pair[1]) for pair in pairs])
+
+    def forward(self, outputs: Any, targets: Targets, assignment: Assignment | None = None) -> dict[str, torch.Tensor]:
+        """Losses before their weights; the last layer's have no suffix, layer i's end in ``_i``.
+
+        Args:
+            assignment: of the targets, where it is known already.
+        """
+        assignment = assignment or self.match(outputs, targets)
         normalizers = normalizers_over_processes(assignment, targets)
         losses = {}
         for name, values in self.layer_losses(outputs, targets, assignment, normalizers).items():
@@ -82,7 +91,7 @@ def normalizers_over_processes(assignment: Assignment, targets: Targets) -> Norm
     """
     counts = [float(sum(targets.counts)), float(assignment.pairs_per_layer())]
     processes = Processes()
-    totals = processes.total(torch.tensor(counts, device=targets.labels.device))
+    totals = processes.total(numbers_to_device(counts, torch.get_default_dtype(), targets.labels.device))
     return Normalizers(*totals.clamp(min=1) / processes.count)
 
 
@@ -114,7 +123,7 @@ def class_error(logits: torch.Tensor, labels: torch.Tensor, assignment: Assignme
     """Percentage of the last layer's matched queries whose best class is wrong; 100 without targets. For logging."""
     n = assignment.pairs_per_layer()
     if not n:
-        return logits.new_tensor(100.0)
+        return logits.new_full((), 100.0)
     predicted = assignment.select(logits)[-n:].argmax(-1)
     return 100 - 100 * (predicted == labels[assignment.target[-n:]]).to(logits.dtype).mean()
 
@@ -132,4 +141,4 @@ def cardinality_error(logits: torch.Tensor, counts: Sequence[int]) -> torch.Tens
         (N,)
     """
     predicted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)
-    return (predicted - torch.tensor(counts, device=logits.device)).abs().to(logits.dtype).mean(-1)
+    return (predicted - numbers_to_device(counts, torch.int64, logits.device)).abs().to(logits.dtype).mean(-1)

@@ -152,15 +152,15 @@ class SparseMap:
         lower right child.
         """
         num_active, device = len(self.active), self.index_map.device
-        children = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]], dtype=torch.int32, device=device)
-        scale = torch.tensor([1, 2, 2], dtype=torch.int32, device=device)
-        cells = (self.cells.unsqueeze(1) * scale + children).view(-1, 3)
+        child = torch.arange(4, dtype=torch.int32, device=device)  # of cell (y, x): 2 * (y % 2) + x % 2
+        region, y, x = (value[:, None].expand(-1, 4) for value in self.cells.unbind(1))
+        cells = torch.stack([region, 2 * y + (child >> 1), 2 * x + (child & 1)], -1).view(-1, 3)
         regions, height, width = self.index_map.shape
         parents = self.index_map.view(regions, height, 1, width, 1)
-        child = torch.arange(4, dtype=torch.int32, device=device).view(2, 1, 2)  # of cell (y, x): 2 * (y % 2) + x % 2
-        index_map = torch.where(parents < num_active, 4 * parents + child, parents + 3 * num_active)
+        index_map = torch.where(parents < num_active, 4 * parents + child.view(2, 1, 2), parents + 3 * num_active)
         index_map = index_map.view(regions, 2 * height, 2 * width)
-        return SparseMap(self.active.repeat_interleave(4, 0), self.passive, index_map, cells)
+        active = self.active[:, None].expand(-1, 4, -1).flatten(0, 1)
+        return SparseMap(active, self.passive, index_map, cells)
 
     def replace_active(self, active: Tensor) -> "SparseMap":
         """The same map with other active features [N_A, F]."""

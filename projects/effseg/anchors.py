@@ -11,6 +11,7 @@ from torch import Tensor
 
 from querymask.common.boxes import cxcywh_to_xyxy
 from querymask.common.deformable_attention import cell_centers
+from querymask.common.transfer import numbers_to_device
 
 SIZES_PER_OCTAVE = 3
 ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height over width
@@ -35,7 +36,7 @@ def make_anchors(
         (A, 4), A being the sum of H_l * W_l * 9.
     """
     octaves = torch.arange(SIZES_PER_OCTAVE, dtype=dtype, device=device) / SIZES_PER_OCTAVE
-    aspects = torch.tensor(ASPECT_RATIOS, dtype=dtype, device=device)
+    aspects = numbers_to_device(ASPECT_RATIOS, dtype, device)
     widths = BASE_SIDE * torch.exp2(octaves)[:, None] / aspects.sqrt()
     sizes = torch.stack([widths, aspects * widths], dim=-1).view(-1, 2)  # of one cell's anchors, in cells
     anchors = []

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from querymask.common.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from querymask.common.boxes import area, cxcywh_to_xyxy, xyxy_to_cxcywh
 from querymask.common.losses import sigmoid_focal_loss
 from querymask.common.precision import full_precision
 from querymask.common.processes import Processes
+from querymask.common.transfer import numbers_to_device
 from querymask.effseg.anchors import encode_deltas
 from querymask.effseg.fqdet import FQDetOutput
 
@@ -39,6 +40,11 @@ class Matches:
     query: Tensor
     target: Tensor
 
+    def flat_target(self, counts: Sequence[int]) -> Tensor:
+        """(F,) numbers among the targets of all images, of which each has so many as ``counts`` says."""
+        starts = [sum(counts[:image]) for image in range(len(counts))]
+        return numbers_to_device(starts, torch.int64, self.image.device)[self.image] + self.target
+
     def limit(self, number: int, num_images: int, processes: Processes) -> "Matches":
         """At most ``number`` of them, a random choice among those of all processes; 0: all.
 
@@ -51,7 +57,10 @@ class Matches:
             return self
         device = self.query.device
         order = processes.draw(lambda n: torch.randperm(n, device=device).argsort(), self.image, num_images)
-        (kept,) = (order < number).nonzero(as_tuple=True)
+        if processes.count == 1:  # all numbers below that of the matches: a GPU need not be asked how many remain
+            kept = order.argsort()[:number].sort().values
+        else:
+            (kept,) = (order < number).nonzero(as_tuple=True)
         return Matches(self.image[kept], self.query[kept], self.target[kept])
 
 
@@ -79,7 +88,7 @@ def rank_anchors(anchors: Tensor, boxes: Tensor, count: int = MATCHED_RANKS) -> 
     return torch.cat(indices, dim=1).gather(1, order).t()
 
 
-def match_queries(ranked: Tensor, selected: Tensor, num_anchors: int) -> tuple[Tensor, Tensor]:
+def match_queries(ranked: Tensor, selected: Tensor, num_anchors: int) -> Tensor:
     """Matches the queries of an image by the ranks of their anchors.
 
     A query that several targets claim goes to the one where its rank is best, the first of those at equal ranks.
@@ -90,17 +99,16 @@ def match_queries(ranked: Tensor, selected: Tensor, num_anchors: int) -> tuple[T
         num_anchors: A.
 
     Returns:
-        (F,) queries, ascending, and (F,) their targets.
+        (Q,) the target of each query; -1: none.
     """
     ranks, num_targets = ranked.shape
     if num_targets == 0:
-        return selected.new_zeros(0), selected.new_zeros(0)
+        return torch.full_like(selected, -1)
     claims = torch.arange(ranks * num_targets, device=selected.device).view(ranks, num_targets)  # better ones are lower
     best = torch.full((num_anchors,), ranks * num_targets, device=selected.device)
     best = best.scatter_reduce(0, ranked.flatten(), claims.flatten(), "amin")
     claim = best[selected]
-    (queries,) = (claim < ranks * num_targets).nonzero(as_tuple=True)
-    return queries, claim[queries] % num_targets
+    return torch.where(claim < ranks * num_targets, claim % num_targets, -1)
 
 
 def extended_iou_loss(boxes: Tensor, targets: Tensor, beta: float = 0.1) -> Tensor:
@@ -117,8 +125,8 @@ def extended_iou_loss(boxes: Tensor, targets: Tensor, beta: float = 0.1) -> Tens
     hull = torch.minimum(boxes[:, :2], targets[:, :2])
     inner, outer = torch.minimum(low, high) - hull, torch.maximum(low, high) - hull
     low, high = low - hull, high - hull
-    intersection = high.prod(1) + inner.prod(1) - low[:, 0] * outer[:, 1] - outer[:, 0] * low[:, 1]
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1) + (targets[:, 2:] - targets[:, :2]).prod(1)
+    intersection = area(high) + area(inner) - low[:, 0] * outer[:, 1] - outer[:, 0] * low[:, 1]
+    areas = area(boxes[:, 2:] - boxes[:, :2]) + area(targets[:, 2:] - targets[:, :2])
     miss = 1 - intersection / (areas - intersection + 1e-7)
     return torch.where(miss < beta, miss.square() / (2 * beta), miss - beta / 2)
 
@@ -162,8 +170,8 @@ class FQDetCriterion(nn.Module):
             segmentation head uses too.
         """
         matches, selection = self._match(output, boxes)
-        targets = torch.cat([b[matches.target[matches.image == i]] for i, b in enumerate(boxes)])
-        classes = torch.cat([c[matches.target[matches.image == i]] for i, c in enumerate(labels)])
+        rows = matches.flat_target([len(b) for b in boxes])
+        targets, classes = torch.cat(list(boxes))[rows], torch.cat(list(labels))[rows]
         predicted = output.boxes[matches.image, matches.query]
         losses = {
             "loss_selection": self.selection_weight * sigmoid_focal_loss(output.selection_logits, selection).sum(),
@@ -177,15 +185,14 @@ class FQDetCriterion(nn.Module):
     def _match(self, output: FQDetOutput, boxes: Sequence[Tensor]) -> tuple[Matches, Tensor]:
         """The matches, and 1 for the anchors (B, A) that are to be selected."""
         selection = torch.zeros_like(output.selection_logits)
-        images, queries, targets = [], [], []
+        matched = []
         for image, target_boxes in enumerate(boxes):
             ranked = rank_anchors(output.anchors, target_boxes.to(output.anchors))
-            selection[image, ranked[:SELECTED_RANKS].flatten()] = 1
-            query, target = match_queries(ranked, output.selected[image], len(output.anchors))
-            images.append(torch.full_like(query, image))
-            queries.append(query)
-            targets.append(target)
-        return Matches(torch.cat(images), torch.cat(queries), torch.cat(targets)), selection
+            selection[image].index_fill_(0, ranked[:SELECTED_RANKS].flatten(), 1)
+            matched.append(match_queries(ranked, output.selected[image], len(output.anchors)))
+        targets = torch.stack(matched)
+        images, queries = (targets >= 0).nonzero(as_tuple=True)  # of all images, as each time makes a GPU wait
+        return Matches(images, queries, targets[images, queries]), selection
 
     def _class_loss(
         self, logits: Tensor, matches: Matches, classes: Tensor, predicted: Tensor, targets: Tensor
@@ -213,5 +220,5 @@ class FQDetCriterion(nn.Module):
 
 def paired_iou(a: Tensor, b: Tensor) -> Tensor:
     """IoU of boxes (n, 4) x0, y0, x1, y1, pair by pair."""
-    overlap = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0).prod(1)
-    return overlap / ((a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - overlap)
+    overlap = area((torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0))
+    return overlap / (area(a[:, 2:] - a[:, :2]) + area(b[:, 2:] - b[:, :2]) - overlap)

@@ -25,6 +25,7 @@ from querymask.common.masks import instance_masks
 from querymask.common.meta_arch import QuerySegmenter, feature_channels
 from querymask.common.precision import full_precision
 from querymask.common.processes import Processes
+from querymask.common.transfer import instances_to_device, to_device
 from querymask.effseg.criterion import FQDetCriterion, Matches
 from querymask.effseg.fqdet import Detections, FQDet, FQDetOutput, detect
 from querymask.effseg.heads.build import build_mask_head
@@ -135,7 +136,7 @@ class EffSeg(QuerySegmenter):
     def training_losses(self, images: ImageList, batched_inputs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Weighted losses of a batch of normalised images, whose mean over the processes is the whole batch's loss."""
         maps, output = self.predict(images)
-        instances = [item["instances"].to(self.device) for item in batched_inputs]
+        instances = [instances_to_device(item["instances"], self.device) for item in batched_inputs]
         boxes = [x.gt_boxes.tensor for x in instances]
         labels = [x.gt_classes for x in instances]
         losses, matches = self.criterion(output, boxes, labels)
@@ -180,12 +181,14 @@ class EffSeg(QuerySegmenter):
             boxes = Boxes(found.boxes.clone())
             boxes.clip((height, width))
             boxes.scale(size[1] / width, size[0] / height)
-            scores, kept = found.scores, boxes.nonempty()
+            scores, labels, queries, kept = found.scores, found.labels, found.queries, boxes.nonempty()
             if self.mask_head is not None:
                 region, probabilities, region_boxes = self.segment(maps, output, image, found, canvas_size(images))
                 masks, certainty = paste_and_resize(
                     probabilities, region_boxes, canvas_size(images), (height, width), size, self.mask_export
                 )
+                boxes = Boxes(to_device(boxes.tensor, self.device))
+                scores, labels, queries, kept = (to_device(x, self.device) for x in (scores, labels, queries, kept))
                 scores = scores * certainty[region]
                 kept = kept & masks.flatten(1).any(1)[region]
             (rows,) = kept.nonzero(as_tuple=True)
@@ -193,15 +196,15 @@ class EffSeg(QuerySegmenter):
             instances = Instances(size)
             instances.pred_boxes = boxes[rows]
             instances.scores = scores[rows]
-            instances.pred_classes = found.labels[rows]
-            instances.pred_queries = found.queries[rows]
+            instances.pred_classes = labels[rows]
+            instances.pred_queries = queries[rows]
             if self.mask_head is not None:
                 instances.pred_masks = masks[region[rows]]
-            results.append(instances)
+            results.append(instances_to_device(instances, self.device))
         return results
 
     def select(self, output: FQDetOutput, image: int) -> Detections:
-        """The pairs of query and class that count in an image, by descending probability."""
+        """The pairs of query and class that count in an image, by descending probability, on the CPU."""
         return detect(
             full_precision(output.class_logits[image]),
             output.boxes[image],
@@ -237,6 +240,7 @@ class EffSeg(QuerySegmenter):
         else:
             queries, region = found.queries.unique(return_inverse=True)
             labels = torch.zeros_like(queries)
+        region, queries, labels = (to_device(x, self.device) for x in (region, queries, labels))
         images = torch.zeros_like(queries)
         return region, queries, Regions(output.boxes[image, queries], images, output.queries[image, queries], labels)
 
@@ -272,10 +276,9 @@ def matched_regions(output: FQDetOutput, matches: Matches, labels: Sequence[Tens
 
     As in the release, the box head learns nothing from masks, although EffSeg reads maps at places within the boxes.
     """
-    starts = torch.tensor([0, *(len(x) for x in labels[:-1])], device=matches.image.device).cumsum(0)
     return Regions(
         boxes=output.boxes.detach()[matches.image, matches.query],
         images=matches.image,
         queries=output.queries[matches.image, matches.query],
-        labels=torch.cat(list(labels))[starts[matches.image] + matches.target],
+        labels=torch.cat(list(labels))[matches.flat_target([len(x) for x in labels])],
     )

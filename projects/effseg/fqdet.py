@@ -22,7 +22,9 @@ from torchvision.ops import nms
 
 from querymask.common.deformable_attention import DeformableAttention, flatten_levels
 from querymask.common.precision import full_precision, without_autocast
+from querymask.common.transfer import numbers_to_device
 from querymask.effseg.anchors import ANCHORS_PER_CELL, apply_deltas, make_anchors
+from querymask.effseg.grouping import group_rows
 
 PRIOR_PROBABILITY = 0.01  # of an anchor being selected, at first
 NORM_GROUPS = 8
@@ -252,7 +254,8 @@ class FQDet(nn.Module):
         selected = logits.detach().topk(self.num_queries, dim=1).indices.sort(dim=1).values
         queries = full_precision(self._transit(tokens, selected))  # and so are the sums along the layers
         query_anchors = anchors[selected]
-        relative = query_anchors / query_anchors.new_tensor([image_size[1], image_size[0]] * 2)
+        sides = numbers_to_device([image_size[1], image_size[0]] * 2, query_anchors.dtype, query_anchors.device)
+        relative = query_anchors / sides
         with without_autocast(tokens.device):
             positions = None if self.anchor_encoder is None else self.anchor_encoder(relative)
         for layer in self.layers:
@@ -265,18 +268,15 @@ class FQDet(nn.Module):
     def _transit(self, tokens: Tensor, selected: Tensor) -> Tensor:
         """The features at the selected anchors' cells, through the layer of each anchor's shape."""
         cells = (selected // ANCHORS_PER_CELL)[..., None].expand(-1, -1, tokens.shape[2])
-        features = tokens.gather(1, cells)
-        shape = selected % ANCHORS_PER_CELL
-        queries = torch.zeros_like(features)
-        for index, transition in enumerate(self.transitions):
-            chosen = shape == index
-            queries = queries.masked_scatter(chosen[..., None], transition(features[chosen]))
-        return queries
+        features = tokens.gather(1, cells).flatten(0, 1)
+        rows = group_rows((selected % ANCHORS_PER_CELL).flatten(), ANCHORS_PER_CELL)
+        queries = [transition(features[own]) for transition, own in zip(self.transitions, rows, strict=True)]
+        return torch.cat(queries)[torch.cat(rows).argsort()].unflatten(0, selected.shape)
 
 
 @dataclass(frozen=True)
 class Detections:
-    """The detections of one image, by descending score.
+    """The detections of one image, by descending score, on the CPU.
 
     Attributes:
         queries: (D,) numbers of their queries.
@@ -296,6 +296,9 @@ def detect(
 ) -> Detections:
     """Picks the detections of one image: the highest pairs of query and class, then NMS within each class.
 
+    The candidates are copied to the host at once, as how many remain must be known there anyway: a GPU is waited for
+    only once.
+
     Args:
         class_logits: (Q, K + 1), the last class being "no object".
         boxes: (Q, 4) x0, y0, x1, y1.
@@ -308,10 +311,13 @@ def detect(
         scores = scores.masked_fill(((boxes[:, 2:] <= boxes[:, :2]).any(1))[:, None], -1)
     num_classes = scores.shape[1]
     scores, pairs = scores.flatten().topk(min(CANDIDATES, scores.numel()))
-    pairs, scores = pairs[scores >= 0], scores[scores >= 0]
-    queries, labels = pairs // num_classes, pairs % num_classes
-    kept = nms_within_classes(boxes[queries].double(), scores.double(), labels, nms_threshold)[:max_detections]
-    return Detections(queries[kept], labels[kept], scores[kept], boxes[queries[kept]])
+    columns = (boxes[pairs // num_classes].double(), scores.double()[:, None], pairs.double()[:, None])
+    candidates = torch.cat(columns, 1).cpu()  # float64 has room for all of them
+    candidates = candidates[candidates[:, 4] >= 0]
+    labels = candidates[:, 5].long() % num_classes
+    kept = nms_within_classes(candidates[:, :4], candidates[:, 4], labels, nms_threshold)[:max_detections]
+    queries = candidates[kept, 5].long() // num_classes
+    return Detections(queries, labels[kept], candidates[kept, 4].to(scores.dtype), candidates[kept, :4].to(boxes.dtype))
 
 
 def nms_within_classes(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tensor:

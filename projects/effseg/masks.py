@@ -11,6 +11,7 @@ from torch import Tensor
 
 from querymask.common.masks import resize_masks
 from querymask.common.precision import full_precision
+from querymask.common.transfer import numbers_to_device
 
 THRESHOLD = 0.5
 """Foreground is what exceeds it."""
@@ -83,7 +84,8 @@ def paste_and_resize(
         binary[:, slice(*rows), slice(*columns)] = pasted > THRESHOLD
         masks[part] = resize_masks(binary[:, : image_size[0], : image_size[1]], *size)
     if export == "paste":
-        boxes = boxes * boxes.new_tensor([size[1] / image_size[1], size[0] / image_size[0]] * 2)
+        scale = [size[1] / image_size[1], size[0] / image_size[0]] * 2
+        boxes = boxes * numbers_to_device(scale, boxes.dtype, boxes.device)
         for part, rows, columns in _parts(boxes, size):
             pasted = paste_probabilities(maps[part], boxes[part].to(maps.dtype), rows, columns)
             masks[part, slice(*rows), slice(*columns)] = pasted > THRESHOLD

@@ -5,7 +5,7 @@ Letters: n regions, B images, C width of maps and queries, S side of a mask.
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torchvision.ops import roi_align
 
 from querymask.common.precision import full_precision
 from querymask.common.processes import Processes
+from querymask.effseg.grouping import group_rows
 
 ROI_SIZE = 14
 """Cells a side of a region at first."""
@@ -37,6 +38,7 @@ class Regions:
     images: Tensor
     queries: Tensor
     labels: Tensor
+    _rows: dict[int, list[Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -47,6 +49,16 @@ class Regions:
         sides = full_precision(self.boxes.detach())
         sides = ((sides[:, 2] - sides[:, 0]) * (sides[:, 3] - sides[:, 1])).sqrt()
         return torch.floor(torch.log2(sides / CANONICAL_SIDE + 1e-6)).nan_to_num().clamp(0, NUM_MAPS - 1).long()
+
+    def rows_of_images(self, count: int) -> list[Tensor]:
+        """The rows (n_i,) of every image, ascending; found once.
+
+        Args:
+            count: of images.
+        """
+        if count not in self._rows:
+            self._rows[count] = group_rows(self.images, count)
+        return self._rows[count]
 
     def __getitem__(self, rows: Tensor) -> "Regions":
         return Regions(self.boxes[rows], self.images[rows], self.queries[rows], self.labels[rows])
@@ -79,10 +91,9 @@ def pool_regions(maps: Sequence[Tensor], regions: Regions, size: int = ROI_SIZE)
         (n, C, size, size) in full precision.
     """
     boxes = full_precision(regions.boxes.detach())
-    levels = regions.levels
+    rows_of_levels = group_rows(regions.levels, NUM_MAPS)
     pooled = full_precision(maps[0]).new_zeros(len(regions), maps[0].shape[1], size, size)
-    for level, feature in enumerate(full_precision(x) for x in maps[:NUM_MAPS]):
-        rows = (levels == level).nonzero().flatten()
+    for level, (rows, feature) in enumerate(zip(rows_of_levels, map(full_precision, maps))):
         rois = torch.cat([regions.images[rows, None].to(boxes.dtype), boxes[rows]], dim=1)
         crops = roi_align(feature, rois.to(feature.dtype), size, 0.25 / 2**level, sampling_ratio=0, aligned=True)
         pooled = pooled.index_copy(0, rows, crops)

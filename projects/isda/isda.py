@@ -30,6 +30,7 @@ from querymask.common.matching import Targets
 from querymask.common.meta_arch import QuerySegmenter, feature_channels, image_names
 from querymask.common.postprocessing import select_top_scores
 from querymask.common.precision import full_precision
+from querymask.common.transfer import instances_to_device
 from querymask.isda.criterion import ISDACriterion, ISDAOutput
 from querymask.isda.mask_features import MaskFeatureHead
 from querymask.isda.masks import mask_logits, maskness, reduce_masks, resize_masks
@@ -196,7 +197,7 @@ class ISDA(QuerySegmenter):
         dtype = full_precision(outputs.logits).dtype
         counts, labels, masks = [], [], []
         for item in batched_inputs:
-            instances = item["instances"].to(self.device)
+            instances = instances_to_device(item["instances"], self.device)
             counts.append(len(instances))
             labels.append(instances.gt_classes)
             masks.append(reduce_masks(instance_masks(instances), self.mask_stride, size, dtype))

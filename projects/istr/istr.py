@@ -26,6 +26,7 @@ from querymask.common.meta_arch import QuerySegmenter, image_names
 from querymask.common.postprocessing import select_top_scores
 from querymask.common.precision import full_precision
 from querymask.common.roi_pooling import FeaturePyramid
+from querymask.common.transfer import instances_to_device, numbers_to_device, to_device
 from querymask.istr.criterion import ISTRCriterion, ISTROutput, ISTRTargets, check_mask_cost
 from querymask.istr.mask_head import MaskCode, build_mask_head
 from querymask.istr.stage import RefinementStage
@@ -189,8 +190,8 @@ class ISTR(QuerySegmenter):
         levels = self.backbone(images.tensor)
         maps = [levels[name] for name in self.in_features]
         pyramid = FeaturePyramid(maps, self.strides)
-        scale = torch.tensor([[width, height, width, height] for height, width in images.image_sizes])
-        scale = scale.to(self.init_proposal_boxes.weight, non_blocking=True)
+        sides = [[width, height, width, height] for height, width in images.image_sizes]
+        scale = numbers_to_device(sides, self.init_proposal_boxes.weight.dtype, self.device)
 
         queries = self.initial_queries(maps)
         boxes = cxcywh_to_xyxy(self.init_proposal_boxes.weight) * scale[:, None]
@@ -230,7 +231,7 @@ class ISTR(QuerySegmenter):
     def all_codes(self, outputs: ISTROutput) -> list[MaskCode]:
         """Mask codes of all queries, per stage; only the last stage's where the others have no loss."""
         batch = outputs.logits.shape[1]
-        images = torch.arange(batch, device=self.device).repeat_interleave(self.num_queries)
+        images = torch.arange(batch, device=self.device)[:, None].expand(-1, self.num_queries).flatten()
         codes = []
         for stage, (head, features, boxes) in enumerate(
             zip(outputs.mask_heads, outputs.features, outputs.boxes, strict=True)
@@ -243,12 +244,12 @@ class ISTR(QuerySegmenter):
         """Ground truth of a batch: relative boxes, cut-out masks and, where they are always the same, their vectors."""
         counts, labels, boxes, all_masks, crops = [], [], [], [], []
         for item in batched_inputs:
-            instances = item["instances"].to(self.device)
+            instances = instances_to_device(item["instances"], self.device)
             height, width = instances.image_size
             corners = instances.gt_boxes.tensor
             counts.append(len(instances))
             labels.append(instances.gt_classes)
-            boxes.append(corners.to(dtype) / corners.new_tensor([width, height, width, height]).to(dtype))
+            boxes.append(corners.to(dtype) / numbers_to_device([width, height, width, height], dtype, corners.device))
             if self.coding is not None:
                 masks = instance_masks(instances)
                 all_masks.append(masks)
@@ -279,13 +280,16 @@ class ISTR(QuerySegmenter):
         stage = -1 if stage is None else stage
         for image, (height, width) in enumerate(sizes):
             scores, queries, classes = select_top_scores(all_scores[image], self.detections_per_image)
-            scaling = outputs.scale.new_tensor([width, height, width, height]) / outputs.scale[image]
-            boxes = Boxes(outputs.boxes[stage, image, queries] * scaling)
+            sides = numbers_to_device([width, height, width, height], outputs.scale.dtype, outputs.scale.device)
+            scaling = sides / outputs.scale[image]
+            # On the host, where they are looked at twice, and which must know how many remain
+            boxes = Boxes((outputs.boxes[stage, image, queries] * scaling).cpu())
             boxes.clip((height, width))
-            kept = boxes.nonempty()
+            boxes = boxes[nonempty := boxes.nonempty()]
+            kept = to_device(nonempty.nonzero().flatten(), queries.device)
             queries = queries[kept]
             instances = Instances((height, width))
-            instances.pred_boxes = boxes[kept]
+            instances.pred_boxes = Boxes(to_device(boxes.tensor, queries.device))
             instances.scores = scores[kept]
             instances.pred_classes = classes[kept]
             instances.pred_queries = queries

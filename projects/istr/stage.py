@@ -148,7 +148,7 @@ class RefinementStage(nn.Module):
     def forward(self, pyramid: FeaturePyramid, boxes: torch.Tensor, features: torch.Tensor) -> StageOutput:
         """Refine boxes (B, Q, 4) XYXY in pixels with queries (B, Q, C)."""
         batch, number = boxes.shape[:2]
-        images = torch.arange(batch, device=boxes.device).repeat_interleave(number)
+        images = torch.arange(batch, device=boxes.device)[:, None].expand(-1, number).flatten()
         crops = pyramid.pool(boxes.flatten(0, 1), images, self.pool_size)
 
         attended = self.self_attn(features, features, features, need_weights=False)[0]

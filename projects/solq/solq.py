@@ -29,11 +29,12 @@ from querymask.common.images import padding_mask, resize_mask
 from querymask.common.layers import MLP, LevelProjections
 from querymask.common.mask_coding import MaskCoding, binarize_at_half_range, build_mask_coding
 from querymask.common.masks import crop_masks, instance_masks, paste_masks, stack_padded
-from querymask.common.matching import Targets
+from querymask.common.matching import Assignment, Targets
 from querymask.common.meta_arch import QuerySegmenter, feature_channels, image_names
 from querymask.common.postprocessing import select_top_scores
 from querymask.common.precision import full_precision
 from querymask.common.set_criterion import cardinality_error, class_error
+from querymask.common.transfer import instances_to_device, numbers_to_device
 from querymask.solq.criterion import SOLQCriterion, SOLQOutput
 from querymask.solq.sqr import SeparateMasks, SQRMaskBranch
 
@@ -187,8 +188,9 @@ class SOLQ(QuerySegmenter):
         """Weighted losses of a batch of normalised images."""
         decoded, outputs = self.predict(images)
         targets = self.encode_targets(batched_inputs, outputs.boxes.dtype)
-        self._log_statistics(decoded, outputs, targets)
-        return self.criterion.weigh(self.losses(decoded, outputs, targets))
+        assignments = self.match(decoded, outputs, targets)
+        self._log_statistics(decoded, outputs, targets, assignments[0])
+        return self.criterion.weigh(self.losses(decoded, outputs, targets, assignments))
 
     def inference(self, images: ImageList, sizes: Sequence[tuple[int, int]]) -> list[Instances]:
         """Detections of every image, scaled to (height, width) of ``sizes``."""
@@ -234,12 +236,13 @@ class SOLQ(QuerySegmenter):
         """Ground truth of a batch: normalised boxes, and masks coded once for all decoder layers or whole."""
         counts, labels, boxes, crops, masks = [], [], [], [], []
         for item in batched_inputs:
-            instances = item["instances"].to(self.device)
+            instances = instances_to_device(item["instances"], self.device)
             height, width = instances.image_size
             corners = instances.gt_boxes.tensor
             counts.append(len(instances))
             labels.append(instances.gt_classes)
-            boxes.append(xyxy_to_cxcywh(corners.to(dtype)) / corners.new_tensor([width, height, width, height]))
+            sides = numbers_to_device([width, height, width, height], corners.dtype, corners.device)
+            boxes.append(xyxy_to_cxcywh(corners.to(dtype)) / sides)
             if self.coding is not None:
                 crops.append(crop_masks(instance_masks(instances), corners, self.coding.mask_size))
             elif self.mask_branch is not None:
@@ -253,11 +256,29 @@ class SOLQ(QuerySegmenter):
             fields["masks"] = stack_padded(masks)
         return Targets(counts, torch.cat(labels), fields, image_names(batched_inputs))
 
-    def losses(self, decoded: TransformerOutput, outputs: SOLQOutput, targets: Targets) -> dict[str, torch.Tensor]:
-        """Losses of all decoder layers and, in the two-stage form, of the proposals (suffix ``_enc``), unweighted."""
-        losses = self.criterion(outputs, targets)
+    def match(self, decoded: TransformerOutput, outputs: SOLQOutput, targets: Targets) -> list[Assignment]:
+        """The assignment of all decoder layers and, in the two-stage form, that of the proposals."""
+        pairs = [(outputs, targets)]
         if decoded.proposals is not None:
-            proposal_losses = self.criterion(*self.as_detections(decoded, targets))
+            pairs.append(self.as_detections(decoded, targets))
+        return self.criterion.match_all(pairs)
+
+    def losses(
+        self,
+        decoded: TransformerOutput,
+        outputs: SOLQOutput,
+        targets: Targets,
+        assignments: Sequence[Assignment] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Losses of all decoder layers and, in the two-stage form, of the proposals (suffix ``_enc``), unweighted.
+
+        Args:
+            assignments: of ``match``; None: made here.
+        """
+        assignments = assignments or self.match(decoded, outputs, targets)
+        losses = self.criterion(outputs, targets, assignments[0])
+        if decoded.proposals is not None:
+            proposal_losses = self.criterion(*self.as_detections(decoded, targets), assignments[1])
             losses.update({f"{name}_enc": value for name, value in proposal_losses.items()})
         return losses
 
@@ -269,10 +290,16 @@ class SOLQ(QuerySegmenter):
         return SOLQOutput(proposals.logits[None], proposals.boxes[None], decoded.memory[None]), anything
 
     @torch.no_grad()
-    def statistics(self, decoded: TransformerOutput, outputs: SOLQOutput, targets: Targets) -> dict[str, torch.Tensor]:
+    def statistics(
+        self,
+        decoded: TransformerOutput,
+        outputs: SOLQOutput,
+        targets: Targets,
+        assignment: Assignment | None = None,
+    ) -> dict[str, torch.Tensor]:
         """What the release logs beside the losses: errors of class and cardinality, named like losses."""
-        last = SOLQOutput(outputs.logits[-1:], outputs.boxes[-1:], outputs.hidden[-1:])
-        named = {"class_error": class_error(last.logits, targets.labels, self.criterion.match(last, targets))}
+        assignment = assignment or self.criterion.match(outputs, targets)
+        named = {"class_error": class_error(outputs.logits, targets.labels, assignment)}
         *auxiliary, final = cardinality_error(outputs.logits, targets.counts).unbind()
         named["cardinality_error"] = final
         named.update({f"cardinality_error_{layer}": value for layer, value in enumerate(auxiliary)})
@@ -280,12 +307,14 @@ class SOLQ(QuerySegmenter):
             named["cardinality_error_enc"] = cardinality_error(decoded.proposals.logits[None], targets.counts)[0]
         return named
 
-    def _log_statistics(self, decoded: TransformerOutput, outputs: SOLQOutput, targets: Targets) -> None:
+    def _log_statistics(
+        self, decoded: TransformerOutput, outputs: SOLQOutput, targets: Targets, assignment: Assignment
+    ) -> None:
         if has_event_storage() and get_event_storage().iter % LOG_PERIOD == 0:
-            named = self.statistics(decoded, outputs, targets)
-            get_event_storage().put_scalars(
-                smoothing_hint=False, **{name: named[name] for name in ("class_error", "cardinality_error")}
-            )
+            named = self.statistics(decoded, outputs, targets, assignment)
+            names = ("class_error", "cardinality_error")
+            values = torch.stack([named[name] for name in names]).tolist()  # at once, as it makes a GPU wait
+            get_event_storage().put_scalars(smoothing_hint=False, **dict(zip(names, values, strict=True)))
 
     def detect(self, outputs: SOLQOutput, sizes: Sequence[tuple[int, int]]) -> list[Instances]:
         """Detections of the last layer.
@@ -303,7 +332,7 @@ class SOLQ(QuerySegmenter):
         for image, (height, width) in enumerate(sizes):
             scores, queries, classes = select_top_scores(all_scores[image], self.detections_per_image)
             boxes = cxcywh_to_xyxy(outputs.boxes[-1, image, queries])
-            boxes = boxes * boxes.new_tensor([width, height, width, height])
+            boxes = boxes * numbers_to_device([width, height, width, height], boxes.dtype, boxes.device)
             instances = Instances((height, width))
             instances.pred_boxes = Boxes(boxes)
             instances.scores = scores

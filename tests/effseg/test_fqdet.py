@@ -78,11 +78,8 @@ def test_ranks_of_some_anchors_at_a_time(monkeypatch):
 def test_a_query_that_two_targets_claim():
     """The better rank wins; at equal ranks the first target."""
     ranked = torch.tensor([[7, 3, 5], [3, 9, 9]])
-    queries, targets = match_queries(ranked, torch.tensor([1, 3, 5, 9]), 10)
-    assert queries.tolist() == [1, 2, 3]
-    assert targets.tolist() == [1, 2, 1]
-    queries, targets = match_queries(ranked[:, :0], torch.tensor([1, 3]), 10)
-    assert len(queries) == len(targets) == 0
+    assert match_queries(ranked, torch.tensor([1, 3, 5, 9]), 10).tolist() == [-1, 1, 2, 1]
+    assert match_queries(ranked[:, :0], torch.tensor([1, 3]), 10).tolist() == [-1, -1]
 
 
 def test_extended_iou():

@@ -74,7 +74,7 @@ def test_reference_points_learn_through_the_kernels(make_model: MakeModel) -> No
     model = make_model()
     query = model.query_embed.weight[:, :64]
     references = model.transformer.reference_points(query).sigmoid()[None]
-    kernels = model.make_kernels(torch.zeros(2, 1, 6, 64), references)
+    kernels = model.make_kernels(references.new_zeros(2, 1, 6, 64), references)
     kernels[..., -2:].sum().backward()
     assert model.transformer.reference_points.weight.grad.any()
     assert model.query_embed.weight.grad[:, :64].any() and not model.query_embed.weight.grad[:, 64:].any()

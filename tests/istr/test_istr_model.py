@@ -75,7 +75,7 @@ def test_inference(make_model: MakeModel, make_batch: MakeBatch, form: str) -> N
     for instances, size in zip(found, [(32, 48), (80, 50)], strict=True):
         assert instances.image_size == size and 0 < len(instances) <= 9
         boxes = instances.pred_boxes.tensor
-        assert boxes.min() >= 0 and (boxes[:, 2:] <= torch.tensor([size[1], size[0]])).all()
+        assert boxes.min() >= 0 and (boxes[:, 2:] <= boxes.new_tensor([size[1], size[0]])).all()
         assert (boxes[:, 2:] > boxes[:, :2]).all()
         assert (instances.scores.diff() <= 0).all() and instances.pred_classes.max() < 5
         assert instances.has("pred_masks") == (form != "no masks")
@@ -186,7 +186,7 @@ def test_scored_stages(make_model: MakeModel, make_batch: MakeBatch, first: int,
 def test_initialisation(make_cfg: MakeCfg) -> None:
     torch.manual_seed(0)
     model = build_model(make_cfg())
-    assert (model.init_proposal_boxes.weight == torch.tensor([0.5, 0.5, 1, 1])).all()
+    assert all(row == [0.5, 0.5, 1, 1] for row in model.init_proposal_boxes.weight.tolist())
     assert model.pos_embeddings.weight.std().item() == pytest.approx(1, abs=0.15)
     for stage in model.stages:
         assert stage.class_logits.bias.tolist() == pytest.approx([-math.log(99)] * 5)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from querymask.common.masks import crop_masks
 from querymask.common.precision import full_precision
+from querymask.common.transfer import numbers_to_device
 from querymask.effseg.regions import QueryFusion, Regions, RegionTargets, SegmentationHead
 
 
@@ -101,11 +102,10 @@ def mask_targets(
     Returns:
         (n, S, S) bool for each size: the cells of which the mask covers half.
     """
-    limit = regions.boxes.new_tensor([image_size[1], image_size[0]] * 2)
+    limit = numbers_to_device([image_size[1], image_size[0]] * 2, regions.boxes.dtype, regions.boxes.device)
     boxes = regions.boxes.detach().clamp(min=0).minimum(limit)
     crops = [torch.zeros(len(boxes), size, size, dtype=torch.bool, device=boxes.device) for size in sizes]
-    for image, masks in enumerate(targets.masks):
-        (rows,) = (regions.images == image).nonzero(as_tuple=True)
+    for masks, rows in zip(targets.masks, regions.rows_of_images(len(targets.masks)), strict=True):
         if len(rows):
             for crop, size in zip(crops, sizes):
                 crop[rows] = crop_masks(masks, boxes[rows], size, targets.index[rows])

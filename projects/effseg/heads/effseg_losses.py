@@ -11,6 +11,7 @@ from torchvision.ops import roi_align
 from querymask.common.precision import full_precision
 from querymask.common.processes import ALONE, Processes
 from querymask.common.sps import SparseMap
+from querymask.common.transfer import numbers_to_device
 from querymask.effseg.regions import Regions, RegionTargets
 
 COVERAGE_TOLERANCE = 1e-6
@@ -45,8 +46,7 @@ def mask_coverage(regions: Regions, targets: RegionTargets, sizes: Sequence[int]
     """
     boxes = full_precision(regions.boxes.detach())
     shares = [boxes.new_zeros(len(regions), size, size) for size in sizes]
-    for image, masks in enumerate(targets.masks):
-        (rows,) = (regions.images == image).nonzero(as_tuple=True)
+    for masks, rows in zip(targets.masks, regions.rows_of_images(len(targets.masks)), strict=True):
         if not len(rows):
             continue
         rois = torch.cat([targets.index[rows, None].to(boxes.dtype), boxes[rows]], 1)
@@ -94,7 +94,7 @@ class RefinementCriterion(nn.Module):
             processes: all of which call this together.
             device: for the exchange.
         """
-        counts = processes.total(torch.tensor([regions, *cells], device=device))
+        counts = processes.total(numbers_to_device([regions, *cells], torch.int64, device))
         return counts[0] / counts[1:].clamp(min=1)
 
     def forward(

@@ -12,6 +12,7 @@ from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
 
 from querymask.common.precision import full_precision
+from querymask.common.transfer import numbers_to_device
 from querymask.effseg.heads.class_masks import ClassMaskHead, class_channels
 from querymask.effseg.heads.mask_rcnn import MaskLayers, mask_loss
 from querymask.effseg.heads.points import cell_centres, points_in_boxes, sample_map, sample_squares
@@ -197,10 +198,9 @@ def point_targets(regions: Regions, targets: RegionTargets, shares: Tensor) -> T
     """
     points = points_in_boxes(regions.boxes, shares)
     wanted = points.new_zeros(points.shape[:2])
-    for image, masks in enumerate(targets.masks):
-        (rows,) = (regions.images == image).nonzero(as_tuple=True)
+    for masks, rows in zip(targets.masks, regions.rows_of_images(len(targets.masks)), strict=True):
         if len(rows):
-            shape = points.new_tensor([masks.shape[2], masks.shape[1]])
+            shape = numbers_to_device([masks.shape[2], masks.shape[1]], points.dtype, points.device)
             canvas = masks[targets.index[rows], None].to(points.dtype)
             wanted[rows] = sample_squares(canvas, points[rows] / shape)[:, 0]
     return wanted

@@ -9,13 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from querymask.common.precision import full_precision
+from querymask.common.transfer import numbers_to_device
 from querymask.effseg.regions import Regions
 
 
 def cell_centres(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(size * size, 2) x, y of the centres of a square's cells, row by row, from 0 to 1."""
     centres = (torch.arange(size, dtype=dtype, device=device) + 0.5) / size
-    return torch.stack([centres.repeat(size), centres.repeat_interleave(size)], dim=1)
+    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    return torch.stack([x.flatten(), y.flatten()], dim=1)
 
 
 def points_in_boxes(boxes: Tensor, shares: Tensor) -> Tensor:
@@ -45,13 +47,12 @@ def sample_map(feature: Tensor, regions: Regions, shares: Tensor, stride: int) -
         (n, C, P) in full precision.
     """
     feature = full_precision(feature)
-    extent = feature.new_tensor([feature.shape[3], feature.shape[2]]) * stride
+    extent = stride * numbers_to_device([feature.shape[3], feature.shape[2]], feature.dtype, feature.device)
     grid = 2 * points_in_boxes(regions.boxes, shares).to(feature.dtype) / extent - 1
     if len(feature) == 1:
         return _read(feature, grid)
     sampled = feature.new_zeros(len(grid), feature.shape[1], grid.shape[1])
-    for image in range(len(feature)):
-        (rows,) = (regions.images == image).nonzero(as_tuple=True)
+    for image, rows in enumerate(regions.rows_of_images(len(feature))):
         if len(rows):
             sampled = sampled.index_copy(0, rows, _read(feature[image : image + 1], grid[rows]))
     return sampled

@@ -182,7 +182,7 @@ class RefineMaskHead(ClassMaskHead):
             loss = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none")
             if number <= FIRST_MERGED:
                 sums.append(loss.sum())
-                counts.append(torch.tensor(loss.numel(), device=loss.device))
+                counts.append(torch.full((), loss.numel(), dtype=torch.int64, device=loss.device))
                 merged = logits.detach()
                 continue
             region = boundary(merged >= 0, TRAINED_WIDTH) | boundary(wanted[number - 1], TRAINED_WIDTH)
@@ -200,7 +200,7 @@ class RefineMaskHead(ClassMaskHead):
 
     def _normalizers(self, regions: int, cells: Tensor) -> Tensor:
         """Regions over the cells (stages,) that have a loss, of all processes."""
-        counts = self.processes.total(torch.cat([cells.new_tensor([regions]), cells]))
+        counts = self.processes.total(torch.cat([cells.new_full((1,), regions), cells]))
         return counts[0] / counts[1:].clamp(min=1)
 
 

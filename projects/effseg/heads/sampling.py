@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from querymask.common.precision import full_precision
+from querymask.common.transfer import numbers_to_device
 
 
 class MapSampler:
@@ -23,9 +24,9 @@ class MapSampler:
     def __init__(self, maps: Sequence[Tensor], image_size: tuple[int, int]) -> None:
         cells = [x.shape[0] * x.shape[2] * x.shape[3] for x in maps]
         # (L, 3): height, width, first row
-        self._geometry = torch.tensor(
-            [(x.shape[2], x.shape[3], sum(cells[:i])) for i, x in enumerate(maps)], dtype=torch.int64
-        ).to(maps[0].device, non_blocking=True)
+        self._geometry = numbers_to_device(
+            [(x.shape[2], x.shape[3], sum(cells[:i])) for i, x in enumerate(maps)], torch.int64, maps[0].device
+        )
         self._image_size = image_size
         self._rows = torch.cat([full_precision(x).permute(0, 2, 3, 1).flatten(0, 2) for x in maps])
 
