@@ -323,7 +323,8 @@ def test_sizes_come_from_the_files(registered: Callable[..., str]) -> None:
 
 def test_training_needs_instances(registered: Callable[..., str], log: pytest.LogCaptureFixture) -> None:
     name = registered()
-    assert len(read_training_set([name])) == 1
+    assert len(read_training_set([name])) == len(read_training_set([name])) == 1
+    assert log.text.count("Distribution of instances among all 1 categories, 4 in total") == 2
     for change, message in (
         (each(iscrowd=1), "4 of 4 annotations are crowd regions, which are not trained on. Set iscrowd to 0"),
         (lambda c: c.update(annotations=[]), "1 images have no annotations"),

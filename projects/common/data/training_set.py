@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from detectron2.data import MetadataCatalog
-from detectron2.data.build import print_instances_class_histogram
+from tabulate import tabulate
 
 from querymask.common.data.annotations import AnnotationError, read_dataset
 
@@ -116,14 +116,20 @@ def _require_masks(name: str, entries: Entries) -> None:
 
 
 def _show_classes(names: Sequence[str], entries: Entries) -> None:
-    """Detectron2's table of instances by class, and the classes that have none."""
+    """A table like Detectron2's, but in every run of a process, and the classes that have no instances."""
     classes = MetadataCatalog.get(names[0]).get("thing_classes")
     if not classes:
         return
     counts = Counter(annotation["category_id"] for entry in entries for annotation in _instances(entry))
-    if max(counts) >= len(classes):  # of another set; the check of the number of classes says so
+    if max(counts, default=0) >= len(classes):  # of another set; the check of the number of classes says so
         return
-    print_instances_class_histogram(entries, [str(name) for name in classes])
+    rows = [[str(name), counts[index]] for index, name in enumerate(classes)]
+    columns = min(3, len(rows))
+    lines = [sum(rows[i : i + columns], []) for i in range(0, len(rows), columns)]
+    table = tabulate(lines, ["category", "#instances"] * columns, tablefmt="pipe")
+    logger.info(
+        f"Distribution of instances among all {len(rows)} categories, {sum(counts.values())} in total:\n{table}"
+    )
     missing = [str(name) for index, name in enumerate(classes) if not counts[index]]
     if missing:
         shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
