@@ -131,6 +131,11 @@ MENDED: dict[str, tuple[Change, set[str], str]] = {
     "boxes not finite": (each(bbox=[math.nan, 1, 10, 10]), ALL, "bbox no four numbers"),
     "boxes as texts": (every(lambda a: {"bbox": [str(v) for v in a["bbox"]]}), ALL, ""),
     "boxes XYXY": (every(corners), ALL, r"\[x0, y0, x1, y1\] in place of"),
+    "one box XYXY near the corner": (
+        lambda c: c["annotations"][0].update(bbox=[1, 1, 11, 11]),
+        ALL,
+        r"\[x0, y0, x1, y1\] in place of",
+    ),
     "boxes XYXY, no masks": (all_of(every(corners), drop("segmentation")), {"bbox"}, r"\[x0, y0, x1, y1\]"),
     "segmentation missing": (drop("segmentation"), {"bbox"}, "no mask AP"),
     "segmentation null": (each(segmentation=None), {"bbox"}, "no mask AP"),

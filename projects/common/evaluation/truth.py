@@ -6,6 +6,7 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
@@ -22,7 +23,8 @@ def dataset_truth(name: str) -> Content:
     """
     metadata = MetadataCatalog.get(name)
     if name in DatasetCatalog and metadata.get("json_file"):
-        if metadata.get("thing_dataset_id_to_contiguous_id") is None or metadata.get("thing_classes") is None:
+        known = metadata.get("thing_dataset_id_to_contiguous_id") is not None and metadata.get("thing_classes")
+        if not known or not PathManager.exists(metadata.json_file):
             DatasetCatalog.get(name)  # some are made, and many learn their categories' ids, when they are read
         return read_coco(metadata.json_file, metadata.get("image_root"))
     if metadata.get("json_file"):

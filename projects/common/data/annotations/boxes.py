@@ -133,9 +133,9 @@ def _is_xywh(box: Sequence[float], mask_box: Box | None, area: float | None) -> 
     return math.isclose(area, width * height, rel_tol=1e-6) and not math.isclose(area, corner_area, rel_tol=1e-2)
 
 
-def is_about(box: Box, other: Box) -> bool:
+def is_about(box: Box, other: Box, pixels: float = 1) -> bool:
     """Whether two boxes (x0, y0, x1, y1) differ by a pixel at most, as conventions of the last pixel do."""
-    return max(abs(a - b) for a, b in zip(box, other)) <= 1
+    return max(abs(a - b) for a, b in zip(box, other)) <= pixels
 
 
 def is_line(box: Sequence[float], height: int, width: int) -> bool:

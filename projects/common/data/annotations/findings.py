@@ -28,7 +28,7 @@ class Findings:
         self.source = source
         self._counts: dict[str, int] = {}
         self._first: dict[str, str] = {}
-        self._boxes = self._misfits = 0
+        self._boxes = self._misfits = self._exact = 0
         self._undecided: str | None = None
         self._ambiguous: list[tuple[dict[str, Any], list[float], str]] = []
 
@@ -38,10 +38,11 @@ class Findings:
             self._first[what] = where if isinstance(where, str) else where()
         self._counts[what] = self._counts.get(what, 0) + 1
 
-    def count_fit(self, fits: bool) -> None:
-        """Count a box with a mask, and whether it is about the mask's."""
+    def count_fit(self, fits: bool, exactly: bool) -> None:
+        """Count a box with a mask, and whether it is about the mask's, and exactly so."""
         self._boxes += 1
         self._misfits += not fits
+        self._exact += exactly
 
     def note_undecided(self, where: str) -> None:
         """Note a box that may be [x, y, width, height] or corners: neither mask nor area shows which."""
@@ -52,9 +53,12 @@ class Findings:
         self._ambiguous.append((annotation, converted, where))
 
     def _decide_ambiguous(self) -> None:
-        """Take ambiguous boxes as the other boxes of the file are; as corners where there are none."""
+        """Take ambiguous boxes as the other boxes of the file are; as corners where there are none.
+
+        That they are a pixel larger than their masks by a convention, others must show, by being so, too.
+        """
         others = self._boxes - len(self._ambiguous)
-        if 2 * self._counts.get(XYXY, 0) >= others:
+        if 2 * self._counts.get(XYXY, 0) >= others or 2 * self._exact > others:
             for annotation, converted, where in self._ambiguous:
                 annotation["bbox"] = converted
                 self.mend(XYXY, where)

@@ -74,7 +74,8 @@ def clean_object(
     if extent is None and area is None and may_be_xyxy(box, image.height, image.width):
         findings.note_undecided(where)
     if extent is not None:
-        findings.count_fit(overlap(corners(box), extent) >= 0.5)
+        fit = corners(box)
+        findings.count_fit(overlap(fit, extent) >= 0.5, is_about(fit, extent, 0.5))
     clean["bbox"] = box
     if ambiguous:
         findings.note_ambiguous(clean, converted, where)
