@@ -159,8 +159,10 @@ def test_ap_equals_that_of_full_matrices(scene: tuple[COCO, list[dict[str, Any]]
 
 def test_scores_are_those_of_pycocotools(scene: tuple[COCO, list[dict[str, Any]]]) -> None:
     truth, results = scene
+    scores = evaluate(COCOeval(truth, load_results(truth, results, masks=True), "segm"))
     evaluation = COCOeval(truth, load_results(truth, results, masks=True), "segm")
-    scores = evaluate(evaluation)
+    evaluation.evaluate()
+    evaluation.accumulate()
     evaluation.summarize()
     expected = [100 * value if value >= 0 else float("nan") for value in evaluation.stats[:6]]
     assert list(scores.values()) == pytest.approx(expected, nan_ok=True)
