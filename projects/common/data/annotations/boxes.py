@@ -29,9 +29,10 @@ def clean_box(
         ValueError: there is no usable box, and no mask to take one from; or box and mask contradict each other.
     """
     numbers = read_box(box)
-    if from_corners and numbers is not None and _is_xywh(given := list(corners(numbers)), mask_box, area):
-        numbers, _ = clean_box(given, mask_box, area, height, width)
-        return numbers, XYWH
+    if from_corners and numbers is not None:
+        given = list(corners(numbers))
+        if _is_right(corners(given), given, mask_box, area):
+            return clean_box(given, mask_box, area, height, width)[0], XYWH
     inside = None if mask_box is None else clip_box(mask_box, height, width)
     if numbers is None or clip_box(corners(numbers), height, width) is None:
         if inside is None:
@@ -41,7 +42,7 @@ def clean_box(
         x0, y0, x1, y1 = inside
         why = "missing" if box is None else "no four numbers" if numbers is None else "empty or outside of the image"
         return [x0, y0, x1 - x0, y1 - y0], f"bbox {why}: that of the mask is taken"
-    if not from_corners and _is_xyxy(numbers, mask_box, area):
+    if not from_corners and _is_right(numbers, corners(numbers), mask_box, area):
         x0, y0, x1, y1 = numbers
         return [x0, y0, x1 - x0, y1 - y0], XYXY
     x0, y0, x1, y1 = corners(numbers)
@@ -104,33 +105,17 @@ def overlap(first: Box, second: Box) -> float:
     return width * height / (areas - width * height)
 
 
-def _is_xyxy(box: Sequence[float], mask_box: Box | None, area: float | None) -> bool:
-    """Whether the mask, or the area of a box without mask, says that the numbers are corners."""
-    x0, y0, x1, y1 = box
-    if x1 <= x0 or y1 <= y0:
+def _is_right(right: Box, wrong: Box, mask_box: Box | None, area: float | None) -> bool:
+    """Whether the mask, or the area of a box without mask, says that the numbers mean one box and not the other."""
+    if right[2] <= right[0] or right[3] <= right[1]:
         return False
     if mask_box is not None:
-        as_corners = max(abs(a - b) for a, b in zip(box, mask_box))
-        as_sides = max(abs(a - b) for a, b in zip(corners(box), mask_box))
-        return as_corners <= 1 and as_corners + 0.5 < as_sides
+        first, second = (max(abs(a - b) for a, b in zip(box, mask_box)) for box in (right, wrong))
+        return first <= 1 and first + 0.5 < second
     if area is None:
         return False
-    return math.isclose(area, (x1 - x0) * (y1 - y0), rel_tol=1e-6) and not math.isclose(area, x1 * y1, rel_tol=1e-2)
-
-
-def _is_xywh(box: Sequence[float], mask_box: Box | None, area: float | None) -> bool:
-    """Whether the mask, or the area of a box without mask, says that numbers given as corners are none."""
-    x, y, width, height = box
-    if width <= 0 or height <= 0:
-        return False
-    if mask_box is not None:
-        as_corners = max(abs(a - b) for a, b in zip(box, mask_box))
-        as_sides = max(abs(a - b) for a, b in zip(corners(box), mask_box))
-        return as_sides <= 1 and as_sides + 0.5 < as_corners
-    if area is None:
-        return False
-    corner_area = max(width - x, 0) * max(height - y, 0)
-    return math.isclose(area, width * height, rel_tol=1e-6) and not math.isclose(area, corner_area, rel_tol=1e-2)
+    first, second = (max(box[2] - box[0], 0) * max(box[3] - box[1], 0) for box in (right, wrong))
+    return math.isclose(area, first, rel_tol=1e-6) and not math.isclose(area, second, rel_tol=1e-2)
 
 
 def is_about(box: Box, other: Box, pixels: float = 1) -> bool:
