@@ -178,13 +178,6 @@ def _old_numpy() -> types.ModuleType:
     return view
 
 
-def mend_lvis() -> None:
-    """Make the package lvis evaluate under current NumPy, which has lost a name that it uses."""
-    import lvis.eval
-
-    lvis.eval.np = _old_numpy()
-
-
 def coco_evaluation() -> Any:
     """The class that evaluates by COCO's rules: Detectron2's fast one where it is compiled, else pycocotools'."""
     if detectron2_is_compiled():
