@@ -37,7 +37,7 @@ def make_batch() -> Callable[..., list[dict[str, Any]]]:
 
 @pytest.fixture
 def precision_batches(make_batch: Callable[..., list[dict[str, Any]]]) -> Callable[[], list[list[dict[str, Any]]]]:
-    """Function that gives batches of an image each for ``rounded_products.precision_errors``."""
+    """Function that gives batches of an image each for ``rounded_products.check_precision``."""
 
     def make() -> list[list[dict[str, Any]]]:
         generator = torch.Generator().manual_seed(1)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from config_reads import leaves, recorded
+from config_reads import recorded
 from detectron2.config import CfgNode
 from detectron2.config import get_cfg as get_detectron2_cfg
 from mask_bases import give_basis
@@ -14,7 +14,7 @@ from tiny_configs import LEAVES, tiny_config
 
 from querymask import get_cfg
 from querymask.common.engine import Trainer, default_setup
-from querymask.common.engine.unused_keys import READ, check_unused_keys
+from querymask.common.engine.unused_keys import READ, check_unused_keys, leaves
 from querymask.common.predictor import Predictor
 
 METHODS = {"SOLQ": "solq/solq_r50", "ISDA": "isda/isda_r50", "ISTR": "istr/istr_r50", "EffSeg": "effseg/effseg_r50"}

@@ -8,15 +8,6 @@ from detectron2.config import CfgNode
 from yacs.config import CfgNode as YacsNode
 
 
-def leaves(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every (dotted key, value) that is not a section."""
-    for key, value in cfg.items():
-        if isinstance(value, YacsNode):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 def _name_nodes(cfg: CfgNode, prefix: str = "") -> None:
     cfg.__dict__["_prefix"] = prefix  # survives cfg.clone()
     for key, value in cfg.items():

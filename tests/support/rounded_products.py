@@ -173,3 +173,11 @@ def precision_errors(
     monkeypatch.undo()
     found, allowed = errors(mixed, exact), errors(rounded, exact)
     return {name: (found[name], allowed[name]) for name in found}
+
+
+def check_precision(model: nn.Module, batches: Sequence[list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Assert that no error under autocast is more than twice that of rounded products alone (``precision_errors``)."""
+    errors = precision_errors(model, batches, monkeypatch)
+    assert errors["losses"][0] > 0
+    for name, (found, allowed) in errors.items():
+        assert found <= 2 * allowed, f"{name}: {found}, where {allowed} is the error of rounded products"

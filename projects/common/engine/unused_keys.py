@@ -124,8 +124,8 @@ def check_unused_keys(cfg: CfgNode) -> None:
     Raises:
         ValueError: with every such key, its value, and what serves instead.
     """
-    defaults = dict(_leaves(querymask.get_cfg()))
-    changed = {key: value for key, value in _leaves(cfg) if key in defaults and not _same(value, defaults[key])}
+    defaults = dict(leaves(querymask.get_cfg()))
+    changed = {key: value for key, value in leaves(cfg) if key in defaults and not _same(value, defaults[key])}
     refused = dict(_never_read(cfg, changed))
     switched_off = {}
     for prefix, reason, is_error in _conditions(cfg):
@@ -146,7 +146,7 @@ def check_unused_keys(cfg: CfgNode) -> None:
 def _never_read(cfg: CfgNode, changed: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(key, what serves instead) of Detectron2's keys and other methods' that no run of this model reads."""
     name = cfg.MODEL.META_ARCHITECTURE
-    detectron2_keys = dict(_leaves(get_detectron2_cfg()))
+    detectron2_keys = dict(leaves(get_detectron2_cfg()))
     for key in changed:
         if name not in METHODS and any(_within(key, read) for read in OTHERS_READ):
             continue
@@ -235,10 +235,10 @@ def _same(a: Any, b: Any) -> bool:
     return a == b
 
 
-def _leaves(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every (dotted key, value) that is not a section."""
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
