@@ -1,12 +1,21 @@
 """What tests of several folders use. Importing the package first lets every test import Detectron2 of any version."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tests: threads, of several processes at that, hinder each other
+
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 import querymask  # noqa: F401
+
+# The same examples in every run; others by `pytest --hypothesis-profile=default`.
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.load_profile("fixed")
 
 
 @pytest.fixture
