@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from querymask.common.ops import multi_scale_deformable_attention
+from querymask.common.transfer import capturing, constants_to_device
 
 SpatialShapes = tuple[tuple[int, int], ...]
 
@@ -20,17 +21,19 @@ SpatialShapes = tuple[tuple[int, int], ...]
 def _level_sizes(shapes: SpatialShapes, like: torch.Tensor) -> torch.Tensor:
     """(L, 2): width and height of every level, in the type and on the device of ``like``."""
     if torch.compiler.is_compiling() or type(like) is not torch.Tensor:  # a tracer's tensors must not be kept
+        return torch.tensor([(w, h) for h, w in shapes], dtype=like.dtype, device=like.device)
+    if capturing():  # nor may a graph read what is dropped one day
         return _make_level_sizes(shapes, like.dtype, like.device)
     return _kept_level_sizes(shapes, like.dtype, like.device)
 
 
 def _make_level_sizes(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.tensor([(w, h) for h, w in shapes], dtype=dtype, device=device)
+    return constants_to_device([(w, h) for h, w in shapes], dtype, device)
 
 
 @lru_cache(maxsize=64)
 def _kept_level_sizes(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Kept because a copy from the host makes a GPU wait, in every layer."""
+    """Kept because every layer would copy it from the host."""
     with torch.inference_mode(False):  # else it could not be used in training later on
         return _make_level_sizes(shapes, dtype, device)
 

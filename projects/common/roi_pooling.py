@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from querymask.common.precision import full_precision
-from querymask.common.transfer import numbers_to_device
+from querymask.common.transfer import constants_to_device
 
 CANONICAL_SIZE, CANONICAL_LEVEL = 224, 4
 """A box of this side (pixels) goes to the level of stride 2 ** 4; twice the side, one level higher."""
@@ -36,7 +36,7 @@ class FeaturePyramid:
         sizes = [(x.shape[2], x.shape[3]) for x in maps]
         cells = [x.shape[0] * height * width for x, (height, width) in zip(maps, sizes, strict=True)]
         # (L, 4): height, width, first row, stride
-        self._geometry = numbers_to_device(
+        self._geometry = constants_to_device(
             [(*size, sum(cells[:i]), strides[i]) for i, size in enumerate(sizes)], torch.int64, device
         )
         self._rows = torch.cat([full_precision(x).permute(0, 2, 3, 1).flatten(0, 2) for x in maps])

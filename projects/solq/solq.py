@@ -34,14 +34,16 @@ from querymask.common.meta_arch import QuerySegmenter, feature_channels, image_n
 from querymask.common.postprocessing import select_top_scores
 from querymask.common.precision import full_precision
 from querymask.common.set_criterion import cardinality_error, class_error
-from querymask.common.transfer import instances_to_device, numbers_to_device
+from querymask.common.transfer import HostCopy, instances_to_device, numbers_to_device
 from querymask.solq.criterion import SOLQCriterion, SOLQOutput
 from querymask.solq.sqr import SeparateMasks, SQRMaskBranch
 
 MASK_BRANCHES = ("vector", "sqr")
 CODINGS = ("dct", "pca", "sparse", "flatten", "flatten_logits")
 PRIOR_PROBABILITY = 0.01
-LOG_PERIOD = 20  # iterations between the statistics that are only logged
+LOGGED = ("class_error", "cardinality_error")
+"""Statistics that are only logged."""
+LOG_PERIOD = 20  # iterations between them
 
 
 @META_ARCH_REGISTRY.register()
@@ -98,6 +100,7 @@ class SOLQ(QuerySegmenter):
         self.detections_per_image = detections_per_image
         self.binarize_before_paste = binarize_before_paste
         self.crop_masks = crop_masks
+        self._unwritten: tuple[int, HostCopy] | None = None
 
         width = transformer.embed_dim
         two_stage = transformer.num_proposals > 0
@@ -310,11 +313,24 @@ class SOLQ(QuerySegmenter):
     def _log_statistics(
         self, decoded: TransformerOutput, outputs: SOLQOutput, targets: Targets, assignment: Assignment
     ) -> None:
-        if has_event_storage() and get_event_storage().iter % LOG_PERIOD == 0:
+        if not has_event_storage():
+            return
+        self._write_statistics()
+        if (iteration := get_event_storage().iter) % LOG_PERIOD == 0:
             named = self.statistics(decoded, outputs, targets, assignment)
-            names = ("class_error", "cardinality_error")
-            values = torch.stack([named[name] for name in names]).tolist()  # at once, as it makes a GPU wait
-            get_event_storage().put_scalars(smoothing_hint=False, **dict(zip(names, values, strict=True)))
+            self._unwritten = iteration, HostCopy(torch.stack([named[name] for name in LOGGED]))
+            if outputs.logits.device.type == "cpu":
+                self._write_statistics()
+
+    def _write_statistics(self) -> None:
+        """Those of the last time that are not yet in the storage: on a GPU, read at once they would make it wait."""
+        if self._unwritten is None:
+            return
+        (iteration, values), self._unwritten = self._unwritten, None
+        storage = get_event_storage()
+        now, storage.iter = storage.iter, iteration
+        storage.put_scalars(smoothing_hint=False, **dict(zip(LOGGED, values.read().tolist(), strict=True)))
+        storage.iter = now
 
     def detect(self, outputs: SOLQOutput, sizes: Sequence[tuple[int, int]]) -> list[Instances]:
         """Detections of the last layer.
