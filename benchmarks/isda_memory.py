@@ -40,10 +40,10 @@ def measure(chunk: int, height: int, width: int, queue: multiprocessing.Queue) -
     peaks = [libraries, peak_mib()]
     with torch.no_grad():
         images = model.preprocess([{"image": torch.randint(0, 256, (3, height, width), dtype=torch.uint8)}])
-        outputs = model.predict(images)[1]
+        predictions, kernels = model.predict(images)
         peaks.append(peak_mib())
         start = time.perf_counter()
-        (found,) = model.detect(outputs, images.image_sizes, images.image_sizes)
+        (found,) = model.detect(predictions, kernels, images.image_sizes)
         seconds = time.perf_counter() - start
     peaks.append(peak_mib())
     queue.put((libraries, *(peak - libraries for peak in peaks[1:]), seconds, len(found)))

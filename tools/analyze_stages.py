@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> Results:
 @torch.no_grad()
 def evaluate_stages(cfg: CfgNode, model: ISTR | nn.Module, dataset: str, args: argparse.Namespace) -> Results:
     """AP of every stage; each image goes through the network once."""
-    number = len(model.stages)
+    number = model.detector.num_layers
     records = {record["image_id"]: record for record in read_dataset(dataset)}
     evaluators = [
         InstanceEvaluator(
@@ -94,9 +94,9 @@ def evaluate_stages(cfg: CfgNode, model: ISTR | nn.Module, dataset: str, args: a
     set_font(cfg.VIS_FONT)
     seen = []
     for index, inputs in enumerate(tqdm(itertools.islice(loader, args.images or None), unit="image", mininterval=1)):
-        outputs = model.predict(model.preprocess(inputs))
+        found, made = model.predict(model.preprocess(inputs))
         sizes = [(item["height"], item["width"]) for item in inputs]
-        by_stage = [model.detect(outputs, sizes, stage) for stage in range(number)]
+        by_stage = [model.detect(found, made, sizes, stage) for stage in range(number)]
         for evaluator, detections in zip(evaluators, by_stage, strict=True):
             evaluator.process(inputs, [{"instances": instances} for instances in detections])
         seen += [item["image_id"] for item in inputs]

@@ -25,13 +25,14 @@ import querymask  # before Detectron2, which it makes importable on current libr
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from tabulate import tabulate
 from torch import nn
 
 from querymask.common.flops import count_parameters, measure
 from querymask.common.mask_coding import fill_missing_bases
 from querymask.effseg.effseg import EffSeg
-from querymask.effseg.fqdet import Detections, FQDetOutput
+from querymask.effseg.fqdet.predictions import FQDetPredictions
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "docs" / "model_zoo.md"
@@ -241,17 +242,19 @@ def force_detections(model: EffSeg, detections: int, queries: int) -> int | None
     if queries > available:
         raise ValueError(f"{queries} regions are asked for, but the model has {available} queries: lower --regions")
 
-    def select(output: FQDetOutput, image: int) -> Detections:
-        boxes = output.boxes[image]
-        chosen = torch.arange(detections, device=boxes.device) % queries
-        labels = torch.arange(detections, device=boxes.device) // queries
-        scores = output.class_logits[image].sigmoid()[chosen, labels % (output.class_logits.shape[2] - 1)]
-        return Detections(chosen, labels % (output.class_logits.shape[2] - 1), scores, boxes[chosen])
+    def select(found: FQDetPredictions, image: int, size: tuple[int, int], layer: int | None = None) -> Instances:
+        numbers = torch.arange(detections, device=found.boxes.device)
+        instances = Instances(size)
+        instances.pred_queries = numbers % queries
+        instances.pred_classes = numbers // queries % (found.logits.shape[3] - 1)
+        instances.scores = found.logits[0, image].sigmoid()[instances.pred_queries, instances.pred_classes]
+        instances.pred_boxes = Boxes(found.boxes[image, instances.pred_queries])
+        return instances
 
-    model.select = select  # type: ignore[method-assign]
-    if model.mask_head is None:
+    model.detector.select = select  # type: ignore[method-assign]
+    if model.mask_branch is None:
         return None
-    return detections if model.mask_head.per_class else queries
+    return detections if model.mask_branch.head.per_class else queries
 
 
 def row(leaf: Leaf, gflops: str) -> tuple[str, ...]:

@@ -1,6 +1,14 @@
 """Box formats and their overlaps. XYXY boxes are (x0, y0, x1, y1); CXCYWH boxes are (cx, cy, w, h)."""
 
 import torch
+from detectron2.structures import Boxes
+
+
+def unrounded_boxes(boxes: torch.Tensor) -> Boxes:
+    """Detectron2's boxes (n, 4) XYXY in the tensor's own precision; its constructor rounds to float32."""
+    result = Boxes(boxes)
+    result.tensor = boxes
+    return result
 
 
 def cxcywh_to_xyxy(boxes: torch.Tensor) -> torch.Tensor:

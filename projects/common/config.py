@@ -87,6 +87,10 @@ def add_common_config(cfg: CfgNode) -> None:
     # has them is looked for
     cfg.VIS_FONT = ""
 
+    # How queries become masks: the name of a registered mask branch, "none" for boxes only; "": the method's own
+    cfg.MODEL.MASK_BRANCH = CfgNode()
+    cfg.MODEL.MASK_BRANCH.NAME = ""
+
     # Names of the classes, in order; training fills them in from its data set, and checkpoints keep them
     cfg.MODEL.CLASS_NAMES = []
 

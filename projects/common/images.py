@@ -1,13 +1,14 @@
 """From the images of a batch to one padded tensor, and the masks of the padding."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from detectron2.structures import ImageList
 
-from querymask.common.transfer import to_device
+from querymask.common.transfer import numbers_to_device, to_device
 
 
 def batch_images(
@@ -25,6 +26,36 @@ def batch_images(
     if batch.tensor.device.type == "cpu":  # convolutions on CPU are faster so, and tokens of a map need no copy
         batch.tensor = batch.tensor.contiguous(memory_format=torch.channels_last)
     return batch
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Where the images of a batch lie within its padding, as networks read it.
+
+    Attributes:
+        size: (height, width) of the batch.
+        padding: (B, H, W) bool, true on padding.
+        sides: (B, 4): width, height, width, height of the images without padding.
+        padded: false if there is no padding.
+    """
+
+    size: tuple[int, int]
+    padding: torch.Tensor
+    sides: torch.Tensor
+    padded: bool
+
+    @classmethod
+    def of(cls, images: ImageList) -> "Canvas":
+        """That of a batch."""
+        size = (images.tensor.shape[-2], images.tensor.shape[-1])
+        rows = [[width, height] * 2 for height, width in images.image_sizes]
+        dtype = torch.promote_types(images.tensor.dtype, torch.float32)
+        return cls(
+            size=size,
+            padding=padding_mask(images),
+            sides=numbers_to_device(rows, dtype, images.tensor.device),
+            padded=any(tuple(own) != size for own in images.image_sizes),
+        )
 
 
 def padding_mask(images: ImageList) -> torch.Tensor:

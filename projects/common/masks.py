@@ -1,7 +1,5 @@
 """Masks of instances: reading them, cutting them out at boxes, pasting them into images."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from detectron2.layers.mask_ops import paste_masks_in_image
@@ -114,7 +112,6 @@ def inside_boxes(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return ((y0 <= y) & (y < y1))[:, :, None] & ((x0 <= x) & (x < x1))[:, None]
 
 
-def stack_padded(masks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Concatenate masks (n_i, H_i, W_i) of images of several sizes: (sum of n_i, H, W), padded at right and bottom."""
-    height, width = (max(m.shape[axis] for m in masks) for axis in (1, 2))
-    return torch.cat([F.pad(m, (0, width - m.shape[2], 0, height - m.shape[1])) for m in masks])
+def pad_masks(masks: torch.Tensor, canvas: tuple[int, int]) -> torch.Tensor:
+    """(n, H, W) of an image -> (n, *canvas), padded with background at the right and the bottom."""
+    return F.pad(masks, (0, canvas[1] - masks.shape[2], 0, canvas[0] - masks.shape[1]))

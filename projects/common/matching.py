@@ -5,7 +5,6 @@ All layers and images are handled at once: targets are padded to T, and padding 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,56 +13,8 @@ from scipy.optimize import linear_sum_assignment
 
 from querymask.common.compat import has_event_storage
 from querymask.common.precision import full_precision
+from querymask.common.predictions import Assignment, Targets
 from querymask.common.transfer import numbers_to_device
-
-
-@dataclass
-class Targets:
-    """Targets of a batch, concatenated over its images.
-
-    Attributes:
-        counts: number of targets of every image.
-        labels: (sum of counts,) class indices.
-        fields: further tensors (sum of counts, ...) by name.
-        images: how to name the images in an error.
-    """
-
-    counts: Sequence[int]
-    labels: torch.Tensor
-    fields: dict[str, torch.Tensor] = field(default_factory=dict)
-    images: Sequence[str] | None = None
-
-
-@dataclass
-class Assignment:
-    """Pairs of queries and targets, for all layers and images.
-
-    Every layer matches the same number n of pairs; pairs are ordered by layer, image and query, so a vector over
-    pairs viewed as (N, n) has a row per layer.
-
-    Attributes:
-        layer, image, query: (N * n,) indices of the prediction.
-        target: (N * n,) index among the concatenated targets of the batch.
-        num_layers: N.
-    """
-
-    layer: torch.Tensor
-    image: torch.Tensor
-    query: torch.Tensor
-    target: torch.Tensor
-    num_layers: int
-
-    def pairs_per_layer(self) -> int:
-        """n."""
-        return len(self.layer) // self.num_layers
-
-    def select(self, predictions: torch.Tensor) -> torch.Tensor:
-        """(N, B, Q, ...) -> (N * n, ...)."""
-        return predictions[self.layer, self.image, self.query]
-
-    def sum_layers(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over the pairs of a layer: (N * n,) -> (N,)."""
-        return values.view(self.num_layers, -1).sum(1)
 
 
 def pad_targets(values: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
@@ -123,7 +74,7 @@ def _assign(
 ) -> Assignment:
     """The assignment at the costs (N, B, Q, T), on the device."""
     counts = targets.counts
-    starts = [sum(counts[:b]) for b in range(len(counts))]
+    starts = targets.starts
     pairs: tuple[list[int], ...] = ([], [], [], [])
     for layer in range(len(matrices)):
         for b, count in enumerate(counts):
@@ -136,17 +87,16 @@ def _assign(
             pairs[2].extend(rows.tolist())
             pairs[3].extend((columns + starts[b]).tolist())
     packed = numbers_to_device(pairs, torch.int64, device).view(4, -1)
-    return Assignment(*packed, num_layers=len(matrices))
+    image_pairs = [min(count, matrices.shape[2]) for count in counts]
+    return Assignment(*packed, num_layers=len(matrices), image_pairs=image_pairs)
 
 
 def _describe(terms: Mapping[str, torch.Tensor], targets: Targets, layer: int, image: int) -> str:
     """Which cost is not finite, and whether a prediction or a target is at fault."""
     iteration = f"iteration {get_event_storage().iter}" if has_event_storage() else "outside of training"
     count = targets.counts[image]
-    start = sum(targets.counts[:image])
-    broken = torch.zeros(count, dtype=torch.bool, device=targets.labels.device)
-    for values in targets.fields.values():
-        broken |= ~torch.isfinite(values[start : start + count]).flatten(1).all(1)
+    start = targets.starts[image]
+    broken = ~torch.isfinite(targets.boxes[start : start + count]).all(1)
     culprits = []
     for name, term in terms.items():
         bad = ~torch.isfinite(term[layer, image, :, :count])

@@ -1,82 +1,240 @@
-"""What the meta-architectures share: from Detectron2's inputs to a padded batch, and on to losses or detections."""
+"""A meta-architecture is a backbone, a detector and a mask branch: from Detectron2's inputs to losses or detections."""
 
-from abc import abstractmethod
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from detectron2.modeling import Backbone
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.structures import ImageList, Instances
-from torch import nn
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
 
-from querymask.common.images import batch_images
+from querymask.common.compat import has_event_storage
+from querymask.common.detector import Detector
+from querymask.common.images import Canvas, batch_images
+from querymask.common.mask_branch import MASK_BRANCH_REGISTRY, MaskBranch
+from querymask.common.predictions import Assignment, Predictions, Targets, weighted
+from querymask.common.transfer import HostCopy
+
+LOGGED = ("class_error", "cardinality_error")
+"""Statistics of detectors that are logged."""
+LOG_PERIOD = 20  # iterations between them
 
 
 class QuerySegmenter(nn.Module):
-    """A model that turns queries into instances; subclasses say how.
+    """Queries that become instances. Subclasses are the methods: each says which detector, and which masks are its own.
 
     Args:
-        backbone: the first module of the network.
+        backbone: gives the maps that detector and mask branch read.
+        detector: finds objects.
+        mask_branch: makes their masks; None: boxes only.
         pixel_mean, pixel_std: per channel, for pixels in 0..255.
-        size_divisibility: height and width of a batch are multiples of it; 0: the largest height and width.
+        freeze_detector: train the mask branch alone; dropout goes on in training.
+
+    Attributes:
+        detector_type: of the method.
+        moved: names in checkpoints from before the parts had names: patterns, and what today has in their place.
     """
 
+    detector_type: type[Detector]
+    moved: Sequence[tuple[str, str]] = ()
+
+    @configurable
     def __init__(
-        self, backbone: Backbone, pixel_mean: Sequence[float], pixel_std: Sequence[float], size_divisibility: int = 0
+        self,
+        *,
+        backbone: Backbone,
+        detector: Detector,
+        mask_branch: MaskBranch | None,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        freeze_detector: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.size_divisibility = size_divisibility
+        self.detector = detector
+        self.mask_branch = mask_branch
+        detector.masks_follow = mask_branch is not None
+        parts = [detector] if mask_branch is None else [detector, mask_branch]
+        self.size_divisibility = max(backbone.size_divisibility, *(part.size_divisibility for part in parts))
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+        self._unwritten: tuple[int, HostCopy] | None = None
+        if freeze_detector:
+            self.requires_grad_(False)
+            if mask_branch is not None:
+                mask_branch.requires_grad_(True)
+        self._register_load_state_dict_pre_hook(self._rename_moved)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Arguments of the constructor."""
+        backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
+        detector = cls.detector_type.from_config(cfg, shapes)
+        name = cls.mask_branch_name(cfg)
+        branch = None
+        if name != "none":
+            if name not in MASK_BRANCH_REGISTRY:
+                known = ", ".join(sorted(dict(MASK_BRANCH_REGISTRY)))
+                raise ValueError(f"MODEL.MASK_BRANCH.NAME is {name!r}: choose one of {known}, or none")
+            branch = MASK_BRANCH_REGISTRY.get(name).from_config(cfg, detector, shapes)
+        elif not detector.has_boxes:
+            raise ValueError(
+                f"{cls.detector_type.__name__} has no boxes, so without masks it finds nothing: choose a mask branch"
+            )
+        return {
+            "backbone": backbone,
+            "detector": detector,
+            "mask_branch": branch,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    @classmethod
+    def mask_branch_name(cls, cfg: CfgNode) -> str:
+        """Name of the mask branch in the registry, or "none"."""
+        return cfg.MODEL.MASK_BRANCH.NAME or cls.own_mask_branch(cfg)
+
+    @classmethod
+    def own_mask_branch(cls, cfg: CfgNode) -> str:
+        """That of the method, where ``MODEL.MASK_BRANCH.NAME`` says nothing."""
+        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.pixel_mean.device
 
-    def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor] | list[dict[str, Instances]]:
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Instances]]:
         """Detectron2's contract: weighted losses in training, ``{"instances": Instances}`` per image otherwise."""
         images = self.preprocess(batched_inputs)
+        found, made = self.predict(images)
         if self.training:
-            return self.training_losses(images, batched_inputs)
+            targets = Targets.from_inputs(batched_inputs, self.device, with_masks=self.mask_branch is not None)
+            return self.training_losses(found, made, targets)
         sizes = [
             (item.get("height", size[0]), item.get("width", size[1]))
             for item, size in zip(batched_inputs, images.image_sizes, strict=True)
         ]
-        return [{"instances": instances} for instances in self.inference(images, sizes)]
+        return [{"instances": instances} for instances in self.detect(found, made, sizes)]
 
     def preprocess(self, batched_inputs: Sequence[Mapping[str, Any]]) -> ImageList:
         """Normalise, then pad with zeros at the right and the bottom to one size."""
         return batch_images(batched_inputs, self.pixel_mean, self.pixel_std, self.size_divisibility)
 
-    @abstractmethod
-    def training_losses(
-        self, images: ImageList, batched_inputs: Sequence[Mapping[str, Any]]
-    ) -> dict[str, torch.Tensor]:
-        """Weighted losses of a batch of normalised images."""
+    def predict(self, images: ImageList) -> tuple[Predictions, Any]:
+        """What the detector finds in a batch of normalised images, and what all masks are made of."""
+        canvas = Canvas.of(images)
+        found, made = self.network(images.tensor, canvas.padding, canvas.sides, canvas.padded)
+        return replace(found, image_sizes=images.image_sizes), made
 
-    @abstractmethod
-    def inference(self, images: ImageList, sizes: Sequence[tuple[int, int]]) -> list[Instances]:
-        """Detections of every image, scaled to (height, width) of ``sizes``."""
+    def network(self, images: Tensor, padding: Tensor, sides: Tensor, padded: bool) -> tuple[Predictions, Any]:
+        """``predict`` from tensors on the device and constants.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            padding, sides, padded: as in :class:`Canvas`.
+        """
+        canvas = Canvas((images.shape[-2], images.shape[-1]), padding, sides, padded)
+        found = self.detector(self.backbone(images), canvas)
+        return found, None if self.mask_branch is None else self.mask_branch(found)
+
+    def training_losses(self, found: Predictions, made: Any, targets: Targets) -> dict[str, Tensor]:
+        """Weighted losses of what ``predict`` gave."""
+        truth = None if self.mask_branch is None else self.mask_branch.encode(targets, found)
+        assignment = self.match(found, made, truth, targets)
+        self._log_statistics(found, targets, assignment)
+        normalizers = self.detector.normalizers(targets, assignment)
+        terms = self.detector.losses(found, targets, assignment, normalizers)
+        if self.mask_branch is not None:
+            terms = terms + self.mask_branch.losses(found, made, truth, targets, assignment, normalizers)
+        return weighted(terms)
+
+    @torch.no_grad()
+    def match(self, found: Predictions, made: Any, truth: Any, targets: Targets) -> Assignment:
+        """The assignment of targets to queries, in which the mask branch may have a say."""
+        costs = {} if self.mask_branch is None else self.mask_branch.costs(found, made, truth, targets)
+        return self.detector.match(found, targets, costs)
+
+    def detect(
+        self, found: Predictions, made: Any, sizes: Sequence[tuple[int, int]], layer: int | None = None
+    ) -> list[Instances]:
+        """Detections of every image.
+
+        Args:
+            found, made: of ``predict``.
+            sizes: (height, width) of every image to which boxes and masks are scaled.
+            layer: of the queries; None: the last one, or what the config asks for.
+
+        Returns:
+            per image ``scores``, ``pred_classes``, ``pred_queries`` and, where the detector has boxes and the model a
+            mask branch, ``pred_boxes`` and ``pred_masks``.
+        """
+        results = []
+        for image, size in enumerate(sizes):
+            detections = self.detector.select(found, image, tuple(size), layer)
+            if self.mask_branch is not None:
+                detections = self.mask_branch.add_masks(found, made, image, detections, layer)
+            if self.mask_branch is None or not self.mask_branch.finishes:
+                detections = self.detector.finish(detections)
+            results.append(detections)
+        return results
+
+    def _log_statistics(self, found: Predictions, targets: Targets, assignment: Assignment) -> None:
+        if not has_event_storage():
+            return
+        self._write_statistics()
+        if (iteration := get_event_storage().iter) % LOG_PERIOD == 0:
+            named = self.detector.statistics(found, targets, assignment)
+            if not named:
+                return
+            self._unwritten = iteration, HostCopy(torch.stack([named[name] for name in LOGGED]))
+            if found.logits.device.type == "cpu":
+                self._write_statistics()
+
+    def _write_statistics(self) -> None:
+        """Those of the last time that are not yet in the storage: on a GPU, read at once they would make it wait."""
+        if self._unwritten is None:
+            return
+        (iteration, values), self._unwritten = self._unwritten, None
+        storage = get_event_storage()
+        now, storage.iter = storage.iter, iteration
+        storage.put_scalars(smoothing_hint=False, **dict(zip(LOGGED, values.read().tolist(), strict=True)))
+        storage.iter = now
+
+    def _rename_moved(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        """Lets the names of older checkpoints be those of today."""
+        for key in [key for key in state if key.startswith(prefix)]:
+            name = key[len(prefix) :]
+            for pattern, replacement in self.moved:
+                if re.match(pattern, name):
+                    state[prefix + re.sub(pattern, replacement, name)] = state.pop(key)
+                    break
 
 
-def feature_channels(backbone: Backbone, names: Sequence[str]) -> list[int]:
-    """Channels of the backbone's maps ``names``.
+def feature_shapes(shapes: Mapping[str, ShapeSpec], names: Sequence[str]) -> list[ShapeSpec]:
+    """Channels and strides of the backbone's maps ``names``.
 
     Raises:
         ValueError: it does not give one of them.
     """
-    shapes = backbone.output_shape()
     missing = [name for name in names if name not in shapes]
     if missing:
         raise ValueError(
             f"IN_FEATURES names {missing}, but the backbone gives {sorted(shapes)}: name some of these, or have it "
             "give more by its OUT_FEATURES"
         )
-    return [shapes[name].channels for name in names]
+    return [shapes[name] for name in names]
 
 
-def image_names(batched_inputs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How to call the images of a batch in an error."""
-    return [str(item.get("file_name", f"image {i} of the batch")) for i, item in enumerate(batched_inputs)]
+def uses_masks(cfg: CfgNode) -> bool:
+    """Whether the model makes masks; of other models than the project's, what ``MODEL.MASK_ON`` says."""
+    architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    if issubclass(architecture, QuerySegmenter):
+        return architecture.mask_branch_name(cfg) != "none"
+    return cfg.MODEL.MASK_ON

@@ -88,4 +88,4 @@ class Processes:
         return torch.stack(every)
 
 
-ALONE = Processes(together=False)
+TOGETHER, ALONE = Processes(), Processes(together=False)

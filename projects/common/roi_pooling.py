@@ -6,6 +6,7 @@ and nothing depends on how many boxes a level has. Results are equal.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -32,14 +33,19 @@ class FeaturePyramid:
             range(self.levels[0], self.levels[0] + len(maps))
         ):
             raise ValueError(f"the strides of a pyramid must be consecutive powers of two, not {list(strides)}")
-        device = maps[0].device
-        sizes = [(x.shape[2], x.shape[3]) for x in maps]
-        cells = [x.shape[0] * height * width for x, (height, width) in zip(maps, sizes, strict=True)]
-        # (L, 4): height, width, first row, stride
-        self._geometry = constants_to_device(
-            [(*size, sum(cells[:i]), strides[i]) for i, size in enumerate(sizes)], torch.int64, device
-        )
-        self._rows = torch.cat([full_precision(x).permute(0, 2, 3, 1).flatten(0, 2) for x in maps])
+        self.strides = list(strides)
+
+    @cached_property
+    def _geometry(self) -> torch.Tensor:
+        """(L, 4): height, width, first row, stride."""
+        sizes = [(x.shape[2], x.shape[3]) for x in self.maps]
+        cells = [x.shape[0] * height * width for x, (height, width) in zip(self.maps, sizes, strict=True)]
+        rows = [(*size, sum(cells[:i]), self.strides[i]) for i, size in enumerate(sizes)]
+        return constants_to_device(rows, torch.int64, self.maps[0].device)
+
+    @cached_property
+    def _rows(self) -> torch.Tensor:
+        return torch.cat([full_precision(x).permute(0, 2, 3, 1).flatten(0, 2) for x in self.maps])
 
     def level_of(self, boxes: torch.Tensor) -> torch.Tensor:
         """Index of the map for each box: floor(4 + log2(sqrt(area) / 224 + 1e-8)), within the pyramid.

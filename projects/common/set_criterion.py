@@ -1,108 +1,86 @@
-"""The skeleton of a set criterion: match the predictions of every decoder layer, then a loss per layer."""
+"""The skeleton of set prediction (Carion et al. 2020): match the predictions of every layer, then a loss per layer."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
+from querymask.common.detector import Detector
 from querymask.common.losses import sigmoid_focal_loss
-from querymask.common.matching import Assignment, Targets, hungarian_assignments
+from querymask.common.matching import hungarian_assignment
 from querymask.common.precision import full_precision
+from querymask.common.predictions import Assignment, LossTerm, Normalizers, Predictions, Targets, loss_terms
 from querymask.common.processes import Processes
 from querymask.common.transfer import numbers_to_device
 
 
-@dataclass
-class Normalizers:
-    """Averages over the processes, where the whole batch counts as at least 1, so that gradients averaged by DDP are
-    those of the whole batch in one process.
-
-    Attributes:
-        targets: number of targets.
-        pairs: number of matched pairs of a layer.
-    """
-
-    targets: torch.Tensor
-    pairs: torch.Tensor
-
-
-class SetCriterion(nn.Module):
-    """Match, then compute losses per layer; subclasses say which costs and which losses.
+class SetCriterion:
+    """Costs of the matching and losses of classes and boxes; subclasses say which.
 
     Args:
-        weights: factor of every loss by its name without layer suffix.
+        weights: factor of every loss by its name.
     """
 
     def __init__(self, weights: Mapping[str, float]) -> None:
-        super().__init__()
         self.weights = dict(weights)
 
     @abstractmethod
-    def cost_terms(self, outputs: Any, targets: Targets) -> dict[str, torch.Tensor]:
+    def cost_terms(self, found: Any, targets: Targets) -> dict[str, Tensor]:
         """Weighted costs (N, B, Q, T) by name."""
 
     @abstractmethod
     def layer_losses(
-        self, outputs: Any, targets: Targets, assignment: Assignment, normalizers: Normalizers
-    ) -> dict[str, dict[int, torch.Tensor]]:
-        """Losses by name and layer, before their weights."""
+        self, found: Any, targets: Targets, assignment: Assignment, normalizers: Normalizers
+    ) -> dict[str, Tensor]:
+        """Losses (N,) by name, before their weights."""
 
-    def match(self, outputs: Any, targets: Targets) -> Assignment:
-        """Assign targets to queries, without gradient."""
-        return self.match_all([(outputs, targets)])[0]
-
-    def match_all(self, pairs: Sequence[tuple[Any, Targets]]) -> list[Assignment]:
-        """:meth:`match` of several outputs with their targets; a GPU is waited for only once."""
-        with torch.no_grad():
-            return hungarian_assignments([(self.cost_terms(*pair), pair[1]) for pair in pairs])
-
-    def forward(self, outputs: Any, targets: Targets, assignment: Assignment | None = None) -> dict[str, torch.Tensor]:
-        """Losses before their weights; the last layer's have no suffix, layer i's end in ``_i``.
-
-        Args:
-            assignment: of the targets, where it is known already.
-        """
-        assignment = assignment or self.match(outputs, targets)
-        normalizers = normalizers_over_processes(assignment, targets)
-        losses = {}
-        for name, values in self.layer_losses(outputs, targets, assignment, normalizers).items():
-            for layer, value in values.items():
-                losses[name if layer == assignment.num_layers - 1 else f"{name}_{layer}"] = value
-        return losses
-
-    def weigh(self, losses: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Multiply every loss by the weight of its name."""
-        return {name: value * self.weights[_without_suffix(name)] for name, value in losses.items()}
+    def losses(self, found: Any, targets: Targets, assignment: Assignment, normalizers: Normalizers) -> list[LossTerm]:
+        """A term for every loss and layer."""
+        terms = []
+        for name, values in self.layer_losses(found, targets, assignment, normalizers).items():
+            terms += loss_terms(name, values, self.weights[name], assignment.num_layers)
+        return terms
 
 
-def _without_suffix(name: str) -> str:
-    base, _, suffix = name.rpartition("_")
-    return base if suffix.isdigit() or suffix == "enc" else name
+class SetDetector(Detector):
+    """A detector whose queries are matched one to one with the targets, in every layer, at the least cost.
 
-
-def normalizers_over_processes(assignment: Assignment, targets: Targets) -> Normalizers:
-    """Average the counts over all processes.
-
-    At least 1 in the whole batch, not in every process as in the releases: so gradients do not depend on the number of
-    processes even where a batch has fewer targets than processes.
+    Args:
+        criterion: what costs and what is lost.
     """
-    counts = [float(sum(targets.counts)), float(assignment.pairs_per_layer())]
-    processes = Processes()
-    totals = processes.total(numbers_to_device(counts, torch.get_default_dtype(), targets.labels.device))
-    return Normalizers(*totals.clamp(min=1) / processes.count)
 
+    def __init__(self, criterion: SetCriterion) -> None:
+        super().__init__()
+        self.criterion = criterion
 
-def by_layer(values: torch.Tensor) -> dict[int, torch.Tensor]:
-    """(N,) -> value by layer."""
-    return dict(enumerate(values.unbind()))
+    @torch.no_grad()
+    def match(self, found: Predictions, targets: Targets, mask_costs: Mapping[str, Tensor] | None = None) -> Assignment:
+        """See :class:`Detector`."""
+        return hungarian_assignment({**self.criterion.cost_terms(found, targets), **(mask_costs or {})}, targets)
+
+    def normalizers(self, targets: Targets, assignment: Assignment) -> Normalizers:
+        """Averages over the processes.
+
+        At least 1 in the whole batch, not in every process as in the releases: so gradients do not depend on the number
+        of processes even where a batch has fewer targets than processes.
+        """
+        counts = [float(sum(targets.counts)), float(assignment.pairs_per_layer())]
+        processes = Processes()
+        totals = processes.total(numbers_to_device(counts, torch.get_default_dtype(), targets.labels.device))
+        return Normalizers(*totals.clamp(min=1) / processes.count)
+
+    def losses(
+        self, found: Predictions, targets: Targets, assignment: Assignment, normalizers: Normalizers
+    ) -> list[LossTerm]:
+        """See :class:`Detector`."""
+        return self.criterion.losses(found, targets, assignment, normalizers)
 
 
 def focal_class_loss(
-    logits: torch.Tensor, labels: torch.Tensor, assignment: Assignment, normalizer: torch.Tensor, alpha: float
-) -> torch.Tensor:
+    logits: Tensor, labels: Tensor, assignment: Assignment, normalizer: Tensor, alpha: float
+) -> Tensor:
     """Focal loss over all queries and classes, where unmatched queries have no positive class.
 
     Args:
@@ -119,7 +97,7 @@ def focal_class_loss(
 
 
 @torch.no_grad()
-def class_error(logits: torch.Tensor, labels: torch.Tensor, assignment: Assignment) -> torch.Tensor:
+def class_error(logits: Tensor, labels: Tensor, assignment: Assignment) -> Tensor:
     """Percentage of the last layer's matched queries whose best class is wrong; 100 without targets. For logging."""
     n = assignment.pairs_per_layer()
     if not n:
@@ -129,7 +107,7 @@ def class_error(logits: torch.Tensor, labels: torch.Tensor, assignment: Assignme
 
 
 @torch.no_grad()
-def cardinality_error(logits: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+def cardinality_error(logits: Tensor, counts: Sequence[int]) -> Tensor:
     """Mean difference of the number of targets and the number of queries whose best class is not the last one.
 
     A left-over of DETR that the release logs; with sigmoid classifiers it says little.

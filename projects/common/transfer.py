@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from detectron2.structures import BitMasks, Boxes, Instances
 
+from querymask.common.boxes import unrounded_boxes
+
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on the device. On a GPU the copy may still be under way, which what is computed from it waits for."""
@@ -95,7 +97,7 @@ def instances_to_device(instances: Instances, device: torch.device) -> Instances
     fields = {}
     for name, value in instances.get_fields().items():
         if isinstance(value, Boxes):
-            value = Boxes(to_device(value.tensor, device))
+            value = unrounded_boxes(to_device(value.tensor, device))
         elif isinstance(value, BitMasks):
             value = BitMasks(masks_to_device(value.tensor, device))
         elif isinstance(value, torch.Tensor):

@@ -28,6 +28,11 @@ from querymask.common.checkpoint.formats import (
     resnet_settings,
 )
 
+MOVED = (
+    (r"^mask_head\.", "mask_branch.head."),
+    (r"^neck\.", "detector.neck."),
+)
+"""Names without parts, as the rules below and older checkpoints have them, and those in the model."""
 _HEADS = r"^heads\.gvd\."
 
 # The release's NormActLinear and NormActConv, stored as `norm` and `lin` or `conv`, are entries 0 and 2 of a Sequential
@@ -81,9 +86,7 @@ _MASK_HEADS = (
 )
 # The class head (in FQDet a network of its own), and the layers of segmentation heads with a mask or an input for each
 # class: the last layers of Mask R-CNN's and PointRend's, those of RefineMask's stages, PointRend's point layers
-_CLASS_LAYERS = (
-    r"^(detector\.class_head\.|mask_head\.((coarse_)?layers\.classifier|classifiers\.[0-2]|point_layers\..+)\.[^.]+$)"
-)
+_CLASS_LAYERS = r"^(detector\.class_head\.|(mask_head|mask_branch\.head)\.((coarse_)?layers\.classifier|classifiers\.[0-2]|point_layers\..+)\.[^.]+$)"
 
 
 def convert_detector(state: Mapping[str, Tensor | np.ndarray]) -> tuple[State, Report]:
@@ -106,7 +109,7 @@ def convert_detector(state: Mapping[str, Tensor | np.ndarray]) -> tuple[State, R
         Drop(rf"{_HEADS}heads\.2\.", "segmentation head"),
         *_DETECTOR_RULES,
     ]
-    return apply_rules(state, rules)
+    return apply_rules(state, [*rules, *(Rename(*names) for names in MOVED)])
 
 
 def convert(
@@ -141,7 +144,7 @@ def convert(
     ]
     if drop_classes:
         rules.append(drop_class_head(_CLASS_LAYERS))
-    return apply_rules(state, rules)
+    return apply_rules(state, [*rules, *(Rename(*names) for names in MOVED)])
 
 
 # ---- What a file holds --------------------------------------------------------------------------------------------
@@ -238,5 +241,10 @@ register_format(
     )
 )
 register_format(
-    own_format("EffSeg", (r"^detector\.selector\.", r"^detector\.transitions\."), _CLASS_LAYERS, r"^mask_head\.")
+    own_format(
+        "EffSeg",
+        (r"^detector\.selector\.", r"^detector\.transitions\."),
+        _CLASS_LAYERS,
+        r"^(mask_head|mask_branch)\.",
+    )
 )

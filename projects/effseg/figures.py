@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from querymask.common.views import register_view
 from querymask.common.visualization import class_colour, contact_sheet, draw_instances, drawing_scale
-from querymask.effseg.effseg import canvas_size
 from querymask.effseg.heads.effseg import EffSegHead, assemble_masks
 from querymask.effseg.masks import THRESHOLD, paste_probabilities
 from querymask.effseg.regions import ROI_SIZE
@@ -53,7 +52,7 @@ def refinement(model: nn.Module, item: dict[str, Any], score_threshold: float = 
     Raises:
         ValueError: the model has another segmentation head, or none.
     """
-    head = getattr(model, "mask_head", None)
+    head = getattr(model.mask_branch, "head", None)
     if not isinstance(head, EffSegHead):
         raise ValueError(
             f"only EffSeg's head refines in stages, this model has {type(head).__name__ if head else 'no such head'}: "
@@ -61,8 +60,8 @@ def refinement(model: nn.Module, item: dict[str, Any], score_threshold: float = 
         )
     images = model.preprocess([item])
     height, width = images.image_sizes[0]
-    maps, output = model.predict(images)
-    (found,) = model.detect(maps, output, images, [(height, width)])
+    predictions, maps = model.predict(images)
+    (found,) = model.detect(predictions, maps, [(height, width)])
     # A query of several classes is one object; the detections are sorted
     queries = list(dict.fromkeys(found.pred_queries[found.scores >= score_threshold].tolist()))
     if not queries:
@@ -72,8 +71,9 @@ def refinement(model: nn.Module, item: dict[str, Any], score_threshold: float = 
             [torch.zeros(0, size, size, dtype=torch.bool) for size in sizes],
             [torch.zeros(0, size, size) for size in sizes],
         )
-    _, all_queries, regions = model.regions(output, 0, model.select(output, 0))
-    stages = head.refine(maps, canvas_size(images), regions)
+    selected = model.detector.select(predictions, 0, (height, width))
+    _, all_queries, regions = model.mask_branch.regions(predictions, 0, selected)
+    stages = head.refine(maps, predictions.canvas.size, regions)
     rows = torch.searchsorted(all_queries, all_queries.new_tensor(queries))
     active = []
     for stage in stages:

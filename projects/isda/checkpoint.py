@@ -39,7 +39,13 @@ from querymask.common.checkpoint.formats import (
 )
 
 _NEW_PARTS = r"^(fine_proj|mask_features|kernel_embed)\."
-_CLASS_HEAD = r"^class_embed\."
+_CLASS_HEAD = r"^(detector\.)?class_embed\."
+MOVED = (
+    (r"^(transformer|fine_proj|input_proj|query_embed|class_embed)\.", r"detector.\1."),
+    (r"^(mask_features|kernel_embed)\.", r"mask_branch.\1."),
+)
+"""Names without parts, as the rules below and older checkpoints have them, and those in the model."""
+_MOVED_RULES = [Rename(*names) for names in MOVED]
 
 # mmdetection's names of a transformer; version 3 has no `bbox_head.transformer` in front and named its attentions
 _TRANSFORMER_RULES: list[Rule] = [
@@ -103,7 +109,7 @@ def convert(state: Mapping[str, Tensor | np.ndarray], *, drop_classes: bool = Fa
         # Linear layers alternate with ReLU
         Rename(r"^bbox_head\.kernel_branches\.0\.(\d+)\.", lambda m: f"kernel_embed.layers.{int(m[1]) // 2}."),
     ]
-    return apply_rules(state, [*rules, *([drop_class_head(_CLASS_HEAD)] if drop_classes else [])])
+    return apply_rules(state, [*rules, *([drop_class_head(_CLASS_HEAD)] if drop_classes else []), *_MOVED_RULES])
 
 
 def convert_mmdetection_detector(
@@ -123,7 +129,7 @@ def convert_mmdetection_detector(
         Drop(r"^bbox_head\.reg_branches\.", "box head: ISDA has no boxes"),
         *_mmdetection_rules(_count(state, r"^neck\.convs\.(\d+)\.")),
     ]
-    return apply_rules(state, [*rules, *([drop_class_head(_CLASS_HEAD)] if drop_classes else [])])
+    return apply_rules(state, [*rules, *([drop_class_head(_CLASS_HEAD)] if drop_classes else []), *_MOVED_RULES])
 
 
 def convert_original_detector(
@@ -157,7 +163,7 @@ def convert_original_detector(
         rules.append(drop_class_head(_CLASS_HEAD))
     elif class_ids is not None:
         rules.append(pick_classes(r"^class_embed\.(weight|bias)$", state["class_embed.0.bias"].shape[0], class_ids))
-    return apply_rules(state, rules)
+    return apply_rules(state, [*rules, *_MOVED_RULES])
 
 
 _WANTED = (

@@ -11,7 +11,7 @@ from torch import nn
 
 from querymask.common.views import register_view
 from querymask.common.visualization import class_colour, draw_instances, drawing_scale
-from querymask.isda.criterion import ISDAOutput
+from querymask.isda.kernels import KernelBranch
 from querymask.isda.masks import mask_logits
 
 OTHER_COLOUR = (150, 150, 150)
@@ -53,13 +53,15 @@ def reference_points(
         covers, or -1; the detections that are objects, on the CPU.
     """
     images = model.preprocess([item])
-    outputs: ISDAOutput = model.predict(images)[1]
+    predictions, kernels = model.predict(images)
+    if not isinstance(model.mask_branch, KernelBranch):
+        raise ValueError("this model makes its masks without kernels: set MODEL.MASK_BRANCH.NAME KernelBranch")
     size = (item.get("height", images.image_sizes[0][0]), item.get("width", images.image_sizes[0][1]))
-    (found,) = model.detect(outputs, images.image_sizes, [size])
+    (found,) = model.detect(predictions, kernels, [size])
     found = found[found.scores >= score_threshold]
-    masks = mask_logits(outputs.kernels[-1, 0], outputs.mask_features[0]) > 0
+    masks = mask_logits(kernels.kernels[-1, 0], kernels.features[0]) > 0
     objects = assign_queries(masks, masks[found.pred_queries])
-    return outputs.references[0].cpu(), objects.cpu(), found.to("cpu")
+    return predictions.positions()[-1, 0].cpu(), objects.cpu(), found.to("cpu")
 
 
 def draw_reference_points(

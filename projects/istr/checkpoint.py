@@ -32,8 +32,14 @@ from querymask.common.checkpoint.formats import (
 
 _BODY = "backbone.bottom_up."
 _FIRST = "head.head_series.0."
-_CLASS_HEAD = r"^stages\.\d+\.class_logits\."
-_MASK_BRANCH = r"^(stages\.\d+\.mask_head|coding)\."
+_CLASS_HEAD = r"^(detector\.)?stages\.\d+\.class_logits\."
+MOVED = (
+    (r"^stages\.(\d+)\.mask_head\.", r"mask_branch.heads.\1."),
+    (r"^(stages|pos_embeddings|init_proposal_boxes)\.", r"detector.\1."),
+    (r"^coding\.", "mask_branch.coding."),
+)
+"""Names without parts, as the rules below and older checkpoints have them, and those in the model."""
+_MASK_BRANCH = r"^(stages\.\d+\.mask_head|coding|mask_branch)\."
 # Blocks of res4 -> depth
 _DEPTHS = {6: 50, 23: 101, 36: 152}
 
@@ -71,7 +77,7 @@ def convert(
         rules.append(drop_mask_branch(_MASK_BRANCH))
     if drop_classes:
         rules.append(drop_class_head(_CLASS_HEAD))
-    return apply_rules(state, rules)
+    return apply_rules(state, [*rules, *(Rename(*names) for names in MOVED)])
 
 
 # ---- What a file holds --------------------------------------------------------------------------------------------

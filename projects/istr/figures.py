@@ -45,9 +45,9 @@ def view_stages(
     model: nn.Module, item: dict[str, Any], image: np.ndarray, class_names: Sequence[str], score_threshold: float
 ) -> np.ndarray:
     """The detections of every stage; see ``querymask.common.views``."""
-    outputs = model.predict(model.preprocess([item]))
+    predictions, made = model.predict(model.preprocess([item]))
     stages = []
-    for stage in range(len(model.stages)):
-        (found,) = model.detect(outputs, [image.shape[:2]], stage)
+    for stage in range(predictions.num_layers):
+        (found,) = model.detect(predictions, made, [image.shape[:2]], stage)
         stages.append(found[found.scores >= score_threshold].to("cpu"))
     return draw_stages(image, stages, class_names, score_threshold)

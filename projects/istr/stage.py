@@ -107,7 +107,6 @@ class RefinementStage(nn.Module):
         num_logits: entries of the class head.
         num_head_layers: layers of the heads before the last one.
         dropout: in the attention and after each of the three parts.
-        mask_head: module of ``mask_head.py`` or None.
     """
 
     def __init__(
@@ -122,7 +121,6 @@ class RefinementStage(nn.Module):
         num_logits: int,
         num_head_layers: int,
         dropout: float,
-        mask_head: nn.Module | None,
     ) -> None:
         super().__init__()
         if width % num_heads:
@@ -143,7 +141,6 @@ class RefinementStage(nn.Module):
         self.class_logits = nn.Linear(width, num_logits)
         self.reg_module = head_layers(width, num_head_layers)
         self.bboxes_delta = nn.Linear(width, 4)
-        self.mask_head = mask_head
 
     def forward(self, pyramid: FeaturePyramid, boxes: torch.Tensor, features: torch.Tensor) -> StageOutput:
         """Refine boxes (B, Q, 4) XYXY in pixels with queries (B, Q, C)."""
@@ -163,5 +160,4 @@ class RefinementStage(nn.Module):
 
     def heads(self) -> list[nn.Module]:
         """What nothing but this stage's own losses trains."""
-        own = [self.cls_module, self.class_logits, self.reg_module, self.bboxes_delta]
-        return own if self.mask_head is None else [*own, self.mask_head]
+        return [self.cls_module, self.class_logits, self.reg_module, self.bboxes_delta]

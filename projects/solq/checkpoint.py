@@ -40,7 +40,12 @@ from querymask.common.checkpoint.formats import (
 
 _BODY = "backbone.0.body."
 _MASK_BRANCH = r"^(vector_embed|processor_pca|bbox_attention|mask_head|seg_input_proj)\."
-_CLASS_HEAD = r"^class_embed\."
+_CLASS_HEAD = r"^(detector\.)?class_embed\."
+MOVED = (
+    (r"^(transformer|input_proj|query_embed|class_embed|bbox_embed)\.", r"detector.\1."),
+    (r"^(vector_embed|coding)\.", r"mask_branch.\1."),
+)
+"""Names without parts, as the rules below and older checkpoints have them, and those in the model."""
 # The release's names of the SQR baseline's mask branch, which count from 1
 _SQR_RULES: list[Rule] = [
     Rename(r"^bbox_attention\.q_linear\.", "mask_branch.attention.query."),
@@ -98,7 +103,7 @@ def convert(
         rules += [Rename(r"^backbone\.0\.body\.", "backbone."), *swin_rules("backbone.")]
     else:
         rules += resnet_rules(r"^backbone\.0\.body\.", "backbone.")
-    return apply_rules(state, rules)
+    return apply_rules(state, [*rules, *(Rename(*names) for names in MOVED)])
 
 
 # ---- What a file holds --------------------------------------------------------------------------------------------
@@ -219,7 +224,11 @@ register_format(
 register_format(
     own_format(
         "SOLQ or Deformable DETR",
-        (r"^transformer\.level_embed$", r"^bbox_embed\.0\.", r"^backbone\.(stem|patch_embed)\."),
+        (
+            r"^(detector\.)?transformer\.level_embed$",
+            r"^(detector\.)?bbox_embed\.0\.",
+            r"^backbone\.(stem|patch_embed)\.",
+        ),
         _CLASS_HEAD,
         r"^(vector_embed|coding|mask_branch)\.",
     )

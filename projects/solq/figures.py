@@ -1,6 +1,5 @@
 """What the coefficients of SOLQ's mask vectors add to a mask."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from querymask.common.views import register_view
 from querymask.common.visualization import contact_sheet, draw_instances
+from querymask.solq.vectors import VectorBranch
 
 COUNTS = (16, 64, 256)
 
@@ -30,21 +30,26 @@ def detections_by_coefficients(
         detections by number of coefficients, ascending.
 
     Raises:
-        ValueError: the model has no mask branch.
+        ValueError: the model predicts no mask vectors.
     """
-    if model.coding is None:
-        raise ValueError("this model predicts no masks: set MODEL.SOLQ.MASK_ON True")
-    outputs = model.predict(model.preprocess([item]))[1]
-    head, length = outputs.vector_head, model.coding.length
+    branch = model.mask_branch
+    if not isinstance(branch, VectorBranch):
+        raise ValueError(
+            "this model has no mask vectors: set MODEL.SOLQ.MASK_ON True, MODEL.SOLQ.MASK_BRANCH vector"
+        )
+    found, made = model.predict(model.preprocess([item]))
+    length = branch.coding.length
     results = {}
     for count in sorted({min(count, length) for count in counts}):
 
-        def truncated(hidden: torch.Tensor, count: int = count) -> torch.Tensor:
-            vectors = head(hidden)
+        def truncate(module: nn.Module, arguments: Any, vectors: torch.Tensor, count: int = count) -> torch.Tensor:
             return torch.cat((vectors[..., :count], torch.zeros_like(vectors[..., count:])), dim=-1)
 
-        part = dataclasses.replace(outputs, vector_head=truncated)
-        (results[count],) = model.detect(part, [(item["height"], item["width"])])
+        handle = branch.vector_embed.register_forward_hook(truncate)
+        try:
+            (results[count],) = model.detect(found, made, [(item["height"], item["width"])])
+        finally:
+            handle.remove()
     return results
 
 

@@ -11,17 +11,24 @@ h and w of the coarsest level)::
       -> mask logits (n, 4h, 4w): stride 16 for three maps of strides 8, 16 and 32
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.structures import Instances
 from torch import nn
 
+from querymask.common.detector import Detector
 from querymask.common.losses import dice_loss, sigmoid_focal_loss
-from querymask.common.masks import inside_boxes
-from querymask.common.matching import Assignment
+from querymask.common.mask_branch import MASK_BRANCH_REGISTRY, MaskBranch
+from querymask.common.masks import inside_boxes, pad_masks
 from querymask.common.precision import full_precision
+from querymask.common.predictions import Assignment, LossTerm, Normalizers, Predictions, Targets
+from querymask.solq.detector import DeformableDETR
+from querymask.solq.predictions import DETRPredictions
 
 NUM_SKIPS = 3
 _GROUPS = 8
@@ -128,7 +135,7 @@ class MaskHead(nn.Module):
         return self.output(x)[:, 0]
 
 
-@dataclass
+@dataclass(frozen=True)
 class MaskContext:
     """What the masks of all queries of a batch are made of.
 
@@ -144,103 +151,118 @@ class MaskContext:
     skips: list[torch.Tensor]
 
 
-class SQRMaskBranch(nn.Module):
-    """Masks of queries by attention maps and convolutions.
+@MASK_BRANCH_REGISTRY.register()
+class SQRBranch(MaskBranch):
+    """Masks of the last layer's queries by attention maps and convolutions.
 
     Args:
         width: C.
         num_heads: M.
-        feature_channels: of the three backbone maps, fine to coarse.
+        in_features: names of the three backbone maps, fine to coarse.
+        feature_channels: of these.
+        weights: of ``loss_mask`` and ``loss_dice``.
+        focal_alpha: of ``loss_mask``.
+        crop_masks: cut masks off at their boxes, as the paper says; the release does not.
     """
 
-    def __init__(self, width: int, num_heads: int, feature_channels: Sequence[int]) -> None:
+    def __init__(
+        self,
+        *,
+        width: int,
+        num_heads: int,
+        in_features: Sequence[str],
+        feature_channels: Sequence[int],
+        weights: Mapping[str, float],
+        focal_alpha: float = 0.25,
+        crop_masks: bool = False,
+    ) -> None:
         super().__init__()
         if len(feature_channels) != NUM_SKIPS:
             raise ValueError(
                 f"the mask head of SQR reads {NUM_SKIPS} backbone maps, not {len(feature_channels)}: name as many in "
                 "IN_FEATURES"
             )
+        self.in_features = list(in_features)
+        self.weights = dict(weights)
+        self.focal_alpha = focal_alpha
+        self.crop_masks = crop_masks
         coarse_to_fine = list(reversed(feature_channels))
         self.attention = AttentionMaps(width, num_heads)
         self.skips = nn.ModuleList(nn.Conv2d(c, c // 2, 3, stride=2, padding=1) for c in coarse_to_fine)
         self.head = MaskHead(width, num_heads, [c // 2 for c in coarse_to_fine])
 
-    def prepare(
-        self, features: Sequence[torch.Tensor], level: torch.Tensor, memory: torch.Tensor, padding: torch.Tensor
-    ) -> MaskContext:
-        """Compute once what does not depend on the queries.
+    @classmethod
+    def from_config(cls, cfg: CfgNode, detector: Detector, shapes: Mapping[str, ShapeSpec]) -> "SQRBranch":
+        """What ``MODEL.SOLQ`` describes, on a Deformable DETR."""
+        if not isinstance(detector, DeformableDETR):
+            raise ValueError(
+                f"SQRBranch reads the memory of a Deformable DETR's encoder, which {type(detector).__name__} does not "
+                "have: choose another MODEL.MASK_BRANCH.NAME"
+            )
+        solq = cfg.MODEL.SOLQ
+        return cls(
+            width=detector.width,
+            num_heads=solq.NUM_HEADS,
+            in_features=detector.in_features,
+            feature_channels=[shapes[name].channels for name in detector.in_features],
+            weights={"loss_mask": solq.SQR_MASK_WEIGHT, "loss_dice": solq.SQR_DICE_WEIGHT},
+            focal_alpha=solq.FOCAL_ALPHA,
+            crop_masks=solq.SQR_CROP_MASKS,
+        )
 
-        Args:
-            features: three backbone maps (B, ., ., .), fine to coarse.
-            level: (B, C, h, w) the coarsest projected level.
-            memory: (B, h * w, C) what the encoder makes of it.
-            padding: (B, h, w) bool.
-        """
+    def forward(self, found: DETRPredictions) -> MaskContext:
+        """What does not depend on the queries."""
+        features = [found.features[name] for name in self.in_features]
         halves = [skip(feature) for skip, feature in zip(self.skips, reversed(features), strict=True)]
-        shared, skips = self.head.prepare(level, halves)
-        return MaskContext(self.attention.key(memory), padding, shared, skips)
+        shared, skips = self.head.prepare(found.levels[-1], halves)
+        padding = found.padding[-1]
+        assert found.memory is not None
+        return MaskContext(self.attention.key(found.memory[:, -padding[0].numel() :]), padding, shared, skips)
 
-    def forward(self, hidden: torch.Tensor, context: MaskContext, image: torch.Tensor) -> torch.Tensor:
+    def coarse_logits(self, hidden: torch.Tensor, context: MaskContext, image: torch.Tensor) -> torch.Tensor:
         """Hidden states (n, C) of queries of the images (n,) -> mask logits (n, h', w')."""
         padding = context.padding[image]
         maps = self.attention(hidden, context.keys[image], padding.flatten(1)).unflatten(-1, padding.shape[1:])
         return self.head(maps, context.shared, context.skips, image)
 
-
-@dataclass
-class SeparateMasks:
-    """Masks of the last layer's queries, computed for those that are asked for.
-
-    Attributes:
-        branch: makes them.
-        context: of the batch.
-        hidden: (B, Q, C) of the last layer.
-        padded_size: (H, W) of the batch.
-        image_sizes: (H, W) of every image without padding.
-    """
-
-    branch: SQRMaskBranch
-    context: MaskContext
-    hidden: torch.Tensor
-    padded_size: tuple[int, int]
-    image_sizes: Sequence[tuple[int, int]]
-
-    def logits(self, image: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-        """(n,) and (n,) indices -> (n, H, W) logits at the size of the padded batch."""
-        maps = full_precision(self.branch(self.hidden[image, query], self.context, image))
-        return F.interpolate(maps[:, None], size=self.padded_size, mode="bilinear", align_corners=False)[:, 0]
-
-    def detected(
-        self, image: int, queries: torch.Tensor, size: tuple[int, int], boxes: torch.Tensor | None = None
+    def logits(
+        self, found: Predictions, context: MaskContext, image: torch.Tensor, query: torch.Tensor
     ) -> torch.Tensor:
-        """Masks of queries (n,) of one image, scaled to (height, width): (n, height, width) bool.
+        """(n,) and (n,) indices -> (n, H, W) logits at the size of the padded batch."""
+        maps = full_precision(self.coarse_logits(found.hidden[-1][image, query], context, image))
+        return F.interpolate(maps[:, None], size=found.canvas.size, mode="bilinear", align_corners=False)[:, 0]
 
-        Args:
-            boxes: (n, 4) XYXY in pixels of the scaled image, outside of which nothing is foreground; None: as they are.
-        """
-        height, width = self.image_sizes[image]
-        masks = self.logits(torch.full_like(queries, image), queries)[:, :height, :width] > 0
+    def encode(self, targets: Targets, found: Predictions) -> torch.Tensor:
+        """(sum of counts, H, W) bool on the padded canvas."""
+        return torch.cat([pad_masks(masks, found.canvas.size) for masks in targets.masks])
+
+    def losses(
+        self,
+        found: Predictions,
+        made: MaskContext,
+        truth: torch.Tensor,
+        targets: Targets,
+        assignment: Assignment,
+        normalizers: Normalizers,
+    ) -> list[LossTerm]:
+        """Of the last layer: ``loss_mask``, the focal loss averaged over the pixels of the batch, and ``loss_dice``."""
+        pairs = assignment.last()
+        logits = self.logits(found, made, pairs.image, pairs.query)
+        wanted = truth[pairs.target].to(logits.dtype)
+        pixels = sigmoid_focal_loss(logits, wanted, self.focal_alpha).flatten(1).mean(1)
+        dice = dice_loss(logits.sigmoid(), wanted, squared=False, smooth=1.0, eps=0.0)
+        values = {"loss_mask": pixels.sum() / normalizers.targets, "loss_dice": dice.sum() / normalizers.targets}
+        return [LossTerm(name, value, self.weights[name]) for name, value in values.items()]
+
+    def add_masks(
+        self, found: Predictions, made: MaskContext, image: int, detections: Instances, layer: int | None = None
+    ) -> Instances:
+        """Masks of the last layer, scaled from the image in the batch; see :class:`MaskBranch`."""
+        queries, size = detections.pred_queries, detections.image_size
+        height, width = found.image_sizes[image]
+        masks = self.logits(found, made, torch.full_like(queries, image), queries)[:, :height, :width] > 0
         masks = F.interpolate(masks[None].to(torch.uint8), size=size, mode="nearest")[0].to(torch.bool)
-        return masks if boxes is None else masks & inside_boxes(boxes, *size)
-
-
-def separate_mask_losses(
-    masks: SeparateMasks, truth: torch.Tensor, assignment: Assignment, count: torch.Tensor, focal_alpha: float
-) -> dict[str, torch.Tensor]:
-    """``loss_mask``, focal loss averaged over the pixels of the padded batch, and ``loss_dice``, of the last layer.
-
-    Args:
-        masks: of the last layer.
-        truth: (sum of counts, H, W) bool, at most as large as the padded batch.
-        assignment: of all layers.
-        count: what sums over the matched pairs are divided by.
-        focal_alpha: alpha of the focal loss.
-    """
-    last = slice(len(assignment.layer) - assignment.pairs_per_layer(), None)
-    logits = masks.logits(assignment.image[last], assignment.query[last])
-    truth = truth[assignment.target[last]]
-    missing = [full - part for full, part in zip(masks.padded_size, truth.shape[1:], strict=True)]
-    truth = F.pad(truth, (0, missing[1], 0, missing[0])).to(logits.dtype)
-    pixels = sigmoid_focal_loss(logits, truth, focal_alpha).flatten(1).mean(1)
-    dice = dice_loss(logits.sigmoid(), truth, squared=False, smooth=1.0, eps=0.0)
-    return {"loss_mask": pixels.sum() / count, "loss_dice": dice.sum() / count}
+        if self.crop_masks:
+            masks &= inside_boxes(detections.pred_boxes.tensor, *size)
+        detections.pred_masks = masks
+        return detections

@@ -14,13 +14,14 @@ from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 
 import querymask
+from querymask.common.coded_masks import CodedTargets
 from querymask.common.mask_coding import DCTMaskCoding, PCAMaskCoding, binarize_at_half_range
 from querymask.common.masks import crop_masks, paste_masks
-from querymask.common.matching import Assignment
 from querymask.common.position_encoding import sine_position_encoding
-from querymask.common.set_criterion import Normalizers, Targets
+from querymask.common.predictions import Assignment, Normalizers, Predictions, Targets, unweighted, weighted
 from querymask.solq.checkpoint import convert
-from querymask.solq.criterion import SOLQCriterion, SOLQOutput
+from querymask.solq.sqr import SQRBranch
+from querymask.solq.vectors import VectorBranch
 
 # Official setting -> config key. Settings with a fixed meaning are handled in `configure`.
 SETTINGS = {
@@ -157,8 +158,9 @@ def load_model(case: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, torch.T
         model = build_model(configure(case)).double().eval()
     converted, _ = convert(state, class_ids=None)
     model.load_state_dict(converted, strict=True)
-    if isinstance(model.coding, PCAMaskCoding):
-        model.coding.noise = lambda pixels: torch.full_like(pixels, NOISE_VARIATE)
+    coding = getattr(model.mask_branch, "coding", None)
+    if isinstance(coding, PCAMaskCoding):
+        coding.noise = lambda pixels: torch.full_like(pixels, NOISE_VARIATE)
     return model, state
 
 
@@ -207,19 +209,19 @@ def test_solq_inference(name: str) -> None:
     def keep(key: str) -> Any:
         return lambda module, arguments, output: seen.__setitem__(key, output)
 
-    encoder = model.transformer.encoder
+    encoder = model.detector.transformer.encoder
     model.backbone.register_forward_hook(keep("backbone"))
-    model.input_proj.register_forward_hook(keep("levels"))
+    model.detector.input_proj.register_forward_hook(keep("levels"))
     encoder.layers[0].self_attn.register_forward_hook(keep("attention"))
     encoder.layers[0].register_forward_hook(keep("layer"))
     encoder.register_forward_pre_hook(lambda module, arguments: seen.__setitem__("encoder", arguments))
     batch = [model_input(image) for image in case["images"]]
     with torch.no_grad():
-        decoded, outputs = model.predict(model.preprocess(batch))
+        found, made = model.predict(model.preprocess(batch))
         sizes = [(item["height"], item["width"]) for item in batch]
-        detections = model.detect(outputs, sizes)
+        detections = model.detect(found, made, sizes)
 
-    for i, feature in enumerate(model.in_features):
+    for i, feature in enumerate(model.detector.in_features):
         assert_close(thin(seen["backbone"][feature])[:, ::16], expected[f"backbone_{i}"], f"backbone_{i}")
     for i, level in enumerate(seen["levels"]):
         assert_close(thin(level)[:, ::8], expected[f"input_proj_{i}"], f"input_proj_{i}")
@@ -235,47 +237,47 @@ def test_solq_inference(name: str) -> None:
         "position": position,
         "encoder_attention_0": seen["attention"],
         "encoder_layer_0": seen["layer"],
-        "memory": decoded.memory,
+        "memory": found.memory,
     }.items():
         assert_close(array[:, tokens, ::8], expected[key], key)
 
     arrays = {
-        "decoder_hidden": decoded.hidden[:, :, ::6, ::8],
-        "initial_reference": decoded.references[0],
-        "references": torch.stack(decoded.references[1:])[:, :, ::3],
-        "logits": outputs.logits[:, :, ::6, ::3],
-        "boxes": outputs.boxes[:, :, ::3],
+        "decoder_hidden": found.hidden[:, :, ::6, ::8],
+        "initial_reference": found.references[0],
+        "references": torch.stack(found.references[1:])[:, :, ::3],
+        "logits": found.logits[:, :, ::6, ::3],
+        "boxes": found.boxes[:, :, ::3],
     }
-    if model.vector_embed is not None:
+    if isinstance(model.mask_branch, VectorBranch):
         with torch.no_grad():
-            arrays["vectors"] = model.vector_embed(decoded.hidden)[:, :, ::10, ::4]
-    if outputs.masks is not None:
-        queries = torch.arange(0, decoded.hidden.shape[2], 10)
+            arrays["vectors"] = model.mask_branch.vector_embed(found.hidden)[:, :, ::10, ::4]
+    if isinstance(model.mask_branch, SQRBranch):
+        queries = torch.arange(0, found.hidden.shape[2], 10)
         image = torch.arange(len(batch)).repeat_interleave(len(queries))
-        hidden = decoded.hidden[-1][:, queries].flatten(0, 1)
+        hidden = found.hidden[-1][:, queries].flatten(0, 1)
         with torch.no_grad():
-            logits = model.mask_branch(hidden, outputs.masks.context, image)
+            logits = model.mask_branch.coarse_logits(hidden, made, image)
         arrays["mask_logits"] = logits.unflatten(0, (len(batch), -1))
     compared = {"vectors", "mask_logits"} & set(expected)
     assert compared == {"vectors", "mask_logits"} & set(arrays)
     for key, array in arrays.items():
         assert_close(array, expected[key], key)
 
-    for b, found in enumerate(detections):
-        assert_close(found.scores, expected[f"det_scores_{b}"], "scores")
-        order_actual = np.lexsort((found.pred_classes, found.pred_queries))
+    for b, instances in enumerate(detections):
+        assert_close(instances.scores, expected[f"det_scores_{b}"], "scores")
+        order_actual = np.lexsort((instances.pred_classes, instances.pred_queries))
         order_expected = np.lexsort((expected[f"det_labels_{b}"], expected[f"det_queries_{b}"]))
-        assert np.array_equal(found.pred_classes[order_actual], expected[f"det_labels_{b}"][order_expected])
-        assert np.array_equal(found.pred_queries[order_actual], expected[f"det_queries_{b}"][order_expected])
-        boxes = found.pred_boxes.tensor[order_actual]
+        assert np.array_equal(instances.pred_classes[order_actual], expected[f"det_labels_{b}"][order_expected])
+        assert np.array_equal(instances.pred_queries[order_actual], expected[f"det_queries_{b}"][order_expected])
+        boxes = instances.pred_boxes.tensor[order_actual]
         assert_close(boxes, expected[f"det_boxes_{b}"][order_expected], "boxes of detections")
-        if model.vector_embed is None and model.mask_branch is None:
+        if model.mask_branch is None:
             continue
-        areas = found.pred_masks.sum((1, 2))[order_actual]
+        areas = instances.pred_masks.sum((1, 2))[order_actual]
         assert np.array_equal(areas, expected[f"det_mask_areas_{b}"][order_expected]), "areas of masks"
         stored = case["masks_stored"]
-        masks = unpack(expected[f"det_masks_{b}"], (stored, *found.image_size))
-        assert np.array_equal(found.pred_masks[:stored].numpy(), masks), "masks"
+        masks = unpack(expected[f"det_masks_{b}"], (stored, *instances.image_size))
+        assert np.array_equal(instances.pred_masks[:stored].numpy(), masks), "masks"
 
 
 def unpack(bits: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -288,25 +290,28 @@ def test_solq_training(name: str) -> None:
     expected = load_arrays("solq", case)
     model, official = load_model(case)
     batch = [model_input(image) for image in case["images"]]
-    decoded, outputs = model.predict(model.preprocess(batch))
-    targets = model.encode_targets(batch, torch.float64)
+    found, made = model.predict(model.preprocess(batch))
+    targets = Targets.from_inputs(batch, model.device, with_masks=model.mask_branch is not None)
+    truth = None if model.mask_branch is None else model.mask_branch.encode(targets, found)
 
-    assignment = model.criterion.match(outputs, targets)
+    assignment = model.match(found, made, truth, targets)
     last = assignment.num_layers - 1
     check_matches(assignment, targets, {i: f"match_aux_{i}" for i in range(last)} | {last: "match_final"}, expected)
-    if decoded.proposals is not None:
-        proposals, anything = model.as_detections(decoded, targets)
-        check_matches(model.criterion.match(proposals, anything), targets, {0: "match_enc"}, expected)
+    if assignment.proposals is not None:
+        check_matches(assignment.proposals, targets, {0: "match_enc"}, expected)
 
-    losses = model.losses(decoded, outputs, targets)
-    weighted = model.criterion.weigh(losses)
-    statistics = model.statistics(decoded, outputs, targets)
+    normalizers = model.detector.normalizers(targets, assignment)
+    terms = model.detector.losses(found, targets, assignment, normalizers)
+    if model.mask_branch is not None:
+        terms += model.mask_branch.losses(found, made, truth, targets, assignment, normalizers)
+    losses = unweighted(terms)
+    statistics = model.detector.statistics(found, targets, assignment)
     named = {**losses, **statistics}
     for key, value in case["losses"].items():
         assert key in named, f"the case has a loss that the project does not compute: {key}"
         assert_close(named[key].detach(), np.asarray(value), key)
     assert set(losses) == set(case["loss_weights"]) & set(case["losses"])
-    total = sum(weighted.values())
+    total = sum(weighted(terms).values())
     assert_close(total.detach(), np.asarray(case["total"]), "total")
     if case["gradient_norms"]:
         total.backward()
@@ -441,14 +446,16 @@ def test_solq_pca(name: str) -> None:
 
     shape = (len(masks), length)
     predicted = torch.from_numpy(np.random.default_rng(case["prediction_seed"]).standard_normal(shape))
-    criterion = SOLQCriterion({}, {}, vector_weight=3.0, vector_loss="l2_dice")
+    branch = VectorBranch(width=length, hidden_dim=1, coding=coding, weight=3.0, loss="l2_dice")
+    branch.vector_embed = torch.nn.Identity()
     index = torch.arange(len(masks))
     assignment = Assignment(torch.zeros_like(index), torch.zeros_like(index), index, index, num_layers=1)
-    outputs = SOLQOutput(predicted, predicted, predicted[None, None], torch.nn.Identity(), coding)
-    targets = Targets([len(masks)], index, {"crops": crops})
+    found = Predictions(predicted, predicted[None, None])
+    targets = Targets([len(masks)], index, boxes, [(height, width)])
     count = torch.tensor(float(case["normaliser"]))
-    losses = criterion.vector_losses(outputs, targets, assignment, Normalizers(count, count))
-    assert_close(losses[0], np.asarray(case["loss_vector_at_coefficient_3"]), "loss_vector")
+    truth = CodedTargets(crops, None)
+    (term,) = branch.losses(found, None, truth, targets, assignment, Normalizers(count, count))
+    assert_close(term.value, np.asarray(case["loss_vector_at_coefficient_3"]), "loss_vector")
 
 
 @pytest.mark.parametrize("name", component_cases("valid_sizes"))

@@ -15,6 +15,7 @@ from querymask.common.data.annotations import Findings, ImageInfo, clean_record
 from querymask.common.data.augmentation import build_augmentations
 from querymask.common.data.image_files import ImageFileError, ImageReader
 from querymask.common.data.segmentation import decode_segmentation
+from querymask.common.meta_arch import uses_masks
 
 # Augmented boxes with a side of at most this many pixels are degenerate (Detectron2's own threshold)
 _MIN_BOX_SIDE = 1e-5
@@ -75,7 +76,7 @@ class InstanceMapper:
             "is_train": is_train,
             "augmentations": build_augmentations(cfg, is_train),
             "reader": ImageReader.from_config(cfg, cfg.INPUT.FORMAT),
-            "use_masks": uses_masks(cfg, method),
+            "use_masks": uses_masks(cfg),
             "max_instances": cfg.INPUT.MAX_INSTANCES,
             "drop_empty_masks": cfg.INPUT.DROP_EMPTY_MASKS,
             "num_classes": method.get("NUM_CLASSES"),
@@ -214,13 +215,6 @@ class InstanceMapper:
             self._told = True
             logger.warning("%s. Others will be mended without a word.", "; ".join(lines))
         return [annotation for annotation in clean if annotation is not None and not annotation["iscrowd"]]
-
-
-def uses_masks(cfg: CfgNode, method: CfgNode) -> bool:
-    """Whether the model has a mask branch: its method's MASK_ON, or a MASK_HEAD other than "none"."""
-    if "MASK_ON" in method or "MASK_HEAD" not in method:
-        return method.get("MASK_ON", cfg.MODEL.MASK_ON)
-    return method.MASK_HEAD != "none"
 
 
 def _name(dataset_dict: dict[str, Any]) -> str:

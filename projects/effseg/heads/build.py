@@ -2,23 +2,23 @@
 
 from detectron2.config import CfgNode
 
+from querymask.effseg.heads.effseg import EffSegHead
+from querymask.effseg.heads.mask_rcnn import MaskRCNNHead
+from querymask.effseg.heads.pointrend import PointRendHead
+from querymask.effseg.heads.refine_mask import RefineMaskHead
 from querymask.effseg.regions import SegmentationHead
 
-MASK_HEADS = ("none", "effseg", "mask_rcnn", "pointrend", "refine_mask")
 
+def build_mask_head(name: str, effseg: CfgNode, width: int, num_classes: int) -> SegmentationHead:
+    """A head of ``MODEL.EFFSEG``.
 
-def build_mask_head(effseg: CfgNode) -> SegmentationHead | None:
-    """The head that ``MODEL.EFFSEG`` describes; None for the detector alone.
-
-    Raises:
-        ValueError: there is no such head.
+    Args:
+        name: "effseg", "mask_rcnn", "pointrend" or "refine_mask".
+        effseg: the section.
+        width: C of maps and queries.
+        num_classes: K.
     """
-    name, width, num_classes = effseg.MASK_HEAD, effseg.HIDDEN_DIM, effseg.NUM_CLASSES
-    if name == "none":
-        return None
     if name == "effseg":
-        from querymask.effseg.heads.effseg import EffSegHead
-
         return EffSegHead(
             width,
             processing=effseg.PROCESSING,
@@ -30,15 +30,8 @@ def build_mask_head(effseg: CfgNode) -> SegmentationHead | None:
             use_position=effseg.USE_POSITION,
         )
     if name == "mask_rcnn":
-        from querymask.effseg.heads.mask_rcnn import MaskRCNNHead
-
         return MaskRCNNHead(width, num_classes)
     if name == "pointrend":
-        from querymask.effseg.heads.pointrend import PointRendHead
-
         return PointRendHead(width, num_classes, subdivisions=effseg.POINT_SUBDIVISIONS)
-    if name == "refine_mask":
-        from querymask.effseg.heads.refine_mask import RefineMaskHead
-
-        return RefineMaskHead(width, num_classes)
-    raise ValueError(f"MODEL.EFFSEG.MASK_HEAD is {name!r}: choose one of {', '.join(MASK_HEADS)}")
+    assert name == "refine_mask", name
+    return RefineMaskHead(width, num_classes)

@@ -6,62 +6,20 @@ over this process's images; none is divided by the number of targets.
 Letters: A anchors, T targets of an image, Q queries, K classes, F matched queries of the batch.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.ops import box_iou
 
 from querymask.common.boxes import area, cxcywh_to_xyxy, xyxy_to_cxcywh
 from querymask.common.losses import sigmoid_focal_loss
-from querymask.common.precision import full_precision
-from querymask.common.processes import Processes
-from querymask.common.transfer import numbers_to_device
-from querymask.effseg.anchors import encode_deltas
-from querymask.effseg.fqdet import FQDetOutput
+from querymask.common.predictions import Assignment, LossTerm, Targets
+from querymask.effseg.fqdet.anchors import encode_deltas
+from querymask.effseg.fqdet.predictions import FQDetAssignment, FQDetPredictions
 
 SELECTED_RANKS = 5  # the best anchors of a target are to be selected
 MATCHED_RANKS = 15  # and queries from these are matched to it
 PAIRS_AT_ONCE = 2**20  # of target and anchor: bounds the memory at about 50 MB
-
-
-@dataclass(frozen=True)
-class Matches:
-    """Which queries of a batch belong to which targets.
-
-    Attributes:
-        image, query: (F,) numbers, ascending.
-        target: (F,) numbers within the image.
-    """
-
-    image: Tensor
-    query: Tensor
-    target: Tensor
-
-    def flat_target(self, counts: Sequence[int]) -> Tensor:
-        """(F,) numbers among the targets of all images, of which each has so many as ``counts`` says."""
-        starts = [sum(counts[:image]) for image in range(len(counts))]
-        return numbers_to_device(starts, torch.int64, self.image.device)[self.image] + self.target
-
-    def limit(self, number: int, num_images: int, processes: Processes) -> "Matches":
-        """At most ``number`` of them, a random choice among those of all processes; 0: all.
-
-        Args:
-            number: how many, in the whole batch.
-            num_images: of this process.
-            processes: whose matches are chosen from.
-        """
-        if number <= 0:
-            return self
-        device = self.query.device
-        order = processes.draw(lambda n: torch.randperm(n, device=device).argsort(), self.image, num_images)
-        if processes.count == 1:  # all numbers below that of the matches: a GPU need not be asked how many remain
-            kept = order.argsort()[:number].sort().values
-        else:
-            (kept,) = (order < number).nonzero(as_tuple=True)
-        return Matches(self.image[kept], self.query[kept], self.target[kept])
 
 
 def rank_anchors(anchors: Tensor, boxes: Tensor, count: int = MATCHED_RANKS) -> Tensor:
@@ -131,7 +89,7 @@ def extended_iou_loss(boxes: Tensor, targets: Tensor, beta: float = 0.1) -> Tens
     return torch.where(miss < beta, miss.square() / (2 * beta), miss - beta / 2)
 
 
-class FQDetCriterion(nn.Module):
+class FQDetCriterion:
     """Losses of a batch.
 
     Args:
@@ -147,7 +105,6 @@ class FQDetCriterion(nn.Module):
         class_weight: float | None = None,
         box_weight: float | None = None,
     ) -> None:
-        super().__init__()
         if version not in (1, 2):
             raise ValueError(f"FQDet has the versions 1 and 2, not {version}")
         self.version = version
@@ -155,67 +112,55 @@ class FQDetCriterion(nn.Module):
         self.class_weight = class_weight if class_weight is not None else {1: 1.0, 2: 0.5}[version]
         self.box_weight = box_weight if box_weight is not None else {1: 1.0, 2: 1.85}[version]
 
-    def forward(
-        self, output: FQDetOutput, boxes: Sequence[Tensor], labels: Sequence[Tensor]
-    ) -> tuple[Mapping[str, Tensor], Matches]:
-        """Match, and compute the losses.
-
-        Args:
-            output: of the detector.
-            boxes: (T, 4) x0, y0, x1, y1 in pixels, for every image.
-            labels: (T,) classes below K, for every image.
-
-        Returns:
-            Weighted losses by name (``loss_selection``, ``loss_class``, ``loss_box``), and the matches, which a
-            segmentation head uses too.
-        """
-        matches, selection = self._match(output, boxes)
-        rows = matches.flat_target([len(b) for b in boxes])
-        targets, classes = torch.cat(list(boxes))[rows], torch.cat(list(labels))[rows]
-        predicted = output.boxes[matches.image, matches.query]
-        losses = {
-            "loss_selection": self.selection_weight * sigmoid_focal_loss(output.selection_logits, selection).sum(),
-            "loss_class": self.class_weight
-            * self._class_loss(output.class_logits, matches, classes, predicted, targets),
-            "loss_box": self.box_weight * self._box_loss(output, matches, predicted, targets),
-        }
-        return losses, matches
-
     @torch.no_grad()
-    def _match(self, output: FQDetOutput, boxes: Sequence[Tensor]) -> tuple[Matches, Tensor]:
-        """The matches, and 1 for the anchors (B, A) that are to be selected."""
-        selection = torch.zeros_like(output.selection_logits)
+    def match(self, found: FQDetPredictions, targets: Targets) -> FQDetAssignment:
+        """Which queries, and which anchors, belong to which targets."""
+        selection = torch.zeros_like(found.selection_logits)
         matched = []
-        for image, target_boxes in enumerate(boxes):
-            ranked = rank_anchors(output.anchors, target_boxes.to(output.anchors))
+        boxes = targets.boxes.to(found.anchors).split(list(targets.counts))
+        for image, (start, target_boxes) in enumerate(zip(targets.starts, boxes, strict=True)):
+            ranked = rank_anchors(found.anchors, target_boxes)
             selection[image].index_fill_(0, ranked[:SELECTED_RANKS].flatten(), 1)
-            matched.append(match_queries(ranked, output.selected[image], len(output.anchors)))
-        targets = torch.stack(matched)
-        images, queries = (targets >= 0).nonzero(as_tuple=True)  # of all images, as each time makes a GPU wait
-        return Matches(images, queries, targets[images, queries]), selection
+            own = match_queries(ranked, found.selected[image], len(found.anchors))
+            matched.append(torch.where(own >= 0, own + start, -1))
+        rows = torch.stack(matched)
+        image, query = (rows >= 0).nonzero(as_tuple=True)  # of all images, as each time makes a GPU wait
+        return FQDetAssignment(torch.zeros_like(image), image, query, rows[image, query], 1, selection=selection)
+
+    def losses(self, found: FQDetPredictions, targets: Targets, assignment: FQDetAssignment) -> list[LossTerm]:
+        """Sums ``loss_selection``, ``loss_class`` and ``loss_box``."""
+        boxes, classes = targets.boxes[assignment.target], targets.labels[assignment.target]
+        predicted = found.boxes[assignment.image, assignment.query]
+        selection = sigmoid_focal_loss(found.selection_logits, assignment.selection).sum()
+        class_loss = self._class_loss(found.logits[0], assignment, classes, predicted, boxes)
+        return [
+            LossTerm("loss_selection", selection, self.selection_weight),
+            LossTerm("loss_class", class_loss, self.class_weight),
+            LossTerm("loss_box", self._box_loss(found, assignment, predicted, boxes), self.box_weight),
+        ]
 
     def _class_loss(
-        self, logits: Tensor, matches: Matches, classes: Tensor, predicted: Tensor, targets: Tensor
+        self, logits: Tensor, assignment: Assignment, classes: Tensor, predicted: Tensor, targets: Tensor
     ) -> Tensor:
-        logits = full_precision(logits)
+        image, query = assignment.image, assignment.query
         wanted = torch.zeros_like(logits)
         wanted[..., -1] = 1
-        wanted[matches.image, matches.query, -1] = 0
+        wanted[image, query, -1] = 0
         if self.version == 1:
-            wanted[matches.image, matches.query, classes] = 1
+            wanted[image, query, classes] = 1
             return sigmoid_focal_loss(logits, wanted).sum()
-        wanted[matches.image, matches.query, classes] = paired_iou(predicted.detach(), targets.to(predicted))
+        wanted[image, query, classes] = paired_iou(predicted.detach(), targets.to(predicted))
         cross_entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
         return ((wanted - logits.sigmoid()).square() * cross_entropy).sum()
 
-    def _box_loss(self, output: FQDetOutput, matches: Matches, predicted: Tensor, targets: Tensor) -> Tensor:
-        if len(matches.query) == 0:
-            return 0 * output.deltas.sum()  # every parameter has a gradient, as distributed training asks
+    def _box_loss(self, found: FQDetPredictions, assignment: Assignment, predicted: Tensor, targets: Tensor) -> Tensor:
+        if len(assignment.query) == 0:
+            return 0 * found.deltas.sum()  # every parameter has a gradient, as distributed training asks
         if self.version == 2:
             return extended_iou_loss(predicted, targets.to(predicted)).sum()
-        anchors = output.query_anchors[matches.image, matches.query]
+        anchors = found.query_anchors[assignment.image, assignment.query]
         wanted = encode_deltas(anchors, xyxy_to_cxcywh(targets.to(anchors)))
-        return (output.deltas[matches.image, matches.query] - wanted).abs().sum()
+        return (found.deltas[assignment.image, assignment.query] - wanted).abs().sum()
 
 
 def paired_iou(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,100 @@
+"""How queries find objects: the interface of detectors, and their registry."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.structures import Instances
+from fvcore.common.registry import Registry
+from torch import Tensor, nn
+
+from querymask.common.images import Canvas
+from querymask.common.predictions import Assignment, LossTerm, Normalizers, Predictions, Targets
+
+DETECTOR_REGISTRY = Registry("DETECTOR")
+DETECTOR_REGISTRY.__doc__ = "Classes whose ``from_config(cfg, shapes)`` builds a :class:`Detector`."
+
+
+class Detector(nn.Module):
+    """From maps of a backbone to classes and, with most, boxes of queries.
+
+    Attributes:
+        width: C of hidden states and pyramid.
+        num_layers: N, the layers of hidden states at inference.
+        strides: of the pyramid's levels, in pixels.
+        size_divisibility: sides of a batch must be multiples of it; 0: any.
+        has_boxes: queries have boxes.
+        static_matching: the assignment does not depend on costs, to which a mask branch might add.
+        masks_follow: a mask branch gets what is selected.
+        capturable: ``forward`` neither waits for a GPU nor copies to it, so a CUDA graph can repeat it.
+    """
+
+    width: int
+    num_layers: int
+    strides: tuple[int, ...]
+    size_divisibility: int = 0
+    has_boxes: bool = True
+    static_matching: bool = False
+    masks_follow: bool = False
+    capturable: bool = True
+
+    @property
+    def num_trained_layers(self) -> int:
+        """How many of the layers, from the last one on, have losses."""
+        return self.num_layers
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> "Detector":
+        """Build what the config describes, on a backbone that gives maps of these shapes."""
+
+    @abstractmethod
+    def forward(self, features: Mapping[str, Tensor], canvas: Canvas) -> Predictions:
+        """Run the network.
+
+        Args:
+            features: maps of the backbone by name.
+            canvas: of the batch.
+        """
+
+    @abstractmethod
+    def match(self, found: Predictions, targets: Targets, mask_costs: Mapping[str, Tensor]) -> Assignment:
+        """Assign targets to queries, without gradient.
+
+        Args:
+            mask_costs: (N, B, Q, T) by name: what the mask branch adds to the costs.
+        """
+
+    @abstractmethod
+    def normalizers(self, targets: Targets, assignment: Assignment) -> Normalizers:
+        """What the losses of this detector, and those of a mask branch, are divided by."""
+
+    @abstractmethod
+    def losses(
+        self, found: Predictions, targets: Targets, assignment: Assignment, normalizers: Normalizers
+    ) -> list[LossTerm]:
+        """Losses of classes and boxes."""
+
+    @abstractmethod
+    def select(self, found: Predictions, image: int, size: tuple[int, int], layer: int | None = None) -> Instances:
+        """The detections of an image before they have masks.
+
+        Args:
+            size: (height, width) to which boxes are scaled.
+            layer: of the queries; None: the last one, or what the config asks for.
+
+        Returns:
+            ``scores``, ``pred_classes``, ``pred_queries`` and, with boxes, ``pred_boxes``; on the model's device or on
+            the host.
+        """
+
+    def finish(self, detections: Instances) -> Instances:
+        """The detections that stay once they have masks, in their order."""
+        return detections
+
+    @torch.no_grad()
+    def statistics(self, found: Predictions, targets: Targets, assignment: Assignment) -> dict[str, Tensor]:
+        """What is logged beside the losses; scalars by name, the same names at every call."""
+        return {}

@@ -1,0 +1,215 @@
+"""Segmentation heads as mask branches: queries become regions, and regions square masks that are pasted.
+
+Data flow (n regions, C width, S side of a mask)::
+
+    training: matched queries of the last layer, their boxes and features -> losses of the head
+    inference: pairs of query and class, or their queries -> probabilities (n, S, S) -> pasted, scored, thresholded
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.structures import Instances
+from torch import Tensor
+
+from querymask.common.detector import Detector
+from querymask.common.finer_levels import FinerLevels
+from querymask.common.mask_branch import MASK_BRANCH_REGISTRY, MaskBranch
+from querymask.common.masks import pad_masks
+from querymask.common.predictions import Assignment, LossTerm, Normalizers, Predictions, Targets
+from querymask.common.processes import Processes
+from querymask.common.transfer import instances_to_device, to_device
+from querymask.effseg.fqdet.detector import loss_processes
+from querymask.effseg.heads.build import build_mask_head
+from querymask.effseg.masks import EXPORTS, paste_and_resize
+from querymask.effseg.regions import NUM_MAPS, Regions, RegionTargets, SegmentationHead
+
+STRIDES = tuple(4 * 2**level for level in range(NUM_MAPS))
+"""Of the maps that heads read."""
+
+
+class RegionBranch(MaskBranch):
+    """Masks of regions; subclasses name the head.
+
+    Args:
+        head: masks of regions.
+        finer_levels: that the detector's pyramid lacks.
+        processes: whose regions are one batch.
+        max_train_regions: matched queries of a batch that get masks in training, a random choice of them; 0: all.
+        mask_export: how masks get the original image's size, one of ``masks.EXPORTS``.
+    """
+
+    head_name: str
+    size_divisibility = STRIDES[-1]
+    finishes = True
+    capturable = False
+
+    def __init__(
+        self,
+        head: SegmentationHead,
+        finer_levels: FinerLevels,
+        processes: Processes,
+        max_train_regions: int,
+        mask_export: str,
+    ) -> None:
+        super().__init__()
+        if mask_export not in EXPORTS:
+            raise ValueError(f"MODEL.EFFSEG.MASK_EXPORT is {mask_export!r}: choose one of {', '.join(EXPORTS)}")
+        self.finer_levels = finer_levels
+        self.head = head
+        self.processes = head.processes = processes
+        self.max_train_regions = max_train_regions
+        self.mask_export = mask_export
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, detector: Detector, shapes: Mapping[str, ShapeSpec]) -> "RegionBranch":
+        """What ``MODEL.EFFSEG`` describes, for any detector with boxes."""
+        effseg = cfg.MODEL.EFFSEG
+        if not detector.has_boxes:
+            raise ValueError(
+                f"{cls.__name__} segments regions, and {type(detector).__name__} has no boxes: choose another "
+                "MODEL.MASK_BRANCH.NAME"
+            )
+        finer_levels = FinerLevels(shapes, detector.strides, STRIDES[0], detector.width)
+        if tuple(finer_levels.strides[:NUM_MAPS]) != STRIDES:
+            raise ValueError(
+                f"segmentation heads read maps of the strides {list(STRIDES)}, the levels 2 to 5, but the pyramid has "
+                f"{finer_levels.strides}: begin MODEL.EFFSEG.LEVELS with these levels, have the backbone give a map "
+                "for each, or set MODEL.EFFSEG.MASK_HEAD none"
+            )
+        return cls(
+            build_mask_head(cls.head_name, effseg, detector.width, effseg.NUM_CLASSES),
+            finer_levels,
+            loss_processes(effseg.LOSS_REDUCTION),
+            effseg.MAX_TRAIN_REGIONS,
+            effseg.MASK_EXPORT,
+        )
+
+    def forward(self, found: Predictions) -> list[Tensor]:
+        """The maps (B, C, H_l, W_l) of the strides that heads read."""
+        return self.finer_levels(found).maps[:NUM_MAPS]
+
+    def encode(self, targets: Targets, found: Predictions) -> list[Tensor]:
+        """(T, H, W) bool on the padded canvas, for every image."""
+        return [pad_masks(masks, found.canvas.size) for masks in targets.masks]
+
+    def losses(
+        self,
+        found: Predictions,
+        made: Sequence[Tensor],
+        truth: Sequence[Tensor],
+        targets: Targets,
+        assignment: Assignment,
+        normalizers: Normalizers,
+    ) -> list[LossTerm]:
+        """Those of the head, for the matched queries of the last layer."""
+        pairs = limit_pairs(assignment.last(), self.max_train_regions, len(targets.counts), self.processes)
+        starts = torch.tensor(targets.starts)
+        index = pairs.target - to_device(starts, pairs.target.device)[pairs.image]
+        regions = self.matched_regions(found, targets, pairs)
+        losses = self.head.losses(made, found.canvas.size, regions, RegionTargets(truth, index))
+        return [LossTerm(name, value / normalizers.targets) for name, value in losses.items()]
+
+    def matched_regions(self, found: Predictions, targets: Targets, pairs: Assignment) -> Regions:
+        """The matched queries with their predicted boxes and the classes of their targets.
+
+        As in the release, boxes learn nothing from masks, although EffSeg reads maps at places within the boxes.
+        """
+        return Regions(
+            boxes=found.pixel_boxes(pairs.image, pairs.query).detach(),
+            images=pairs.image,
+            queries=found.hidden[-1][pairs.image, pairs.query],
+            labels=targets.labels[pairs.target],
+        )
+
+    def add_masks(
+        self, found: Predictions, made: Sequence[Tensor], image: int, detections: Instances, layer: int | None = None
+    ) -> Instances:
+        """Masks, scores times the mean probability of their foreground; without empty ones, by descending score."""
+        device = found.hidden.device
+        canvas, size = found.canvas.size, detections.image_size
+        region, _, regions = self.regions(found, image, detections, layer)
+        maps = [feature[image : image + 1] for feature in made]
+        probabilities = self.head(maps, canvas, regions)
+        masks, certainty = paste_and_resize(
+            probabilities, regions.boxes, canvas, found.image_sizes[image], size, self.mask_export
+        )
+        kept = to_device(detections.pred_boxes.nonempty(), device)
+        detections = instances_to_device(detections, device)
+        detections.scores = detections.scores * certainty[region]
+        (rows,) = (kept & masks.flatten(1).any(1)[region]).nonzero(as_tuple=True)
+        rows = rows[detections.scores[rows].argsort(descending=True, stable=True)]
+        detections = detections[rows]
+        detections.pred_masks = masks[region[rows]]
+        return detections
+
+    def regions(
+        self, found: Predictions, image: int, detections: Instances, layer: int | None = None
+    ) -> tuple[Tensor, Tensor, Regions]:
+        """What the head gets for the detections of an image.
+
+        Returns:
+            the region (D,) of every detection; the query (n,) of every region, ascending where masks do not depend on
+            classes; the regions, whose maps are those of this image alone.
+        """
+        if self.head.per_class:  # every pair of query and class has a mask of its own
+            queries, labels = detections.pred_queries, detections.pred_classes
+            region = torch.arange(len(queries), device=queries.device)
+        else:
+            queries, region = detections.pred_queries.unique(return_inverse=True)
+            labels = torch.zeros_like(queries)
+        region, queries, labels = (to_device(x, found.hidden.device) for x in (region, queries, labels))
+        layer = -1 if layer is None else layer
+        images = torch.full_like(queries, image)
+        boxes, features = found.pixel_boxes(images, queries, layer), found.hidden[layer, image, queries]
+        return region, queries, Regions(boxes, torch.zeros_like(queries), features, labels)
+
+
+def limit_pairs(pairs: Assignment, number: int, num_images: int, processes: Processes) -> Assignment:
+    """At most ``number`` pairs, a random choice among those of all processes; 0: all.
+
+    Args:
+        pairs: of one layer.
+        number: how many, in the whole batch.
+        num_images: of this process.
+        processes: whose pairs are chosen from.
+    """
+    if number <= 0:
+        return pairs
+    device = pairs.query.device
+    order = processes.draw(lambda n: torch.randperm(n, device=device).argsort(), pairs.image, num_images)
+    if processes.count == 1:  # all numbers below that of the pairs: a GPU need not be asked how many remain
+        kept = order.argsort()[:number].sort().values
+    else:
+        (kept,) = (order < number).nonzero(as_tuple=True)
+    return Assignment(pairs.layer[kept], pairs.image[kept], pairs.query[kept], pairs.target[kept], 1)
+
+
+@MASK_BRANCH_REGISTRY.register()
+class EffSegBranch(RegionBranch):
+    """EffSeg's refinement head (``heads/effseg.py``)."""
+
+    head_name = "effseg"
+
+
+@MASK_BRANCH_REGISTRY.register()
+class MaskRCNNBranch(RegionBranch):
+    """The head of Mask R-CNN++ (``heads/mask_rcnn.py``)."""
+
+    head_name = "mask_rcnn"
+
+
+@MASK_BRANCH_REGISTRY.register()
+class PointRendBranch(RegionBranch):
+    """The head of PointRend++ (``heads/pointrend.py``)."""
+
+    head_name = "pointrend"
+
+
+@MASK_BRANCH_REGISTRY.register()
+class RefineMaskBranch(RegionBranch):
+    """The head of RefineMask++ (``heads/refine_mask.py``)."""
+
+    head_name = "refine_mask"

@@ -1,0 +1,180 @@
+"""Every detector with every mask branch: a training step, inference, and what cannot go together."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from mask_bases import give_basis
+from tiny_models import tiny_cfg
+
+from querymask.common.mask_branch import MASK_BRANCH_REGISTRY
+
+MakeBatch = Callable[..., list[dict[str, Any]]]
+
+FEATURES = ["res2", "res3", "res4", "res5"]
+DETECTORS: dict[str, dict[str, Any]] = {
+    "SOLQ": {
+        "NUM_CLASSES": 5,
+        "NUM_QUERIES": 6,
+        "HIDDEN_DIM": 128,
+        "NUM_HEADS": 8,
+        "ENC_LAYERS": 1,
+        "DEC_LAYERS": 2,
+        "DIM_FEEDFORWARD": 24,
+        "DROPOUT": 0.0,
+    },
+    "ISDA": {
+        "NUM_CLASSES": 5,
+        "NUM_QUERIES": 6,
+        "HIDDEN_DIM": 64,
+        "NUM_HEADS": 4,
+        "ENC_LAYERS": 1,
+        "DEC_LAYERS": 2,
+        "DIM_FEEDFORWARD": 24,
+        "DROPOUT": 0.0,
+    },
+    "ISTR": {
+        "NUM_CLASSES": 5,
+        "NUM_QUERIES": 6,
+        "NUM_STAGES": 2,
+        "HIDDEN_DIM": 64,
+        "NUM_HEADS": 4,
+        "DIM_FEEDFORWARD": 24,
+        "DIM_DYNAMIC": 4,
+        "POOL_SIZE": 3,
+    },
+    "EffSeg": {
+        "NUM_CLASSES": 5,
+        "NUM_QUERIES": 500,  # so many that some are matched without any training
+        "LEVELS": [2, 3, 4, 5, 6],
+        "HIDDEN_DIM": 64,
+        "DEC_LAYERS": 1,
+        "NUM_HEADS": 4,
+        "DIM_FEEDFORWARD": 24,
+    },
+}
+VECTORS = {"MODEL.SOLQ.MASK_SIZE": 16, "MODEL.SOLQ.VECTOR_LENGTH": 20, "MODEL.SOLQ.VECTOR_HIDDEN_DIM": 24}
+CODES = {"MODEL.ISTR.MASK_SIZE": 16, "MODEL.ISTR.VECTOR_LENGTH": 20, "MODEL.ISTR.HEAD_LAYERS": 1}
+BRANCHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "DCT vectors": ("VectorBranch", VECTORS),
+    "PCA vectors": ("VectorBranch", {**VECTORS, "MODEL.SOLQ.MASK_CODING": "pca"}),
+    "flattened vectors": (
+        "VectorBranch",
+        {**VECTORS, "MODEL.SOLQ.MASK_CODING": "flatten", "MODEL.SOLQ.MASK_SIZE": 8, "MODEL.SOLQ.VECTOR_LENGTH": 64},
+    ),
+    "sparse vectors": ("VectorBranch", {**VECTORS, "MODEL.SOLQ.MASK_CODING": "sparse"}),
+    "codes": ("CodeBranch", {**CODES, "MODEL.ISTR.MASK_CODING": "dct"}),
+    "codes of a convolution": (
+        "CodeBranch",
+        {
+            **CODES,
+            "MODEL.ISTR.MASK_CODING": "dct",
+            "MODEL.ISTR.MASK_HEAD": "convolution",
+            "MODEL.ISTR.MASK_POOL_SIZE": 8,
+        },
+    ),
+    "autoencoder": (
+        "CodeBranch",
+        {
+            **CODES,
+            "MODEL.ISTR.MASK_CODING": "autoencoder",
+            "MODEL.ISTR.MASK_HEAD": "convolution",
+            "MODEL.ISTR.MASK_SIZE": 32,
+            "MODEL.ISTR.MASK_POOL_SIZE": 8,
+        },
+    ),
+    "kernels": ("KernelBranch", {"MODEL.ISDA.MASK_FEATURE_DIM": 32}),
+    "EffSeg": ("EffSegBranch", {"MODEL.EFFSEG.REFINEMENTS": 300}),
+    "Mask R-CNN++": ("MaskRCNNBranch", {}),
+    "PointRend++": ("PointRendBranch", {}),
+    "RefineMask++": ("RefineMaskBranch", {}),
+    "SQR": ("SQRBranch", {}),
+    "none": ("none", {}),
+}
+REFUSED = {
+    ("ISDA", "none"): "has no boxes, so without masks it finds nothing",
+    **{
+        ("ISDA", name): "has no boxes"
+        for name, (branch, _) in BRANCHES.items()
+        if branch not in ("KernelBranch", "none")
+    },
+    **{(name, "SQR"): "reads the memory of a Deformable DETR" for name in ("ISDA", "ISTR", "EffSeg")},
+}
+PAIRS = [(detector, branch) for detector in DETECTORS for branch in BRANCHES]
+
+
+def pair_cfg(detector: str, branch: str) -> CfgNode:
+    """The config of a small model of the pair."""
+    cfg = tiny_cfg(detector, FEATURES, DETECTORS[detector])
+    if detector == "ISTR":
+        cfg.MODEL.BACKBONE.NAME = "build_basic_resnet_fpn_backbone"
+        cfg.MODEL.FPN.IN_FEATURES = FEATURES
+        cfg.MODEL.FPN.OUT_CHANNELS = cfg.MODEL.ISTR.HIDDEN_DIM
+    name, settings = BRANCHES[branch]
+    cfg.MODEL.MASK_BRANCH.NAME = name
+    for key, value in settings.items():
+        cfg.merge_from_list([key, value])
+    for section in ("SOLQ", "ISDA", "ISTR", "EFFSEG"):
+        cfg.MODEL[section].NUM_CLASSES = 5
+    if detector == "EffSeg":
+        cfg.MODEL.ISTR.MASK_COST = "none"
+    return cfg
+
+
+@pytest.mark.parametrize(("detector", "branch"), [pair for pair in PAIRS if pair not in REFUSED])
+def test_pair(make_batch: MakeBatch, detector: str, branch: str) -> None:
+    """Every parameter learns something, also from an image without instances; detections have masks and boxes."""
+    torch.manual_seed(0)
+    model = build_model(pair_cfg(detector, branch)).train()
+    give_basis(getattr(model.mask_branch, "coding", None))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2 and parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3 * parameter[0].numel() ** -0.5)
+    batch = make_batch([3, 0], [(64, 96), (56, 80)])
+    losses = model(batch)
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+    if model.mask_branch is not None:
+        learns = [p.grad.abs().sum() > 0 for p in model.mask_branch.parameters() if p.requires_grad]
+        assert sum(learns) > 0.8 * len(learns)
+    batch[0].update(height=50, width=120)
+    with torch.no_grad():
+        results = [result["instances"] for result in model.eval()(batch)]
+    for found, size in zip(results, [(50, 120), (56, 80)], strict=True):
+        assert found.image_size == size and len(found) <= 9
+        assert torch.isfinite(found.scores).all()
+        assert found.has("pred_boxes") == (detector != "ISDA")
+        assert found.has("pred_masks") == (branch != "none")
+        if branch != "none":
+            assert found.pred_masks.shape == (len(found), *size) and found.pred_masks.dtype == torch.bool
+
+
+@pytest.mark.parametrize(("detector", "branch"), REFUSED)
+def test_refused(detector: str, branch: str) -> None:
+    with pytest.raises(ValueError, match=REFUSED[detector, branch]):
+        build_model(pair_cfg(detector, branch))
+
+
+def test_every_branch_is_tried() -> None:
+    assert {name for name, _ in BRANCHES.values()} == {name for name, _ in MASK_BRANCH_REGISTRY} | {"none"}
+
+
+def test_a_cost_of_masks_needs_a_matching_by_costs() -> None:
+    cfg = pair_cfg("EffSeg", "codes")
+    cfg.MODEL.ISTR.MASK_COST = "cosine"
+    with pytest.raises(ValueError, match="set MODEL.ISTR.MASK_COST none"):
+        build_model(cfg)
+
+
+def test_unknown_branch() -> None:
+    cfg = pair_cfg("SOLQ", "none")
+    cfg.MODEL.MASK_BRANCH.NAME = "VectorBrunch"
+    with pytest.raises(ValueError, match=r"MODEL\.MASK_BRANCH\.NAME is 'VectorBrunch': choose one of CodeBranch, "):
+        build_model(cfg)
