@@ -8,14 +8,16 @@ import pytest
 import torch
 from detectron2.utils.events import EventStorage
 
-from querymask.common.matching import Assignment, Targets, focal_class_cost, hungarian_assignment, pad_targets
+from querymask.common.matching import focal_class_cost, hungarian_assignment, pad_targets
+from querymask.common.predictions import Assignment, Targets
 
 NAN, INF = math.nan, math.inf
 
 
-def make_targets(counts: list[int], **fields: torch.Tensor) -> Targets:
+def make_targets(counts: list[int], boxes: torch.Tensor | None = None) -> Targets:
+    boxes = torch.zeros(sum(counts), 4) if boxes is None else boxes
     images = [f"image{b}.jpg" for b in range(len(counts))]
-    return Targets(counts, torch.zeros(sum(counts), dtype=torch.int64), fields, images)
+    return Targets(counts, torch.zeros(sum(counts), dtype=torch.int64), boxes, [(8, 8)] * len(counts), images=images)
 
 
 def best_total(cost: torch.Tensor) -> float:
@@ -159,7 +161,7 @@ def test_target_at_fault(counts: list[int]) -> None:
     boxes[2, 1] = NAN
     terms = broken_costs(counts)
     terms["L1 box cost"][:, 1, :, 0] = NAN
-    message = error_of(terms, make_targets(counts, boxes=boxes, vectors=torch.zeros(sum(counts), 9)))
+    message = error_of(terms, make_targets(counts, boxes=boxes))
     assert message.startswith("outside of training: ")
     assert "decoder layer 0 for image1.jpg" in message and "L1 box cost: target 0 at fault" in message
     assert "repair or drop its annotation" in message and "queries" not in message
@@ -194,7 +196,7 @@ def test_sum_overflows() -> None:
 def test_images_without_names() -> None:
     terms = broken_costs([1, 1])
     terms["class cost"][0, 1] = NAN
-    targets = Targets([1, 1], torch.zeros(2, dtype=torch.int64))
+    targets = Targets([1, 1], torch.zeros(2, dtype=torch.int64), torch.zeros(2, 4), [(8, 8)] * 2)
     assert "for image 1 of the batch (1 targets)" in error_of(terms, targets)
 
 

@@ -9,7 +9,7 @@ import torch
 from cases import fixture, load_manifest
 from torch import Tensor, nn
 
-from querymask.effseg.fqdet import Detections
+from querymask.effseg.fqdet.suppression import Detections
 
 
 def make_input(case: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:

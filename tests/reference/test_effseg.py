@@ -1,7 +1,7 @@
 """EffSeg's detectors FQDet and FQDetV2, and the whole model, against their official implementation."""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ from effseg_inputs import official_state
 from torch import Tensor, nn
 
 from querymask import get_cfg
+from querymask.common.predictions import Targets, weighted
 from querymask.effseg.checkpoint import convert, convert_detector
-from querymask.effseg.criterion import MATCHED_RANKS, SELECTED_RANKS, FQDetCriterion, rank_anchors
-from querymask.effseg.fqdet import FQDet, FQDetOutput, detect
+from querymask.effseg.fqdet import FQDet
+from querymask.effseg.fqdet.criterion import MATCHED_RANKS, SELECTED_RANKS, FQDetCriterion, rank_anchors
+from querymask.effseg.fqdet.predictions import FQDetPredictions
+from querymask.effseg.fqdet.suppression import detect
 from querymask.effseg.masks import foreground_certainty, paste_probabilities
 
 VERSIONS = {"FQDet": 1, "FQDetV2": 2}
@@ -45,8 +48,12 @@ def make_detector(case: Mapping[str, Any]) -> FQDet:
     assert case["checkpoint_file"] == model.pop("checkpoint")
     assert case["checkpoint_entry"] is None, f"unknown checkpoint_entry: {case['checkpoint_entry']}"
     model.pop("nms")
+    version = VERSIONS[model.pop("detector")]
     detector = FQDet(
-        version=VERSIONS[model.pop("detector")],
+        in_features=[],
+        neck=nn.Identity(),
+        criterion=FQDetCriterion(version),
+        version=version,
         num_queries=model.pop("queries"),
         ffn_dim=model.pop("ffn"),
         levels=model.pop("levels"),
@@ -60,8 +67,8 @@ def make_detector(case: Mapping[str, Any]) -> FQDet:
     return detector
 
 
-def run(case: Mapping[str, Any], detector: FQDet) -> tuple[FQDetOutput, dict[str, Tensor]]:
-    """The output, and the queries after each part of each layer."""
+def run(case: Mapping[str, Any], detector: FQDet) -> tuple[FQDetPredictions, dict[str, Tensor]]:
+    """What is found, and the queries after each part of each layer."""
     height, width = case["canvas"]
     batch = len(case["image_sizes"])
     maps = []
@@ -81,15 +88,16 @@ def run(case: Mapping[str, Any], detector: FQDet) -> tuple[FQDetOutput, dict[str
     if detector.anchor_encoder is not None:
         keep("prior_encodings", detector.anchor_encoder)
     detector.layers[0].register_forward_hook(lambda module, inputs, output: steps.__setitem__("query_init", inputs[0]))
-    return detector(maps, (height, width)), steps
+    return detector.decode(maps, (height, width)), steps
 
 
-def targets_of(arrays: Mapping[str, np.ndarray], images: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Boxes, labels and numbers of the targets of each image."""
+def targets_of(arrays: Mapping[str, np.ndarray], image_sizes: Sequence[tuple[int, int]]) -> tuple[Targets, Tensor]:
+    """The targets, and the number that each has in the case."""
     image = torch.from_numpy(arrays["tgt_image"])
+    numbers = image.argsort(stable=True)
     boxes, labels = torch.from_numpy(arrays["tgt_boxes"]).double(), torch.from_numpy(arrays["tgt_labels"]).long()
-    numbers = [(image == i).nonzero().flatten() for i in range(images)]
-    return [boxes[n] for n in numbers], [labels[n] for n in numbers], numbers
+    counts = image.bincount(minlength=len(image_sizes)).tolist()
+    return Targets(counts, labels[numbers], boxes[numbers], image_sizes), numbers
 
 
 def sliced(array: Tensor, text: str | None) -> Tensor:
@@ -114,35 +122,35 @@ def test_fqdet(name: str) -> None:
         assert_close(actual, arrays[key], key)
         compared.add(key)
 
-    output, steps = run(case, detector)
-    num_images, num_anchors = output.selection_logits.shape
+    found, steps = run(case, detector)
+    num_images, num_anchors = found.selection_logits.shape
     num_queries = detector.num_queries
-    compare(output.anchors, "anchors_cxcywh")
-    compare(output.selection_logits, "sel_logits")
-    compare((output.selected + num_anchors * torch.arange(num_images)[:, None]).flatten(), "sel_ids")
-    compare(output.query_anchors.flatten(0, 1), "prior_boxes")
+    compare(found.anchors, "anchors_cxcywh")
+    compare(found.selection_logits, "sel_logits")
+    compare((found.selected + num_anchors * torch.arange(num_images)[:, None]).flatten(), "sel_ids")
+    compare(found.query_anchors.flatten(0, 1), "prior_boxes")
     for key, value in steps.items():
         compare(value.flatten(0, 1), key, "dec" if key.startswith("dec") else "query_init")
-    compare(output.class_logits.flatten(0, 1), "cls_logits")
-    compare(output.deltas.flatten(0, 1), "box_deltas")
-    compare(output.boxes.flatten(0, 1), "pred_boxes")
+    compare(found.logits[0].flatten(0, 1), "cls_logits")
+    compare(found.deltas.flatten(0, 1), "box_deltas")
+    compare(found.boxes.flatten(0, 1), "pred_boxes")
 
-    found = [detect(output.class_logits[i], output.boxes[i], case["model"]["nms"]) for i in range(num_images)]
-    compare(torch.cat([torch.full_like(d.labels, i) for i, d in enumerate(found)]), "det_image")
-    compare(torch.cat([d.labels for d in found]), "det_labels")
-    compare(torch.cat([d.scores for d in found]), "det_scores")
-    compare(torch.cat([d.boxes for d in found]), "det_boxes")
+    detections = [detect(found.logits[0, i], found.boxes[i], case["model"]["nms"]) for i in range(num_images)]
+    compare(torch.cat([torch.full_like(d.labels, i) for i, d in enumerate(detections)]), "det_image")
+    compare(torch.cat([d.labels for d in detections]), "det_labels")
+    compare(torch.cat([d.scores for d in detections]), "det_scores")
+    compare(torch.cat([d.boxes for d in detections]), "det_boxes")
 
-    boxes, labels, numbers = targets_of(arrays, num_images)
-    losses, matches = FQDetCriterion(VERSIONS[case["model"]["detector"]])(output, boxes, labels)
-    query = matches.image * num_queries + matches.query
+    targets, numbers = targets_of(arrays, case["image_sizes"])
+    assignment = detector.match(found, targets, {})
+    query = assignment.image * num_queries + assignment.query
     compare(query, "train_matched_query")
-    compare(torch.stack([numbers[i][t] for i, t in zip(matches.image, matches.target)]), "train_matched_target")
+    compare(numbers[assignment.target], "train_matched_target")
     matched = torch.zeros(num_images * num_queries)
     compare(matched.index_fill(0, query, 1), "train_query_label")
-    ranked = [rank_anchors(output.anchors, b) + i * num_anchors for i, b in enumerate(boxes)]
-    columns = torch.cat(numbers)
-    ranked = torch.cat(ranked, 1)[:, columns.argsort()]
+    boxes = targets.boxes.split(targets.counts)
+    ranked = [rank_anchors(found.anchors, b) + i * num_anchors for i, b in enumerate(boxes)]
+    ranked = torch.cat(ranked, 1)[:, numbers.argsort()]
     assert len(ranked) == MATCHED_RANKS
     # Anchors inside of a target have equal overlaps where they have equal areas: their order is not specified, but no
     # such tie crosses the ranks that matter.
@@ -154,6 +162,8 @@ def test_fqdet(name: str) -> None:
     assert sorted(map(tuple, pairs.reshape(-1, 2).tolist())) == sorted(map(tuple, expected.tolist()))
     compared |= {"train_top_anchor_ids"}
     compared |= {"train_sel_pos_anchor", "train_sel_pos_target", "tgt_boxes", "tgt_labels", "tgt_image"}
+    losses = weighted(detector.losses(found, targets, assignment, detector.normalizers(targets, assignment)))
+    assert set(losses) == set(LOSSES.values())
     for key, ours in LOSSES.items():
         compare(losses[ours], f"loss.{key}")
     left = {key for key in arrays if key not in compared and not key.startswith("metric.")}  # no outputs of ours
@@ -217,40 +227,40 @@ def test_inference(name: str) -> None:
     case, arrays = MODEL_CASES[name], load_arrays("effseg", MODEL_CASES[name])
     model = make_model(case).eval()
     images = model.preprocess(model_inputs(case))
-    canvas = (images.tensor.shape[2], images.tensor.shape[3])
     with torch.no_grad():
-        features = model.backbone(images.tensor)
-        maps, output = model.predict(images)
+        found, made = model.predict(images)
+        assert found.pyramid is not None and found.canvas is not None
+    canvas = found.canvas.size
     for level in range(4):
-        assert_close(features[f"res{level + 2}"][:, ::16, ::2, ::2], arrays[f"backbone_{level}"], f"backbone_{level}")
-    for level, feature in enumerate(maps):
+        actual = found.features[f"res{level + 2}"][:, ::16, ::2, ::2]
+        assert_close(actual, arrays[f"backbone_{level}"], f"backbone_{level}")
+    for level, feature in enumerate(found.pyramid.maps):
         part = feature[:, ::16, ::2, ::2] if level < 4 else feature
         assert_close(part, arrays[f"pyramid_{level}"], f"pyramid_{level}")
-    slices, num_anchors = case["slices"], output.selection_logits.shape[1]
-    assert_close(sliced(output.selection_logits, slices["sel_logits"]), arrays["sel_logits"], "sel_logits")
-    selected = output.selected + num_anchors * torch.arange(len(output.selected))[:, None]
+    slices, num_anchors = case["slices"], found.selection_logits.shape[1]
+    assert_close(sliced(found.selection_logits, slices["sel_logits"]), arrays["sel_logits"], "sel_logits")
+    selected = found.selected + num_anchors * torch.arange(len(found.selected))[:, None]
     assert_close(selected.flatten(), arrays["sel_ids"], "sel_ids")
-    assert_close(
-        sliced(output.query_anchors.flatten(0, 1), slices["prior_boxes"]), arrays["prior_boxes"], "prior_boxes"
-    )
-    assert_close(sliced(output.queries.flatten(0, 1), slices["query_dec"]), arrays["query_dec6"], "query_dec6")
-    assert_close(sliced(output.class_logits.flatten(0, 1), slices["cls_logits"]), arrays["cls_logits"], "cls_logits")
-    assert_close(output.deltas.flatten(0, 1), arrays["box_deltas"], "box_deltas")
-    assert_close(output.boxes.flatten(0, 1), arrays["pred_boxes"], "pred_boxes")
+    assert_close(sliced(found.query_anchors.flatten(0, 1), slices["prior_boxes"]), arrays["prior_boxes"], "prior_boxes")
+    assert_close(sliced(found.hidden[0].flatten(0, 1), slices["query_dec"]), arrays["query_dec6"], "query_dec6")
+    assert_close(sliced(found.logits[0].flatten(0, 1), slices["cls_logits"]), arrays["cls_logits"], "cls_logits")
+    assert_close(found.deltas.flatten(0, 1), arrays["box_deltas"], "box_deltas")
+    assert_close(found.boxes.flatten(0, 1), arrays["pred_boxes"], "pred_boxes")
 
     labels, scores, queries, areas, masks = [], [], [], [], []
-    for image in range(len(case["images"])):
+    for image, size in enumerate(images.image_sizes):
         with torch.no_grad():
-            found = model.select(output, image)
-            region, probabilities, boxes = model.segment(maps, output, image, found, canvas)
-            pasted = paste_probabilities(probabilities, boxes, (0, canvas[0]), (0, canvas[1]))
-        unique = found.queries.unique() + image * model.detector.num_queries
+            chosen = model.detector.select(found, image, size)
+            region, _, regions = model.mask_branch.regions(found, image, chosen)
+            probabilities = model.mask_branch.head([x[image : image + 1] for x in made], canvas, regions)
+            pasted = paste_probabilities(probabilities, regions.boxes, (0, canvas[0]), (0, canvas[1]))
+        unique = chosen.pred_queries.unique() + image * model.detector.num_queries
         assert_close(unique, arrays[f"img{image}_roi_query"], f"img{image}_roi_query")
         part = pasted[region[:5], ::4, ::4]
         assert_close(part, arrays[f"img{image}_mask_scores"], f"img{image}_mask_scores")
-        labels.append(found.labels)
-        scores.append(found.scores * foreground_certainty(pasted)[region])
-        queries.append(found.queries + image * model.detector.num_queries)
+        labels.append(chosen.pred_classes)
+        scores.append(chosen.scores * foreground_certainty(pasted)[region])
+        queries.append(chosen.pred_queries + image * model.detector.num_queries)
         masks.append((pasted > 0.5)[region])
         areas.append(masks[-1].sum((1, 2)))
     assert_close(torch.cat(labels), arrays["seg_labels"], "seg_labels")
@@ -273,7 +283,9 @@ def test_training(name: str) -> None:
     case, arrays = MODEL_CASES[name], load_arrays("effseg", MODEL_CASES[name])
     model = make_model(case).train()
     batch = model_inputs(case)
-    boxes, labels, _ = targets_of(arrays, len(batch))
+    sizes = [tuple(item["image"].shape[1:]) for item in batch]
+    targets, _ = targets_of(arrays, sizes)
+    boxes, labels = (x.split(targets.counts) for x in (targets.boxes, targets.labels))
     for item, image_boxes, image_labels in zip(batch, boxes, labels, strict=True):
         instances = Instances(tuple(item["image"].shape[1:]))
         instances.gt_boxes, instances.gt_classes = Boxes(image_boxes), image_labels

@@ -11,7 +11,7 @@ from effseg_inputs import PastedDetections, make_input, paste
 from torch import Tensor
 
 from querymask.common.checkpoint import apply_rules
-from querymask.effseg.fqdet import Detections, detect
+from querymask.effseg.fqdet.suppression import Detections, detect
 from querymask.effseg.heads.checkpoint_baselines import BASELINE_HEAD_RULES
 from querymask.effseg.heads.class_masks import ClassMaskHead
 from querymask.effseg.heads.mask_rcnn import MaskRCNNHead

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from querymask.common.checkpoint import Drop, apply_rules
 from querymask.common.precision import full_precision
-from querymask.effseg.fqdet import Detections, detect
+from querymask.effseg.fqdet.suppression import Detections, detect
 from querymask.effseg.heads import effseg
 from querymask.effseg.heads.checkpoint_effseg import EFFSEG_HEAD_RULES
 from querymask.effseg.heads.effseg import EffSegHead, assemble_masks

@@ -12,6 +12,7 @@ from cases import assert_close, fixture, load_arrays, load_cases, load_document,
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
+from training_steps import training_step
 
 import querymask
 from querymask.common.coded_masks import CodedTargets
@@ -290,28 +291,21 @@ def test_solq_training(name: str) -> None:
     expected = load_arrays("solq", case)
     model, official = load_model(case)
     batch = [model_input(image) for image in case["images"]]
-    found, made = model.predict(model.preprocess(batch))
-    targets = Targets.from_inputs(batch, model.device, with_masks=model.mask_branch is not None)
-    truth = None if model.mask_branch is None else model.mask_branch.encode(targets, found)
-
-    assignment = model.match(found, made, truth, targets)
+    step = training_step(model, batch)
+    assignment, targets = step.assignment, step.targets
     last = assignment.num_layers - 1
     check_matches(assignment, targets, {i: f"match_aux_{i}" for i in range(last)} | {last: "match_final"}, expected)
     if assignment.proposals is not None:
         check_matches(assignment.proposals, targets, {0: "match_enc"}, expected)
 
-    normalizers = model.detector.normalizers(targets, assignment)
-    terms = model.detector.losses(found, targets, assignment, normalizers)
-    if model.mask_branch is not None:
-        terms += model.mask_branch.losses(found, made, truth, targets, assignment, normalizers)
-    losses = unweighted(terms)
-    statistics = model.detector.statistics(found, targets, assignment)
+    losses = unweighted(step.terms)
+    statistics = model.detector.statistics(step.found, targets, assignment)
     named = {**losses, **statistics}
     for key, value in case["losses"].items():
         assert key in named, f"the case has a loss that the project does not compute: {key}"
         assert_close(named[key].detach(), np.asarray(value), key)
     assert set(losses) == set(case["loss_weights"]) & set(case["losses"])
-    total = sum(weighted(terms).values())
+    total = sum(weighted(step.terms).values())
     assert_close(total.detach(), np.asarray(case["total"]), "total")
     if case["gradient_norms"]:
         total.backward()

@@ -43,7 +43,7 @@ def make_model(make_cfg: Callable[..., CfgNode]) -> Callable[..., nn.Module]:
     def make(**overrides: Any) -> nn.Module:
         torch.manual_seed(0)
         model = build_model(make_cfg(**overrides)).train()
-        give_basis(model.coding)
+        give_basis(getattr(model.mask_branch, "coding", None))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 2 and parameter.requires_grad:

@@ -162,16 +162,16 @@ def test_published_size_of_each_part() -> None:
     model = zoo.build_on_meta(cfg)
     modules = {
         "backbone": [model.backbone],
-        "projections": [model.input_proj],
-        "encoder": [model.transformer.encoder],
-        "decoder with box heads": [model.transformer.decoder, model.bbox_embed],
-        "class heads": [model.class_embed],
-        "mask head": [model.vector_embed],
-        "query embedding": [model.query_embed],
-        "reference layer": [model.transformer.reference_points],
+        "projections": [model.detector.input_proj],
+        "encoder": [model.detector.transformer.encoder],
+        "decoder with box heads": [model.detector.transformer.decoder, model.detector.bbox_embed],
+        "class heads": [model.detector.class_embed],
+        "mask head": [model.mask_branch.vector_embed],
+        "query embedding": [model.detector.query_embed],
+        "reference layer": [model.detector.transformer.reference_points],
     }
     sizes = {part: sum(size(module)[0] for module in those) for part, those in modules.items()}
-    sizes["level embedding"] = model.transformer.level_embed.numel()
+    sizes["level embedding"] = model.detector.transformer.level_embed.numel()
     assert sizes == R50_PARTS
     assert sum(sizes.values()) == size(model)[0], "a part is missing from the list"
 

@@ -8,6 +8,8 @@ import torch
 from detectron2.structures import ImageList
 from torch import nn
 
+from querymask.common.predictions import Targets
+
 MakeModel = Callable[..., nn.Module]
 MakeBatch = Callable[..., list[dict[str, Any]]]
 
@@ -37,17 +39,18 @@ def test_positions_under_autocast(make_model: MakeModel, make_batch: MakeBatch, 
     model, batch = make_model(**form).eval(), make_batch([3, 0], [SIZE, (56, 80)])
     with torch.no_grad():
         images = model.preprocess(batch)
-        exact, exact_outputs = model.predict(images)
-        targets = model.encode_targets(batch, torch.float32)
+        exact, _ = model.predict(images)
+        targets = Targets.from_inputs(batch, model.device, with_masks=True)
+        truth = model.mask_branch.encode(targets, exact)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            decoded, outputs = model.predict(images)
-            low_targets = model.encode_targets(batch, torch.float32)
-    for tensor in (decoded.memory, decoded.hidden, outputs.boxes, *decoded.references):
+            found, _ = model.predict(images)
+            low_truth = model.mask_branch.encode(targets, found)
+    for tensor in (found.memory, found.hidden, found.boxes, *found.references):
         assert tensor.dtype == torch.float32
     if not form.get("TWO_STAGE"):
-        assert torch.equal(decoded.references[0], exact.references[0])
-        assert (outputs.boxes - exact_outputs.boxes).abs().max() < 0.02
-    assert all(torch.equal(low_targets.fields[name], value) for name, value in targets.fields.items())
+        assert torch.equal(found.references[0], exact.references[0])
+        assert (found.boxes - exact.boxes).abs().max() < 0.02
+    assert torch.equal(low_truth.vectors, truth.vectors) and torch.equal(low_truth.crops, truth.crops)
 
 
 def test_detection_under_autocast(make_model: MakeModel, make_batch: MakeBatch) -> None:
@@ -76,8 +79,8 @@ class Network(nn.Module):
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         sizes = [tuple(images.shape[-2:])] * len(images)
-        _, outputs = self.model.predict(ImageList(images, sizes))
-        return outputs.logits[-1], outputs.boxes[-1], outputs.vector_head(outputs.hidden[-1])
+        found, _ = self.model.predict(ImageList(images, sizes))
+        return found.logits[-1], found.boxes[-1], self.model.mask_branch.vector_embed(found.hidden[-1])
 
 
 def test_export(make_model: MakeModel) -> None:

@@ -17,6 +17,12 @@ from detectron2.utils.events import EventStorage
 from scipy.fft import dctn, idctn
 from scipy.special import expit, logit
 from torch import nn
+from training_steps import training_step
+
+from querymask.common.predictions import Predictions, Targets
+from querymask.solq.criterion import relative_boxes
+from querymask.solq.sqr import SQRBranch
+from querymask.solq.vectors import VectorBranch
 
 MakeCfg = Callable[..., CfgNode]
 MakeModel = Callable[..., nn.Module]
@@ -46,14 +52,18 @@ def test_training(make_model: MakeModel, make_batch: MakeBatch, form: str, count
     model = make_model(**FORMS[form])
     losses = model(make_batch(counts, [(64, 96), (56, 80)][: len(counts)]))
     sum(losses.values()).backward()
-    kinds = {"loss_ce", "loss_bbox", "loss_giou"} | ({"loss_vector"} if model.coding else set())
-    expected = kinds | {f"{kind}_0" for kind in kinds} | ({"loss_mask", "loss_dice"} if model.mask_branch else set())
-    if model.transformer.num_proposals:
+    kinds = {"loss_ce", "loss_bbox", "loss_giou"} | (
+        {"loss_vector"} if isinstance(model.mask_branch, VectorBranch) else set()
+    )
+    expected = kinds | {f"{kind}_0" for kind in kinds}
+    if isinstance(model.mask_branch, SQRBranch):
+        expected |= {"loss_mask", "loss_dice"}
+    if model.detector.transformer.num_proposals:
         expected |= {"loss_ce_enc", "loss_bbox_enc", "loss_giou_enc"}
     assert set(losses) == expected
     assert all(torch.isfinite(loss) for loss in losses.values())
     for name, parameter in model.named_parameters():
-        if not name.startswith("coding."):
+        if not name.startswith("mask_branch.coding."):
             assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
 
 
@@ -62,17 +72,17 @@ def test_forms(make_model: MakeModel, make_batch: MakeBatch) -> None:
     for form, overrides in FORMS.items():
         model = make_model(**overrides)
         with torch.no_grad():
-            decoded, outputs = model.predict(model.preprocess(batch))
+            found, _ = model.predict(model.preprocess(batch))
         two_stage, refine = "two stages" in form, "no refinement" not in form
         copies = (3 if two_stage else 2) if refine else 1
-        assert len(model.class_embed) == len(model.bbox_embed) == copies, form
-        assert (model.vector_embed is None) == (form == "no masks" or "sqr" in form)
-        assert (model.mask_branch is None) == (outputs.masks is None) == ("sqr" not in form)
-        sizes = [reference.shape[-1] for reference in decoded.references]
+        assert len(model.detector.class_embed) == len(model.detector.bbox_embed) == copies, form
+        branch = type(None) if form == "no masks" else SQRBranch if "sqr" in form else VectorBranch
+        assert isinstance(model.mask_branch, branch)
+        sizes = [reference.shape[-1] for reference in found.references]
         assert sizes == [4 if two_stage else 2] + [4 if two_stage or refine else 2] * 2, form
-        assert decoded.shapes == (((2, 3),) if form == "C5 only" else ((8, 12), (4, 6), (2, 3), (1, 2))), form
-        assert outputs.logits.shape == (2, 1, 6, 5) and outputs.boxes.shape == (2, 1, 6, 4)
-        assert outputs.vector_head is model.vector_embed
+        shapes = [tuple(level.shape[2:]) for level in found.pyramid.maps]
+        assert shapes == ([(2, 3)] if form == "C5 only" else [(8, 12), (4, 6), (2, 3), (1, 2)]), form
+        assert found.logits.shape == (2, 1, 6, 5) and found.boxes.shape == (2, 1, 6, 4)
 
 
 @pytest.mark.parametrize("two_stage", [False, True])
@@ -80,24 +90,24 @@ def test_no_refinement(make_model: MakeModel, make_batch: MakeBatch, two_stage: 
     """One class head and one box head for all layers; every layer's box is relative to the same reference."""
     model = make_model(BOX_REFINE=False, TWO_STAGE=two_stage).double()
     with torch.no_grad():
-        decoded, outputs = model.predict(model.preprocess(make_batch([1])))
-        deltas = model.bbox_embed[0](decoded.hidden).numpy()
-        class_head = model.class_embed[0]
-        logits = decoded.hidden @ class_head.weight.T + class_head.bias
-    reference = decoded.references[0].numpy()
-    for other in decoded.references[1:]:
+        found, _ = model.predict(model.preprocess(make_batch([1])))
+        deltas = model.detector.bbox_embed[0](found.hidden).numpy()
+        class_head = model.detector.class_embed[0]
+        logits = found.hidden @ class_head.weight.T + class_head.bias
+    reference = found.references[0].numpy()
+    for other in found.references[1:]:
         assert np.array_equal(other, reference)
     deltas[..., : reference.shape[-1]] += logit(reference)
-    assert np.allclose(outputs.boxes, expit(deltas), rtol=0, atol=1e-12)
-    assert torch.allclose(outputs.logits, logits, rtol=0, atol=1e-12)
+    assert np.allclose(found.boxes, expit(deltas), rtol=0, atol=1e-12)
+    assert torch.allclose(found.logits, logits, rtol=0, atol=1e-12)
 
 
 def test_fewer_tokens_than_queries(make_model: MakeModel, make_batch: MakeBatch) -> None:
     """The two-stage form then has as many queries as tokens: 8 * 12 + 4 * 6 + 2 * 3 + 1 * 2."""
     model = make_model(TWO_STAGE=True, NUM_QUERIES=300)
     batch = make_batch([3, 1])
-    _, outputs = model.predict(model.preprocess(batch))
-    assert outputs.logits.shape == (2, 2, 128, 5)
+    found, _ = model.predict(model.preprocess(batch))
+    assert found.logits.shape == (2, 2, 128, 5)
     assert all(torch.isfinite(loss) for loss in model(batch).values())
     assert len(model.eval()(batch)[0]["instances"]) == 9
 
@@ -130,7 +140,7 @@ def test_masks_change_nothing_but_their_loss(make_model: MakeModel, make_batch: 
     """With the weights of a model with masks, the model without gives the same boxes and the same other losses."""
     batch = make_batch([2, 1])
     full, plain = make_model(), make_model(MASK_ON=False)
-    state = {name: value for name, value in full.state_dict().items() if not name.startswith("vector_embed.")}
+    state = {name: value for name, value in full.state_dict().items() if not name.startswith("mask_branch.")}
     plain.load_state_dict(state, strict=True)
     losses = full(batch)
     assert plain(batch) == {name: loss for name, loss in losses.items() if "vector" not in name}
@@ -143,9 +153,11 @@ def test_targets(make_model: MakeModel, make_batch: MakeBatch) -> None:
     """Boxes relative to each image's own size, and the DCT of masks cut out at the boxes."""
     model = make_model()
     batch = make_batch([2, 0, 1], [(64, 96), (32, 32), (40, 50)])
-    targets = model.encode_targets(batch, torch.float64)
+    targets = Targets.from_inputs(batch, model.device, with_masks=True)
+    truth = model.mask_branch.encode(targets, Predictions(torch.zeros(0, dtype=torch.float64), torch.zeros(0)))
+    boxes = relative_boxes(targets, torch.zeros(0, dtype=torch.float64))
     assert (targets.counts, targets.images) == ([2, 0, 1], ["0.jpg", "1.jpg", "2.jpg"])
-    assert targets.fields["boxes"].dtype == targets.fields["vectors"].dtype == torch.float64
+    assert boxes.dtype == truth.vectors.dtype == torch.float64
     row = 0
     for item, (height, width) in zip(batch, [(64, 96), (32, 32), (40, 50)], strict=True):
         instances = item["instances"]
@@ -153,10 +165,10 @@ def test_targets(make_model: MakeModel, make_batch: MakeBatch) -> None:
         for box, label, crop in zip(instances.gt_boxes.tensor.tolist(), instances.gt_classes, crops, strict=True):
             x0, y0, x1, y1 = box
             expected = [(x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height]
-            assert targets.fields["boxes"][row].tolist() == pytest.approx(expected, rel=1e-6)
+            assert boxes[row].tolist() == pytest.approx(expected, rel=1e-6)
             coefficients = dctn(crop.astype(float), norm="ortho")
             vector = [coefficients[cell] for cell in ZIGZAG]
-            assert targets.fields["vectors"][row].tolist() == pytest.approx(vector, abs=1e-4)
+            assert truth.vectors[row].tolist() == pytest.approx(vector, abs=1e-4)
             assert targets.labels[row] == label
             row += 1
     assert row == len(targets.labels)
@@ -169,7 +181,7 @@ def test_targets_from_polygons(make_model: MakeModel, make_batch: MakeBatch) -> 
     for masks in (polygons, BitMasks.from_polygon_masks(polygons, 64, 96)):
         batch[0]["instances"].gt_masks = masks
         batch[1]["instances"].gt_masks = PolygonMasks([])
-        results.append(model.encode_targets(batch, torch.float32).fields["vectors"])
+        results.append(training_step(model, batch).truth.vectors)
     assert torch.equal(*results) and results[0].any()
 
 
@@ -179,15 +191,15 @@ def test_detections(make_model: MakeModel, make_batch: MakeBatch, paste: str) ->
     model = make_model(PASTE=paste).eval()
     with torch.no_grad():
         # Large boxes, and masks that are neither empty nor full: three quarters on average
-        model.bbox_embed[-1].layers[-1].bias[2:] = 1
-        model.vector_embed.layers[-1].bias[0] = 24
-        model.vector_embed.layers[-1].weight.mul_(3)
+        model.detector.bbox_embed[-1].layers[-1].bias[2:] = 1
+        model.mask_branch.vector_embed.layers[-1].bias[0] = 24
+        model.mask_branch.vector_embed.layers[-1].weight.mul_(3)
     batch = make_batch([0, 0], [(64, 96), (60, 70)])
     batch[0].update(height=50, width=120)  # the second image keeps its size
     with torch.no_grad():
         found = [result["instances"] for result in model(batch)]
-        _, outputs = model.predict(model.preprocess(batch))
-        vectors = outputs.vector_head(outputs.hidden[-1]).numpy()
+        outputs, _ = model.predict(model.preprocess(batch))
+        vectors = model.mask_branch.vector_embed(outputs.hidden[-1]).numpy()
     for b, (height, width) in enumerate([(50, 120), (60, 70)]):
         instances = found[b]
         assert instances.image_size == (height, width) and len(instances) == 9
@@ -219,21 +231,21 @@ def test_detections_of_other_codings(make_model: MakeModel, make_batch: MakeBatc
     """The decoded map pasted into the box; the vector is of the query of the detection."""
     model = make_model(**{**FORMS[form], "PASTE": "soft"}).eval()
     with torch.no_grad():
-        model.bbox_embed[-1].layers[-1].bias[2:] = 1  # large boxes
-        model.vector_embed.layers[-1].weight.mul_(10)
-        model.vector_embed.layers[-1].bias.fill_(0.4)
+        model.detector.bbox_embed[-1].layers[-1].bias[2:] = 1  # large boxes
+        model.mask_branch.vector_embed.layers[-1].weight.mul_(10)
+        model.mask_branch.vector_embed.layers[-1].bias.fill_(0.4)
         batch = make_batch([0])
         (result,) = model(batch)
-        _, outputs = model.predict(model.preprocess(batch))
-        vectors = outputs.vector_head(outputs.hidden[-1, 0]).numpy()
+        outputs, _ = model.predict(model.preprocess(batch))
+        vectors = model.mask_branch.vector_embed(outputs.hidden[-1, 0]).numpy()
     instances = result["instances"]
     for i, query in enumerate(instances.pred_queries.tolist()):
-        code, size = vectors[query], model.coding.mask_size
+        code, size = vectors[query], model.mask_branch.coding.mask_size
         if form == "pca":
-            state = {key: value.numpy() for key, value in model.coding.state_dict().items()}
+            state = {key: value.numpy() for key, value in model.mask_branch.coding.state_dict().items()}
             code = expit((code * state["explained_variances"] ** 0.5) @ state["components"] + state["means"])
         elif form == "sparse":
-            code = code @ model.coding.dictionary.numpy()
+            code = code @ model.mask_branch.coding.dictionary.numpy()
         box = instances.pred_boxes.tensor[i : i + 1]
         pasted = paste_masks_in_image(torch.from_numpy(code).view(1, size, size), box, (64, 96), 0.5)
         assert (pasted[0] != instances.pred_masks[i]).sum() <= 1, "but for a pixel at the threshold"
@@ -244,14 +256,13 @@ def test_label_noise(make_model: MakeModel, make_batch: MakeBatch) -> None:
     """Drawn anew in every call and for every layer; without it the targets are encoded once."""
     batch = make_batch([2, 1])
     model = make_model(**FORMS["pca, L1"])
-    targets = model.encode_targets(batch, torch.float32)
-    assert "vectors" not in targets.fields
-    _, outputs = model.predict(model.preprocess(batch))
-    twice = model.criterion.target_vectors(outputs, targets, torch.tensor([0, 0, 2]))
+    truth = training_step(model, batch).truth
+    assert truth.vectors is None
+    twice = model.mask_branch.target_vectors(truth, torch.tensor([0, 0, 2]))
     assert twice.shape == (3, 10) and not torch.equal(twice[0], twice[1])
     assert model(batch)["loss_vector"] != model(batch)["loss_vector"]
     quiet = make_model(**FORMS["pca, L1"], LABEL_NOISE=False)
-    assert quiet.encode_targets(batch, torch.float32).fields["vectors"].shape == (3, 10)
+    assert training_step(quiet, batch).truth.vectors.shape == (3, 10)
     assert quiet(batch)["loss_vector"] == quiet(batch)["loss_vector"]
 
 
@@ -268,27 +279,29 @@ def test_statistics_now_and_then(make_model: MakeModel, make_batch: MakeBatch) -
 def test_initialisation(make_cfg: MakeCfg, make_batch: MakeBatch, form: str) -> None:
     torch.manual_seed(0)
     model = build_model(make_cfg(**FORMS[form]))
-    for head in model.class_embed:
+    for head in model.detector.class_embed:
         assert head.bias.tolist() == pytest.approx([-math.log(99)] * 5)
         assert 0.8 / 64**0.5 < head.weight.abs().max() <= 1 / 64**0.5
-        assert torch.equal(head.weight, model.class_embed[0].weight), "copies start equal"
-    for index, head in enumerate(model.bbox_embed):
+        assert torch.equal(head.weight, model.detector.class_embed[0].weight), "copies start equal"
+    for index, head in enumerate(model.detector.bbox_embed):
         assert [layer.weight.shape[0] for layer in head.layers] == [64, 64, 4]
         assert not head.layers[-1].weight.any()
         assert head.layers[-1].bias.tolist() == [0, 0, *([-2, -2] if index == 0 and form != "two stages" else [0, 0])]
-        for layer, first in zip(head.layers[:-1], model.bbox_embed[0].layers, strict=False):
+        for layer, first in zip(head.layers[:-1], model.detector.bbox_embed[0].layers, strict=False):
             assert torch.equal(layer.weight, first.weight) and torch.equal(layer.bias, first.bias)
-    assert len({id(p) for p in model.bbox_embed.parameters()}) == len(model.bbox_embed) * 6, "copies share nothing"
-    vector = model.vector_embed.layers
+    assert len({id(p) for p in model.detector.bbox_embed.parameters()}) == len(model.detector.bbox_embed) * 6, (
+        "copies share nothing"
+    )
+    vector = model.mask_branch.vector_embed.layers
     assert [tuple(layer.weight.shape) for layer in vector] == [(48, 64), (48, 48), (40, 48)]
     assert not vector[-1].weight.any() and vector[-1].bias.tolist() == [0, 0] + [-2] * 38
     if form != "two stages":
-        assert model.query_embed.weight.shape == (6, 128)
-        assert model.query_embed.weight.std().item() == pytest.approx(1, abs=0.1)
+        assert model.detector.query_embed.weight.shape == (6, 128)
+        assert model.detector.query_embed.weight.std().item() == pytest.approx(1, abs=0.1)
         with torch.no_grad():
-            decoded, outputs = model.eval().predict(model.preprocess(make_batch([0])))
-        assert torch.allclose(outputs.boxes[0, ..., 2:], torch.tensor(-2.0).sigmoid()), "boxes start small"
-        assert torch.allclose(outputs.boxes[0, ..., :2], decoded.references[0][..., :2])
+            found, _ = model.eval().predict(model.preprocess(make_batch([0])))
+        assert torch.allclose(found.boxes[0, ..., 2:], torch.tensor(-2.0).sigmoid()), "boxes start small"
+        assert torch.allclose(found.boxes[0, ..., :2], found.references[0][..., :2])
 
 
 class PatchBackbone(Backbone):
@@ -322,16 +335,16 @@ def test_padding(make_model: MakeModel, make_batch: MakeBatch, patches: bool, no
     if patches:
         torch.manual_seed(0)
         model.backbone = PatchBackbone()
-        for level, projection in enumerate(model.input_proj):
+        for level, projection in enumerate(model.detector.input_proj):
             projection[0] = nn.Conv2d(8, 64, 1) if level < 3 else nn.Conv2d(8, 64, 3, stride=2, padding=1)
     if not norm:
-        for projection in model.input_proj:
+        for projection in model.detector.input_proj:
             projection[1] = nn.Identity()
     model.double()
     batch = make_batch([0, 0], [(64, 96), (128, 160)])
     with torch.no_grad():
-        _, alone = model.predict(model.preprocess(batch[:1]))
-        _, padded = model.predict(model.preprocess(batch))
+        alone, _ = model.predict(model.preprocess(batch[:1]))
+        padded, _ = model.predict(model.preprocess(batch))
     for name in ("hidden", "logits", "boxes"):
         a, b = getattr(alone, name), getattr(padded, name)[:, :1]
         difference = ((a - b).abs().max() / a.abs().max()).item()
@@ -341,7 +354,7 @@ def test_padding(make_model: MakeModel, make_batch: MakeBatch, patches: bool, no
 def test_masks_of_padding_only_where_needed(make_model: MakeModel, make_batch: MakeBatch) -> None:
     model = make_model().eval()
     seen = []
-    model.transformer.register_forward_pre_hook(
+    model.detector.transformer.register_forward_pre_hook(
         lambda module, arguments, options: seen.append(options["padded"]), with_kwargs=True
     )
     for sizes in ([(64, 96)] * 2, [(64, 96), (64, 64)], [(64, 96), (32, 96)]):
@@ -353,7 +366,7 @@ def test_use_checkpoint(make_model: MakeModel, make_batch: MakeBatch) -> None:
     gradients = []
     for use_checkpoint in (False, True):
         model = make_model(USE_CHECKPOINT=use_checkpoint, DROPOUT=0.1)
-        assert model.transformer.encoder.use_checkpoint == use_checkpoint
+        assert model.detector.transformer.encoder.use_checkpoint == use_checkpoint
         torch.manual_seed(1)
         sum(model(make_batch([2, 1])).values()).backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
@@ -397,4 +410,16 @@ def test_errors_of_the_config(make_cfg: MakeCfg, message: str) -> None:
 
 
 def test_mask_keys_do_not_matter_without_masks(make_cfg: MakeCfg) -> None:
-    assert build_model(make_cfg(MASK_ON=False, MASK_SIZE=4, MASK_CODING="none")).coding is None
+    assert build_model(make_cfg(MASK_ON=False, MASK_SIZE=4, MASK_CODING="none")).mask_branch is None
+
+
+@pytest.mark.parametrize("form", ["one stage", "two stages", "pca", "sqr"])
+def test_checkpoints_without_parts_load(make_model: MakeModel, form: str) -> None:
+    """Names from before there was a detector and a mask branch."""
+    model, other = make_model(**FORMS[form]), make_model(**FORMS[form])
+    state = model.state_dict()
+    prefix = "mask_branch." if form != "sqr" else "-"
+    old = {name.removeprefix("detector.").removeprefix(prefix): value + 1 for name, value in state.items()}
+    assert any(name.startswith("transformer.") for name in old)
+    other.load_state_dict(old, strict=True)
+    assert all(torch.equal(value, state[name] + 1) for name, value in other.state_dict().items())

@@ -12,8 +12,9 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from scipy.special import expit
 from torch import nn
+from training_steps import training_step
 
-from querymask.common.masks import inside_boxes, stack_padded
+from querymask.common.masks import inside_boxes, pad_masks
 from querymask.solq.sqr import AttentionMaps, MaskHead
 
 MakeCfg = Callable[..., CfgNode]
@@ -31,7 +32,7 @@ def make_sqr(make_model: MakeModel) -> MakeModel:
         model = make_model(**{**SQR, **overrides})
         with torch.no_grad():
             model.mask_branch.head.output.weight.mul_(20)
-            model.bbox_embed[-1].layers[-1].bias[2:] = 1  # large boxes
+            model.detector.bbox_embed[-1].layers[-1].bias[2:] = 1  # large boxes
         return model
 
     return make
@@ -93,13 +94,12 @@ def test_losses(make_sqr: MakeModel, make_batch: MakeBatch) -> None:
     batch = make_batch([2, 1], [(64, 96), (80, 72)])
     with torch.no_grad():
         losses = model(batch)
-        _, outputs = model.predict(model.preprocess(batch))
-        targets = model.encode_targets(batch, torch.float64)
-        assignment = model.criterion.match(outputs, targets)
+        step = training_step(model, batch)
+        assignment = step.assignment
         focal = dice = 0.0
         for pair in range(3, 6):
             image, query = assignment.image[pair : pair + 1], assignment.query[pair : pair + 1]
-            small = model.mask_branch(outputs.hidden[-1, image, query], outputs.masks.context, image)
+            small = model.mask_branch.coarse_logits(step.found.hidden[-1, image, query], step.made, image)
             large = F.interpolate(small[None], (80, 96), mode="bilinear", align_corners=False)
             x = large[0, 0].numpy()
             p, miss, hit = expit(x), np.logaddexp(0, -x), np.logaddexp(0, x)  # -log(p) and -log(1 - p)
@@ -121,9 +121,9 @@ def test_detections(make_sqr: MakeModel, make_batch: MakeBatch, crop: bool) -> N
     batch[0].update(height=50, width=120)
     with torch.no_grad():
         found = [result["instances"] for result in model(batch)]
-        _, outputs = model.predict(model.preprocess(batch))
-        everything = model.mask_branch(
-            outputs.hidden[-1].flatten(0, 1), outputs.masks.context, torch.tensor([0] * 6 + [1] * 6)
+        predictions, context = model.predict(model.preprocess(batch))
+        everything = model.mask_branch.coarse_logits(
+            predictions.hidden[-1].flatten(0, 1), context, torch.tensor([0] * 6 + [1] * 6)
         )
     large = F.interpolate(everything[:, None], (80, 96), mode="bilinear", align_corners=False)[:, 0].numpy()
     cut_off = 0
@@ -149,11 +149,12 @@ def test_detections(make_sqr: MakeModel, make_batch: MakeBatch, crop: bool) -> N
 def test_masks_of_a_query_do_not_depend_on_the_others(make_sqr: MakeModel, make_batch: MakeBatch) -> None:
     model = make_sqr().eval()
     with torch.no_grad():
-        _, outputs = model.predict(model.preprocess(make_batch([0, 0])))
+        predictions = model.predict(model.preprocess(make_batch([0, 0])))
         image, query = torch.tensor([0, 1, 1, 0]), torch.tensor([2, 0, 5, 2])
-        together = outputs.masks.logits(image, query)
+        together = model.mask_branch.logits(*predictions, image, query)
         for n in range(4):
-            assert torch.allclose(outputs.masks.logits(image[n : n + 1], query[n : n + 1])[0], together[n], atol=1e-4)
+            alone = model.mask_branch.logits(*predictions, image[n : n + 1], query[n : n + 1])[0]
+            assert torch.allclose(alone, together[n], atol=1e-4)
     assert torch.allclose(together[0], together[3]) and not torch.allclose(together[1], together[2], atol=1e-2)
 
 
@@ -167,7 +168,7 @@ def test_frozen_detector(make_cfg: MakeCfg, make_batch: MakeBatch) -> None:
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (parameter.grad is not None) == name.startswith("mask_branch."), name
     vectors = build_model(make_cfg(FREEZE_DETECTOR=True))
-    assert {name.partition(".")[0] for name, p in vectors.named_parameters() if p.requires_grad} == {"vector_embed"}
+    assert {name.partition(".")[0] for name, p in vectors.named_parameters() if p.requires_grad} == {"mask_branch"}
 
 
 def test_joint_training_reaches_the_detector(make_sqr: MakeModel, make_batch: MakeBatch) -> None:
@@ -176,9 +177,9 @@ def test_joint_training_reaches_the_detector(make_sqr: MakeModel, make_batch: Ma
     losses = model(make_batch([2, 1]))
     (losses["loss_mask"] + losses["loss_dice"]).backward()
     for name in ("input_proj.3.0.weight", "transformer.encoder.layers.0.linear1.weight", "query_embed.weight"):
-        assert model.get_parameter(name).grad.any(), name
+        assert model.detector.get_parameter(name).grad.any(), name
     assert next(model.backbone.parameters()).grad.any()
-    assert model.bbox_embed[-1].layers[-1].weight.grad is None
+    assert model.detector.bbox_embed[-1].layers[-1].weight.grad is None
 
 
 def test_initialisation(make_cfg: MakeCfg) -> None:
@@ -212,7 +213,6 @@ def test_inside_boxes() -> None:
     assert inside_boxes(boxes[:0], 3, 4).shape == (0, 3, 4)
 
 
-def test_stack_padded() -> None:
-    parts = [torch.ones(1, 2, 5, dtype=torch.bool), torch.ones(0, 4, 1, dtype=torch.bool)]
-    stacked = stack_padded(parts)
-    assert stacked.shape == (1, 4, 5) and stacked[0, :2].all() and not stacked[0, 2:].any()
+def test_pad_masks() -> None:
+    padded = pad_masks(torch.ones(1, 2, 5, dtype=torch.bool), (4, 6))
+    assert padded.shape == (1, 4, 6) and padded[0, :2, :5].all() and padded.sum() == 10
