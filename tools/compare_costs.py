@@ -8,7 +8,6 @@ fixed: docs/analysis.md.
 """
 
 import argparse
-import fnmatch
 import json
 import subprocess
 import sys
@@ -37,13 +36,6 @@ from querymask.effseg.effseg import EffSeg
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPERS = Path(__file__).resolve().parent / "paper_costs"
-HEADS = {
-    "EffSeg": ("mask_head",),
-    "SOLQ": ("vector_embed", "mask_branch"),
-    "ISDA": ("mask_features", "kernel_embed"),
-    "ISTR": ("stages.*.mask_head",),
-}
-"""Modules that make masks, by meta-architecture. Decoding of mask vectors and pasting are no modules."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +186,8 @@ def measure_config(path: Path, args: argparse.Namespace) -> Result:
         regions = force_detections(model, detections, args.regions)
     items = list(inputs(args, cfg))
     costs = [measure(model, item).flops_by_module for item in items]
-    heads = head_modules(model, cfg)
+    # Without decoding and pasting, which are no modules
+    branch = None if getattr(model, "mask_branch", None) is None else type(model.mask_branch).__name__
     counts = count_parameters(model)[""]
     fps, memory = speed(model, items[0], cfg, args.repeat) if args.repeat else (None, None)
     return Result(
@@ -202,21 +195,13 @@ def measure_config(path: Path, args: argparse.Namespace) -> Result:
         parameters=counts.total,
         trainable=counts.trainable,
         gflops=fmean(cost[""] for cost in costs) / GIGA,
-        head_gflops=fmean(sum(cost.get(name, 0) for name in heads) for cost in costs) / GIGA if heads else None,
-        head=", ".join(p for p in HEADS[cfg.MODEL.META_ARCHITECTURE] if fnmatch.filter(heads, p)) if heads else None,
+        head_gflops=fmean(cost["mask_branch"] for cost in costs) / GIGA if branch else None,
+        head=branch,
         detections=detections,
         regions=regions,
         fps=fps,
         memory=memory,
     )
-
-
-def head_modules(model: nn.Module, cfg: CfgNode) -> list[str]:
-    """Names of the modules that make masks; none if the model makes none, or its method is not known here."""
-    patterns = HEADS.get(cfg.MODEL.META_ARCHITECTURE, ())
-    return [
-        name for name, _ in model.named_modules() if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-    ]
 
 
 def speed(model: nn.Module, item: Mapping[str, Any], cfg: CfgNode, repeat: int) -> tuple[float, float]:

@@ -68,7 +68,7 @@ class QuerySegmenter(nn.Module):
             self.requires_grad_(False)
             if mask_branch is not None:
                 mask_branch.requires_grad_(True)
-        self._register_load_state_dict_pre_hook(self._rename_moved)
+        self._register_load_state_dict_pre_hook(self.rename_moved)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -207,8 +207,13 @@ class QuerySegmenter(nn.Module):
         storage.put_scalars(smoothing_hint=False, **dict(zip(LOGGED, values.read().tolist(), strict=True)))
         storage.iter = now
 
-    def _rename_moved(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-        """Lets the names of older checkpoints be those of today."""
+    def rename_moved(self, state: dict[str, Any], prefix: str = "", *rest: Any) -> None:
+        """Let the names of an older checkpoint be those of today, in place.
+
+        Args:
+            state: tensors by name.
+            prefix: of the model's names in it.
+        """
         for key in [key for key in state if key.startswith(prefix)]:
             name = key[len(prefix) :]
             for pattern, replacement in self.moved:

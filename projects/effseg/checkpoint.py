@@ -86,7 +86,10 @@ _MASK_HEADS = (
 )
 # The class head (in FQDet a network of its own), and the layers of segmentation heads with a mask or an input for each
 # class: the last layers of Mask R-CNN's and PointRend's, those of RefineMask's stages, PointRend's point layers
-_CLASS_LAYERS = r"^(detector\.class_head\.|(mask_head|mask_branch\.head)\.((coarse_)?layers\.classifier|classifiers\.[0-2]|point_layers\..+)\.[^.]+$)"
+_CLASS_LAYERS = (
+    r"^(detector\.class_head\."
+    r"|(mask_head|mask_branch\.head)\.((coarse_)?layers\.classifier|classifiers\.[0-2]|point_layers\..+)\.[^.]+$)"
+)
 
 
 def convert_detector(state: Mapping[str, Tensor | np.ndarray]) -> tuple[State, Report]:
@@ -246,5 +249,6 @@ register_format(
         (r"^detector\.selector\.", r"^detector\.transitions\."),
         _CLASS_LAYERS,
         r"^(mask_head|mask_branch)\.",
+        MOVED,
     )
 )

@@ -38,7 +38,7 @@ from querymask.common.checkpoint.formats import (
     resnet_settings,
 )
 
-_NEW_PARTS = r"^(fine_proj|mask_features|kernel_embed)\."
+_NEW_PARTS = r"^(detector\.fine_proj|mask_branch)\."
 _CLASS_HEAD = r"^(detector\.)?class_embed\."
 MOVED = (
     (r"^(transformer|fine_proj|input_proj|query_embed|class_embed)\.", r"detector.\1."),
@@ -144,7 +144,7 @@ def convert_original_detector(
     Raises:
         CheckpointError: it refines boxes or is two-stage.
     """
-    state = {key: torch.as_tensor(value) for key, value in state.items()}
+    state = {key.removeprefix("detector."): torch.as_tensor(value) for key, value in state.items()}
     if "query_embed.weight" not in state:
         raise CheckpointError("This is a two-stage Deformable DETR. " + _WANTED)
     own = not any(key.startswith("backbone.0.") for key in state)
@@ -153,7 +153,7 @@ def convert_original_detector(
         raise CheckpointError("This is a Deformable DETR with box refinement. " + _WANTED)
     rules: list[Rule] = [
         Drop(r"(^|\.)total_(params|ops)$", "left over by a profiler"),
-        Drop(r"^(bbox_embed|vector_embed)\.", "head that ISDA does not have"),
+        Drop(r"^(bbox_embed|vector_embed|coding|mask_branch)\.", "head that ISDA does not have"),
         Drop(r"^input_proj\.\d+\.0\.bias$", "ISDA's projections have no bias"),
         Copy(r"^class_embed\.[1-9]\d*\.(.*)", r"class_embed.0.\1"),
         Rename(r"^class_embed\.0\.", "class_embed."),
@@ -247,7 +247,15 @@ register_format(
         new_keys=new_if_dropped(_CLASS_HEAD),
     )
 )
-register_format(own_format("ISDA", (r"^transformer\.level_embed$", r"^kernel_embed\."), _CLASS_HEAD))
+register_format(
+    own_format(
+        "ISDA",
+        (r"^(detector\.)?transformer\.level_embed$", r"^(mask_branch\.)?kernel_embed\."),
+        _CLASS_HEAD,
+        r"^(mask_features|kernel_embed|mask_branch)\.",
+        MOVED,
+    )
+)
 register_format(
     Format(
         "Deformable DETR of mmdetection, as the start of an ISDA",
@@ -273,7 +281,11 @@ register_format(
 register_format(
     Format(
         "Deformable DETR in QueryMask's own names, as the start of an ISDA",
-        (r"^transformer\.level_embed$", r"^bbox_embed\.0\.", r"^backbone\.stem\."),
+        (
+            r"^(detector\.)?transformer\.level_embed$",
+            r"^(detector\.)?bbox_embed\.0\.",
+            r"^backbone\.stem\.",
+        ),
         meta_architecture="ISDA",
         convert=lambda state, options: convert_original_detector(state, None, drop_classes=options.drop_classes),
         new_keys=_new_keys_of_start,

@@ -189,6 +189,12 @@ for _format in (
         convert=_convert_release,
         new_keys=new_if_dropped(_CLASS_HEAD),
     ),
-    own_format("ISTR", (r"^stages\.0\.inst_interact\.", r"^init_proposal_boxes\."), _CLASS_HEAD, _MASK_BRANCH),
+    own_format(
+        "ISTR",
+        (r"^(detector\.)?stages\.0\.inst_interact\.", r"^(detector\.)?init_proposal_boxes\."),
+        _CLASS_HEAD,
+        _MASK_BRANCH,
+        MOVED,
+    ),
 ):
     register_format(_format)

@@ -231,5 +231,6 @@ register_format(
         ),
         _CLASS_HEAD,
         r"^(vector_embed|coding|mask_branch)\.",
+        MOVED,
     )
 )

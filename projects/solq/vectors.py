@@ -70,8 +70,8 @@ class VectorBranch(MaskBranch):
                 raise ValueError(f"MODEL.SOLQ.{key} is {value!r}: choose one of {choices}")
         if loss == "l2_dice" and reduction != "mean":
             raise ValueError(
-                f"MODEL.SOLQ.VECTOR_LOSS_REDUCTION is {reduction!r}, but VECTOR_LOSS 'l2_dice' has one form only: set it "
-                "'mean'"
+                f"MODEL.SOLQ.VECTOR_LOSS_REDUCTION is {reduction!r}, but VECTOR_LOSS 'l2_dice' has one form only: "
+                "set it 'mean'"
             )
         super().__init__()
         self.coding = coding

@@ -83,7 +83,7 @@ def test_checkpoint_with_another_class_head(cfg: CfgNode, tmp_path: Path) -> Non
     cfg.MODEL.WEIGHTS = checkpoint(cfg, tmp_path / "coco.pth", NUM_CLASSES=80)
     cfg.DATASETS.TEST = ("engine_val",)
     message = (
-        r"(?s)coco\.pth does not fit.*class_embed\.0\.weight: \(80, 64\) in the file, \(2, 64\) in the model.*"
+        r"(?s)coco\.pth does not fit.*detector\.class_embed\.0\.weight: \(80, 64\) in the file, \(2, 64\) in the model.*"
         r"file has 80 classes, MODEL\.SOLQ\.NUM_CLASSES is 2\. Set MODEL\.SOLQ\.NUM_CLASSES 80.*--drop-classes"
     )
     with pytest.raises(ValueError, match=message):
@@ -101,13 +101,13 @@ def test_checkpoint_of_another_width(cfg: CfgNode, tmp_path: Path) -> None:
 def test_checkpoint_without_class_head_is_for_training_on_other_classes(cfg: CfgNode, tmp_path: Path) -> None:
     path = Path(checkpoint(cfg, tmp_path / "other.pth", NUM_CLASSES=80))
     state = torch.load(path, weights_only=True)["model"]
-    torch.save({"model": {k: v for k, v in state.items() if not k.startswith("class_embed")}}, path)
+    torch.save({"model": {k: v for k, v in state.items() if not k.startswith("detector.class_embed")}}, path)
     cfg.MODEL.WEIGHTS = str(path)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
     loaded = trainer.model.state_dict()
-    assert torch.equal(loaded["transformer.level_embed"], state["transformer.level_embed"])
-    assert loaded["class_embed.0.weight"].shape == (2, 64)
+    assert torch.equal(loaded["detector.transformer.level_embed"], state["detector.transformer.level_embed"])
+    assert loaded["detector.class_embed.0.weight"].shape == (2, 64)
 
 
 def test_resuming_with_another_class_count(cfg: CfgNode) -> None:
@@ -127,7 +127,7 @@ def test_loss_that_is_not_finite_stops_before_the_checkpoint(cfg: CfgNode) -> No
 
     def spoil(*_: object) -> None:
         if trainer.iter == 1:
-            trainer.model.vector_embed.layers[-1].bias.data.fill_(float("inf"))
+            trainer.model.mask_branch.vector_embed.layers[-1].bias.data.fill_(float("inf"))
 
     trainer.model.register_forward_pre_hook(spoil)
     with pytest.raises(FloatingPointError, match=r"iteration 1: .*loss_vector.*BASE_LR"):

@@ -208,4 +208,4 @@ def test_num_gpus_starts_processes_on_cpu(coco_folder: Path, tmp_path: Path, reg
     for name in one:
         step = (one[name] - start[name]).norm().item()
         assert (two[name] - one[name]).norm().item() <= 1e-2 * step + 1e-6, name
-    assert (one["query_embed.weight"] - start["query_embed.weight"]).norm().item() > 1e-4
+    assert (one["detector.query_embed.weight"] - start["detector.query_embed.weight"]).norm().item() > 1e-4

@@ -55,10 +55,10 @@ def test_train_detect_evaluate(
     cfg = tiny_config(name)
     cfg.SOLVER.WARMUP_ITERS = 0  # whose first steps may be of length zero
     model = build_model(cfg).train()
-    give_basis(getattr(model, "coding", None))
+    give_basis(getattr(model.mask_branch, "coding", None))
     zoo.prepare_for_measurement(model)  # boxes stay in the image
     for key, parameter in model.named_parameters():  # EffSeg leaves out detections whose mask is empty
-        if re.search(r"mask_head\.(segmentation\.\d\.2|.*classifiers?(\.\d)?)\.(weight|bias)$", key):
+        if re.search(r"mask_branch\.head\.(segmentation\.\d\.2|.*classifiers?(\.\d)?)\.(weight|bias)$", key):
             torch.nn.init.constant_(parameter, 4 if key.endswith("bias") else 1e-3)
     optimizer = build_optimizer(cfg, model)
     scheduler = build_lr_scheduler(cfg, optimizer)

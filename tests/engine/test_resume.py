@@ -88,7 +88,7 @@ def test_another_seed_is_another_run(cfg: CfgNode, tmp_path: Path) -> None:
     first = run(cfg, tmp_path / "a", max_iter=2)
     cfg.SEED += 1
     second = run(cfg, tmp_path / "b", max_iter=2)
-    name = "transformer.level_embed"
+    name = "detector.transformer.level_embed"
     assert not torch.equal(first["model"][name], second["model"][name])
 
 

@@ -51,13 +51,13 @@ def test_parameters_by_part(capsys: pytest.CaptureFixture[str]) -> None:
     rows = tables(capsys.readouterr().out)["module parameters"]
     parts = {name: int(cells[0].replace(",", "")) for name, cells in rows.items()}
     assert parts["backbone"] == 23_454_912
-    assert parts["input_proj"] == 8_458_752
-    assert parts["transformer.encoder"] == 7_397_376
-    assert parts["transformer.decoder"] + parts["bbox_embed"] == 12_733_464
-    assert parts["class_embed"] == 210_210
-    assert parts["vector_embed"] == 1_706_240
-    assert parts["query_embed"] == 230_400
-    assert parts["transformer.reference_points"] == 770
+    assert parts["detector.input_proj"] == 8_458_752
+    assert parts["detector.transformer.encoder"] == 7_397_376
+    assert parts["detector.transformer.decoder"] + parts["detector.bbox_embed"] == 12_733_464
+    assert parts["detector.class_embed"] == 210_210
+    assert parts["mask_branch.vector_embed"] == 1_706_240
+    assert parts["detector.query_embed"] == 230_400
+    assert parts["detector.transformer.reference_points"] == 770
 
 
 TINY = """
@@ -87,13 +87,13 @@ def test_cost_of_solq(tiny: Path) -> None:
     pixels = torch.zeros(3, 64, 96)
     flops = tool.measure(tool.build_model(cfg), {"image": pixels, "height": 64, "width": 96}).flops_by_module
     tokens = 8 * 12 + 4 * 6 + 2 * 3 + 1 * 2
-    assert flops["transformer.encoder.layers.0.linear1"] == tokens * 64 * 16
-    assert flops["transformer.encoder.layers.0.self_attn.value_proj"] == tokens * 64 * 64
-    assert flops["transformer.encoder.layers.0.self_attn.sampling_offsets"] == tokens * 64 * (2 * 4 * 4 * 2)
+    assert flops["detector.transformer.encoder.layers.0.linear1"] == tokens * 64 * 16
+    assert flops["detector.transformer.encoder.layers.0.self_attn.value_proj"] == tokens * 64 * 64
+    assert flops["detector.transformer.encoder.layers.0.self_attn.sampling_offsets"] == tokens * 64 * (2 * 4 * 4 * 2)
     # Queries: projections of query, key, value and output, then scores and weighted sums
-    assert flops["transformer.decoder.layers.1.self_attn"] == 5 * 64 * 64 * 4 + 2 * 5 * 5 * 64
-    assert flops["class_embed"] == 2 * 5 * 64 * 6
-    assert flops["vector_embed"] == 7 * (64 * 24 + 24 * 24 + 24 * 20)  # only for what is detected
+    assert flops["detector.transformer.decoder.layers.1.self_attn"] == 5 * 64 * 64 * 4 + 2 * 5 * 5 * 64
+    assert flops["detector.class_embed"] == 2 * 5 * 64 * 6
+    assert flops["mask_branch.vector_embed"] == 7 * (64 * 24 + 24 * 24 + 24 * 20)  # only for what is detected
 
 
 def test_cost_of_an_image_of_a_given_size(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

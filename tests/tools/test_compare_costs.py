@@ -57,7 +57,7 @@ def test_parameters_and_flops(tiny: Any) -> None:
     model = tool.build_model(cfg)
     assert result.parameters == sum(p.numel() for p in model.parameters())
     assert result.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad) < result.parameters
-    assert (result.name, result.source, result.head) == ("tiny", "measured", "mask_head")
+    assert (result.name, result.source, result.head) == ("tiny", "measured", "EffSegBranch")
     assert (result.detections, result.regions) == (20, 7)
     assert 0 < result.head_gflops < result.gflops
     assert (result.fps, result.memory, result.ap) == (None, None, None)

@@ -129,10 +129,10 @@ def test_class_rows_are_picked_by_raw_category_id() -> None:
     converted, report = convert(state, COCO)
     for layer in range(6):
         expected = 1000 * layer + torch.tensor(COCO, dtype=torch.float32)
-        assert torch.equal(converted[f"class_embed.{layer}.bias"], expected)
-        assert torch.equal(converted[f"class_embed.{layer}.weight"], expected[:, None].expand(80, 384))
-    assert {line.note for line in report.lines if line.target.startswith("class_embed")} == {"80 of 91 rows"}
-    assert torch.equal(convert(state, None)[0]["class_embed.3.bias"], state["class_embed.3.bias"])
+        assert torch.equal(converted[f"detector.class_embed.{layer}.bias"], expected)
+        assert torch.equal(converted[f"detector.class_embed.{layer}.weight"], expected[:, None].expand(80, 384))
+    assert {line.note for line in report.lines if line.target.startswith("detector.class_embed")} == {"80 of 91 rows"}
+    assert torch.equal(convert(state, None)[0]["detector.class_embed.3.bias"], state["class_embed.3.bias"])
 
 
 def test_class_ids_beyond_the_head_are_refused() -> None:
@@ -155,7 +155,11 @@ def test_class_head_can_be_left_out() -> None:
     ("manifest", "name", "parts"),
     [
         ("checkpoint_sqr.json", "sqr_r50.yaml", ["mask_branch.head.blocks.4.1.bias", "mask_branch.skips.2.weight"]),
-        ("checkpoint_pca.json", "solq_r50_pca.yaml", ["coding.explained_variances", "vector_embed.layers.0.bias"]),
+        (
+            "checkpoint_pca.json",
+            "solq_r50_pca.yaml",
+            ["mask_branch.coding.explained_variances", "mask_branch.vector_embed.layers.0.bias"],
+        ),
     ],
 )
 def test_other_mask_branches(manifest: str, name: str, parts: list[str]) -> None:
@@ -211,7 +215,8 @@ def test_original_deformable_detr(refine: bool, two_stage: bool) -> None:
 def test_heads_that_should_be_shared_without_refinement() -> None:
     state = deformable_detr(refine=False, two_stage=False)
     converted, _ = convert(state, None)
-    assert {key for key in converted if key.startswith("class_embed")} == {"class_embed.0.weight", "class_embed.0.bias"}
+    heads = {key for key in converted if key.startswith("detector.class_embed")}
+    assert heads == {"detector.class_embed.0.weight", "detector.class_embed.0.bias"}
     state["class_embed.3.bias"] = state["class_embed.3.bias"] + 1
     with pytest.raises(CheckpointError, match=r"'class_embed\.3\.bias' differs from 'class_embed\.0\.bias'"):
         convert(state, None)
@@ -245,6 +250,7 @@ def tiny(tmp_path: Path) -> Tiny:
         name = re.sub(r"\.res(\d)\.", lambda match: f".layer{int(match[1]) - 1}.", name)
         name = re.sub(r"\.conv(\d)\.norm\.", r".bn\1.", name)
         name = name.replace(".shortcut.norm.", ".downsample.1.").replace(".shortcut.", ".downsample.0.")
+        name = re.sub("^(detector|mask_branch)[.]", "", name)
         copies = [name]
         if name.startswith("bbox_embed."):
             copies.append(f"transformer.decoder.{name}")
@@ -283,7 +289,7 @@ def test_tool_converts(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture
     loaded, problems = load(path, output)
     assert not problems
     for key, value in loaded.items():
-        expected = model[key][COCO] if key.startswith("class_embed.") else model[key]
+        expected = model[key][COCO] if key.startswith("detector.class_embed.") else model[key]
         assert torch.equal(value, expected), key
     shown = capsys.readouterr().out
     assert "SOLQ (R18, width 32" in shown and "mask vectors of 20" in shown
@@ -308,14 +314,16 @@ def test_tool_drops_classes(tiny: Tiny, source: str) -> None:
     status, output = run(path, file, "--drop-classes", opts=("MODEL.SOLQ.NUM_CLASSES", 6))
     assert status == 0
     loaded, problems = load(path, output, "MODEL.SOLQ.NUM_CLASSES", 6)
-    assert sorted(problems) == sorted(key for key in model if key.startswith("class_embed."))
-    assert torch.equal(loaded["vector_embed.layers.2.weight"], model["vector_embed.layers.2.weight"])
+    assert sorted(problems) == sorted(key for key in model if key.startswith("detector.class_embed."))
+    assert torch.equal(
+        loaded["mask_branch.vector_embed.layers.2.weight"], model["mask_branch.vector_embed.layers.2.weight"]
+    )
 
 
 def test_tool_keeps_the_names_of_classes(tiny: Tiny) -> None:
     path, file, model = tiny
     names = [f"class of {i}" for i in range(80)]
-    state = {key: value[COCO] if key.startswith("class_embed.") else value for key, value in model.items()}
+    state = {key: value[COCO] if key.startswith("detector.class_embed.") else value for key, value in model.items()}
     for options, expected in (((), names), (("--drop-classes",), None)):
         torch.save({"model": state, "class_names": names}, file)
         status, output = run(path, file, *options)
@@ -336,7 +344,7 @@ def test_tool_writes_a_part_when_asked(tiny: Tiny, capsys: pytest.CaptureFixture
     assert run(path, file, opts=opts)[0] == 1
     status, output = run(path, file, "--partial", opts=opts)
     assert status == 0
-    missing = {key for key in model if key.startswith("vector_embed.layers.2.")}
+    missing = {key for key in model if key.startswith("mask_branch.vector_embed.layers.2.")}
     assert set(load(path, output, *opts)[1]) == missing
 
 
@@ -361,7 +369,11 @@ def test_backbone_file(tiny: Tiny, tmp_path: Path) -> None:
         ((), ("MODEL.SOLQ.BOX_REFINE", False), ["MODEL.SOLQ.BOX_REFINE True (config: False)", "unexpected"]),
         # The stride of a block shows in no shape, but the features would be wrong
         ((), ("MODEL.RESNETS.STRIDE_IN_1X1", True), ["MODEL.RESNETS.STRIDE_IN_1X1 False (config: True)"]),
-        (("--detector-only",), (), ["MODEL.SOLQ.MASK_ON False (config: True)", "vector_embed.layers.0.weight"]),
+        (
+            ("--detector-only",),
+            (),
+            ["MODEL.SOLQ.MASK_ON False (config: True)", "mask_branch.vector_embed.layers.0.weight"],
+        ),
     ],
 )
 def test_tool_refuses_what_does_not_fit(

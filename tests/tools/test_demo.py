@@ -255,18 +255,18 @@ def test_coefficients(config: Callable[[str], str]) -> None:
     torch.manual_seed(0)
     predictor = Predictor(cfg)
     model = predictor.model
-    for parameter in model.vector_embed.parameters():
+    for parameter in model.mask_branch.vector_embed.parameters():
         nn.init.normal_(parameter, std=0.5)
     item, _ = predictor.prepare(np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8))
-    length = model.coding.length
+    length = model.mask_branch.coding.length
     found = detections_by_coefficients(model, item, counts=(4, 10**6))
     assert list(found) == [4, length]
     with torch.no_grad():
         own = model([item])[0]["instances"]
     assert own.pred_masks.any() and torch.equal(found[length].pred_masks, own.pred_masks)
     with torch.no_grad():
-        model.vector_embed.layers[-1].weight[4:] = 0
-        model.vector_embed.layers[-1].bias[4:] = 0
+        model.mask_branch.vector_embed.layers[-1].weight[4:] = 0
+        model.mask_branch.vector_embed.layers[-1].bias[4:] = 0
         cut = model([item])[0]["instances"]
     assert torch.equal(found[4].pred_masks, cut.pred_masks) and not torch.equal(cut.pred_masks, own.pred_masks)
 

@@ -122,18 +122,25 @@ def new_if_dropped(class_head: str) -> Callable[[Options], str | None]:
     return lambda options: class_head if options.drop_classes else None
 
 
-def own_format(name: str, signature: tuple[str, ...], class_head: str, mask_branch: str | None = None) -> Format:
-    """The format of a model of this project, which keeps all names.
+def own_format(
+    name: str,
+    signature: tuple[str, ...],
+    class_head: str,
+    mask_branch: str | None = None,
+    moved: Sequence[tuple[str, str]] = (),
+) -> Format:
+    """The format of a model of this project.
 
     Args:
         class_head, mask_branch: patterns of their keys; None where no part makes masks alone.
+        moved: patterns of older names, and what today has in their place; other names are kept.
     """
 
     def convert(state: State, options: Options) -> tuple[State, Report]:
         rules: list[Rule] = [drop_class_head(class_head)] if options.drop_classes else []
         if options.detector_only and mask_branch is not None:
             rules.append(drop_mask_branch(mask_branch))
-        return apply_rules(state, rules)
+        return apply_rules(state, [*rules, *(Rename(*names) for names in moved)])
 
     return Format(f"{name} in QueryMask's own names", signature, convert=convert, new_keys=new_if_dropped(class_head))
 

@@ -12,6 +12,7 @@ from fvcore.common.checkpoint import _filter_reused_missing_keys
 
 from querymask.common.checkpoint import MODEL_KEYS, CheckpointError, read_content
 from querymask.common.engine.checks import get_key, num_classes_key
+from querymask.common.meta_arch import QuerySegmenter
 
 SHOWN = 4
 """Names of tensors in a message."""
@@ -114,6 +115,9 @@ class StrictCheckpointer(DetectionCheckpointer):
         if not state:
             shown = ", ".join(sorted(self._entries)[:SHOWN]) or "nothing"
             raise CheckpointError(f"{self.file} has no tensors of a model in it (its entries: {shown})")
+        model = getattr(self.model, "module", self.model)
+        for prefix in ("", "module.") if isinstance(model, QuerySegmenter) else ():
+            model.rename_moved(state, prefix)
         self._keys = [str(key) for key in state]
         return content
 
