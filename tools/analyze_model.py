@@ -37,7 +37,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--num-images", type=int, metavar="N", help="the first N images of DATASETS.TEST")
     parser.add_argument("--height", type=int, metavar="H", help="rows of an image of random pixels")
     parser.add_argument("--width", type=int, metavar="W", help="columns of it")
-    parser.add_argument("--depth", type=int, default=2, metavar="D", help="levels of modules in the tables (default 2)")
+    parser.add_argument("--depth", type=int, default=3, metavar="D", help="levels of modules in the tables (default 3)")
     parser.add_argument("--parameters-only", action="store_true", help="leave FLOPs and activations out")
     parser.add_argument(
         "--load-weights", action="store_true", help="load MODEL.WEIGHTS, for costs that depend on what is detected"

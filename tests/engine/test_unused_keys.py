@@ -77,7 +77,7 @@ def test_every_key_of_detectron2_is_read_or_refused(
         default_setup(tiny, argparse.Namespace())
         trainer = Trainer(tiny)
         trainer.resume_or_load(resume=False)
-        give_basis(getattr(trainer.model, "coding", None))
+        give_basis(getattr(trainer.model.mask_branch, "coding", None))
         trainer.train()
 
     # The pyramid of ISTR's configs is read with their backbone, BASE_LR_END and NUM_DECAYS with their schedules

@@ -12,15 +12,18 @@ from cases import assert_close, fixture, load_arrays, load_document, load_manife
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Instances
+from training_steps import training_step
 
 import querymask
 from querymask.common.boxes import inverse_sigmoid
 from querymask.common.deformable_attention import encoder_reference_points, valid_ratios
 from querymask.common.losses import dice_loss
 from querymask.common.position_encoding import sine_position_encoding
-from querymask.common.set_criterion import Targets
+from querymask.common.predictions import Predictions, Targets, weighted
+from querymask.common.set_criterion import SetDetector
 from querymask.isda.checkpoint import convert
-from querymask.isda.criterion import ISDACriterion, ISDAOutput, soft_iou
+from querymask.isda.criterion import ClassCriterion
+from querymask.isda.kernels import KernelBranch, Kernels, soft_iou
 from querymask.isda.masks import reduce_masks
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -205,25 +208,25 @@ def test_isda_inference(name: str) -> None:
     def keep(key: str) -> Any:
         return lambda module, arguments, output: seen.__setitem__(key, output)
 
-    encoder = model.transformer.encoder
+    encoder = model.detector.transformer.encoder
     model.backbone.register_forward_hook(keep("backbone"))
-    model.input_proj.register_forward_hook(keep("levels"))
+    model.detector.input_proj.register_forward_hook(keep("levels"))
     encoder.layers[0].register_forward_hook(keep("layer"))
     encoder.register_forward_pre_hook(lambda module, arguments: seen.__setitem__("encoder", arguments))
     batch = [model_input(image) for image in case["images"]]
     images = model.preprocess(batch)
     with torch.no_grad():
-        decoded, outputs = model.predict(images)
-        detections = model.detect(outputs, images.image_sizes, [(item["height"], item["width"]) for item in batch])
-        masks = (outputs.kernels[-1] @ outputs.mask_features.flatten(2)).unflatten(-1, outputs.mask_features.shape[2:])
+        predictions, made = model.predict(images)
+        detections = model.detect(predictions, made, [(item["height"], item["width"]) for item in batch])
+        masks = (made.kernels[-1] @ made.features.flatten(2)).unflatten(-1, made.features.shape[2:])
 
     for i in range(2, 6):
         compare.close(f"c{i}", seen["backbone"][f"res{i}"])
     with torch.no_grad():
-        compare.close("p2", model.fine_proj([seen["backbone"]["res2"]])[0])
+        compare.close("p2", model.detector.fine_proj([seen["backbone"]["res2"]])[0])
     _, position, shapes, ratios, padding = seen["encoder"]
     sizes = [height * width for height, width in shapes]
-    position = position - torch.cat([e.expand(n, -1) for e, n in zip(model.transformer.level_embed, sizes)])
+    position = position - torch.cat([e.expand(n, -1) for e, n in zip(model.detector.transformer.level_embed, sizes)])
     starts = np.cumsum([0, *sizes])
     for level, (height, width) in enumerate(shapes):
         part = slice(starts[level], starts[level + 1])
@@ -238,17 +241,17 @@ def test_isda_inference(name: str) -> None:
         compare.equal(f"padding_mask_p{level + 3}", mask.bool())
     compare.close("encoder_first", seen["layer"])
     for key, array in {
-        "mfr": outputs.mask_features,
+        "mfr": made.features,
         "valid_ratios": ratios,
-        "memory": decoded.memory,
-        "decoder": decoded.hidden,
-        "reference_points": outputs.references,
-        "class_logits": outputs.logits,
-        "kernels": outputs.kernels,
+        "memory": predictions.memory,
+        "decoder": predictions.hidden,
+        "reference_points": predictions.references,
+        "class_logits": predictions.logits,
+        "kernels": made.kernels,
         "mask_logits": masks,
     }.items():
         compare.close(key, array)
-    class_scores = outputs.logits[-1].sigmoid()
+    class_scores = predictions.logits[-1].sigmoid()
     for b, found in enumerate(detections):
         scores = class_scores[b, found.pred_queries, found.pred_classes]
         compare.equal(f"det{b}_query", found.pred_queries)
@@ -273,22 +276,22 @@ def test_isda_training(name: str) -> None:
     compare = Comparison(case)
     model, official = load_model(case)
     batch = [model_input(image, target) for image, target in zip(case["images"], case["targets"], strict=True)]
-    outputs = model.predict(model.preprocess(batch))[1]
-    targets = model.encode_targets(batch, outputs)
-    costs = model.criterion.cost_terms(outputs, targets)
-    assignment = model.criterion.match(outputs, targets)
+    step = training_step(model, batch)
+    found, targets, assignment = step.found, step.targets, step.assignment
+    costs = {
+        **model.detector.criterion.cost_terms(found, targets),
+        **model.mask_branch.costs(found, step.made, step.truth, targets),
+    }
     starts = np.cumsum([0, *targets.counts])
     for b, count in enumerate(targets.counts):
-        compare.close(f"mask_target{b}", targets.fields["masks"][starts[b] : starts[b + 1]])
+        compare.close(f"mask_target{b}", step.truth[starts[b] : starts[b + 1]])
         compare.close(f"class_cost{b}", costs["class cost"][:, b, :, :count])
         compare.close(f"mask_cost{b}", costs["mask cost"][:, b, :, :count])
         match = torch.full((assignment.num_layers, count), -1)
         here = assignment.image == b
         match[assignment.layer[here], assignment.target[here] - int(starts[b])] = assignment.query[here]
         compare.equal(f"match{b}", match)
-    losses = {
-        official_name(key): value for key, value in model.criterion.weigh(model.criterion(outputs, targets)).items()
-    }
+    losses = {official_name(key): value for key, value in weighted(step.terms).items()}
     assert set(losses) == set(case["loss_names"])
     for key, value in zip(case["loss_names"], compare.expected("loss_values"), strict=True):
         assert_close(losses[key].detach(), np.asarray(value), key)
@@ -327,7 +330,7 @@ def check_mask_feature_head(case: Mapping[str, Any], compare: Comparison) -> Non
     rng = np.random.default_rng(case["args"]["seed"])
     levels = [normal(rng, *shape) for shape in case["args"]["shapes"]]
     model, _ = load_model(case)
-    compare.close("mfr", model.mask_features(levels))
+    compare.close("mfr", model.mask_branch.mask_features(levels))
 
 
 def check_mask_head(case: Mapping[str, Any], compare: Comparison) -> None:
@@ -339,13 +342,20 @@ def check_mask_head(case: Mapping[str, Any], compare: Comparison) -> None:
     references[0, 1] = torch.tensor([1e-6, 1 - 1e-6])
     features = normal(rng, 1, 256, *arguments["hw"]).abs()
     model, _ = load_model(case)
-    kernels = model.make_kernels(hidden[None], references)[0]
+    kernels = model.mask_branch.make_kernels(hidden[None], references[None])[0]
     logits = (kernels @ features.flatten(2)).unflatten(-1, arguments["hw"])
-    compare.close("class_logits", model.class_embed(hidden))
+    compare.close("class_logits", model.detector.class_embed(hidden))
     compare.close("reference_logits", inverse_sigmoid(references))
     compare.close("kernels", kernels)
     compare.close("mask_logits", logits)
     compare.close("mask_probabilities", logits.sigmoid())
+
+
+def kernel_branch(cfg: CfgNode) -> KernelBranch:
+    """The mask branch of a config."""
+    branch = build_model(cfg).mask_branch
+    assert isinstance(branch, KernelBranch)
+    return branch
 
 
 def check_matching_and_losses(case: Mapping[str, Any], compare: Comparison) -> None:
@@ -358,19 +368,23 @@ def check_matching_and_losses(case: Mapping[str, Any], compare: Comparison) -> N
     masks = reduce_masks(torch.from_numpy(masks), 4, (height, width), torch.float64)
     cfg = configure(case)
     isda = cfg.MODEL.ISDA
-    criterion = ISDACriterion(
-        {"class": isda.COST_CLASS, "mask": isda.COST_MASK},
-        {"loss_cls": isda.CLASS_WEIGHT, "loss_mask": isda.MASK_WEIGHT},
-        isda.FOCAL_ALPHA,
-        isda.MASK_LOSS,
-    )
+    detector = SetDetector(ClassCriterion(isda.COST_CLASS, isda.CLASS_WEIGHT, isda.FOCAL_ALPHA))
+    branch = kernel_branch(cfg)
     # Kernels that pick one channel each: every query has a map of its own
-    kernels = torch.eye(arguments["n"], dtype=torch.float64)[None, None]
-    outputs = ISDAOutput(logits[None, None], kernels, mask_logits[None], torch.zeros(1, arguments["n"], 2))
-    targets = Targets([count], torch.from_numpy(labels), {"masks": masks})
-    costs = {key: value[0, 0] for key, value in criterion.cost_terms(outputs, targets).items()}
-    assignment = criterion.match(outputs, targets)
-    losses = criterion.weigh(criterion(outputs, targets))
+    made = Kernels(torch.eye(arguments["n"], dtype=torch.float64)[None, None], mask_logits[None])
+    found = Predictions(logits[None, None], logits[None, None])
+    targets = Targets([count], torch.from_numpy(labels), torch.zeros(count, 4), [(4 * height, 4 * width)])
+    mask_costs = branch.costs(found, made, masks, targets)
+    costs = {
+        key: value[0, 0] for key, value in {**detector.criterion.cost_terms(found, targets), **mask_costs}.items()
+    }
+    assignment = detector.match(found, targets, mask_costs)
+    normalizers = detector.normalizers(targets, assignment)
+    terms = [
+        *detector.losses(found, targets, assignment, normalizers),
+        *branch.losses(found, made, masks, targets, assignment, normalizers),
+    ]
+    losses = weighted(terms)
     match = torch.empty(count, dtype=torch.int64)
     match[assignment.target] = assignment.query
     compare.close("mask_targets", masks)
@@ -381,9 +395,10 @@ def check_matching_and_losses(case: Mapping[str, Any], compare: Comparison) -> N
     compare.close("loss_cls", losses["loss_cls"])
     compare.close("loss_mask", losses["loss_mask"])
     # The paper's loss is the cost without its weight
-    paper = ISDACriterion(criterion.costs, {"loss_cls": 1.0, "loss_mask": 1.0}, isda.FOCAL_ALPHA, "iou")
+    isda.MASK_LOSS = "iou"
+    (paper,) = kernel_branch(cfg).losses(found, made, masks, targets, assignment, normalizers)
     expected = costs["mask cost"][match, torch.arange(count)].sum() / isda.COST_MASK / (count + 1e-5)
-    assert_close(paper(outputs, targets)["loss_mask"], expected.numpy(), "1 - IoU")
+    assert_close(paper.value, expected.numpy(), "1 - IoU")
     assert soft_iou(torch.tensor(2.0), torch.tensor(2.0), torch.tensor(2.0)) == pytest.approx(1)
 
 
@@ -410,7 +425,7 @@ def check_deformable_attention(case: Mapping[str, Any], compare: Comparison) -> 
     references = torch.from_numpy(rng.random((1, arguments["nq"], len(shapes), 2)))
     padding = torch.arange(tokens)[None] >= tokens - arguments["pad"]
     model, _ = load_model(case)
-    attention = model.transformer.encoder.layers[0].self_attn
+    attention = model.detector.transformer.encoder.layers[0].self_attn
     compare.close("output", query + attention(query + position, references, value, shapes, padding))
 
 
@@ -422,8 +437,8 @@ def check_postprocess(case: Mapping[str, Any], compare: Comparison) -> None:
     features = normal(rng, 1, 256, *arguments["hw"]).abs()
     features = torch.nn.functional.avg_pool2d(features, 3, stride=1, padding=1, divisor_override=3)
     model, _ = load_model(case)
-    outputs = ISDAOutput(logits[None, None], kernels[None, None], features, torch.zeros(1, arguments["n"], 2))
-    (found,) = model.detect(outputs, [tuple(arguments["img"])], [tuple(arguments["out"])])
+    predictions = Predictions(logits[None, None], logits[None, None], image_sizes=[tuple(arguments["img"])])
+    (found,) = model.detect(predictions, Kernels(kernels[None, None], features), [tuple(arguments["out"])])
     compare.equal("label", found.pred_classes)
     compare.equal("query", found.pred_queries)
     compare.close("score", found.scores)

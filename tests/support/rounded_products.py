@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from querymask.common.processes import Processes
-from querymask.common.set_criterion import SetCriterion
-from querymask.effseg import criterion, fqdet
+from querymask.common.set_criterion import SetDetector
+from querymask.effseg.fqdet import criterion, suppression
+from querymask.solq.detector import DeformableDETR
 
 Results = dict[str, Tensor]
 
@@ -103,9 +104,10 @@ class Choices:
 
         monkeypatch.setattr(torch.Tensor, "topk", choose)
         for owner, name in (
-            (SetCriterion, "match"),
+            (SetDetector, "match"),
+            (DeformableDETR, "match"),
             (Processes, "draw"),
-            (fqdet, "nms_within_classes"),
+            (suppression, "nms_within_classes"),
             (criterion, "rank_anchors"),
         ):
             original = getattr(owner, name)

@@ -46,7 +46,7 @@ def test_parameters_of_published_models(
 
 
 def test_parameters_by_part(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--config-file", str(CONFIGS / "solq_r50.yaml"), "--parameters-only", "--depth", "2"]
+    arguments = ["--config-file", str(CONFIGS / "solq_r50.yaml"), "--parameters-only", "--depth", "3"]
     assert tool.main([*arguments, "MODEL.SOLQ.NUM_CLASSES", "91"]) == 0
     rows = tables(capsys.readouterr().out)["module parameters"]
     parts = {name: int(cells[0].replace(",", "")) for name, cells in rows.items()}
@@ -97,7 +97,7 @@ def test_cost_of_solq(tiny: Path) -> None:
 
 
 def test_cost_of_an_image_of_a_given_size(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tool.main(["--config-file", str(tiny), "--height", "64", "--width", "96", "--depth", "3"]) == 0
+    assert tool.main(["--config-file", str(tiny), "--height", "64", "--width", "96", "--depth", "4"]) == 0
     output = capsys.readouterr().out
     assert "image 1: 64 x 96" in output
     found = tables(output)
