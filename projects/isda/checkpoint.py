@@ -144,14 +144,16 @@ def convert_original_detector(
     Raises:
         CheckpointError: it refines boxes or is two-stage.
     """
-    state = {key.removeprefix("detector."): torch.as_tensor(value) for key, value in state.items()}
-    if "query_embed.weight" not in state:
+    state = {key: torch.as_tensor(value) for key, value in state.items()}
+    flat = {key.removeprefix("detector."): value for key, value in state.items()}
+    if "query_embed.weight" not in flat:
         raise CheckpointError("This is a two-stage Deformable DETR. " + _WANTED)
     own = not any(key.startswith("backbone.0.") for key in state)
     # With refinement the release's decoder has the box heads, and this project's model one for every layer
-    if any(re.match(r"bbox_embed\.1\." if own else r"transformer\.decoder\.bbox_embed\.", key) for key in state):
+    if any(re.match(r"bbox_embed\.1\." if own else r"transformer\.decoder\.bbox_embed\.", key) for key in flat):
         raise CheckpointError("This is a Deformable DETR with box refinement. " + _WANTED)
     rules: list[Rule] = [
+        Rename(r"^detector\.", ""),
         Drop(r"(^|\.)total_(params|ops)$", "left over by a profiler"),
         Drop(r"^(bbox_embed|vector_embed|coding|mask_branch)\.", "head that ISDA does not have"),
         Drop(r"^input_proj\.\d+\.0\.bias$", "ISDA's projections have no bias"),
@@ -162,7 +164,7 @@ def convert_original_detector(
     if drop_classes:
         rules.append(drop_class_head(_CLASS_HEAD))
     elif class_ids is not None:
-        rules.append(pick_classes(r"^class_embed\.(weight|bias)$", state["class_embed.0.bias"].shape[0], class_ids))
+        rules.append(pick_classes(r"^class_embed\.(weight|bias)$", flat["class_embed.0.bias"].shape[0], class_ids))
     return apply_rules(state, [*rules, *_MOVED_RULES])
 
 

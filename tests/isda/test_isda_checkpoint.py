@@ -112,11 +112,11 @@ def test_release_fits_its_config() -> None:
     )
     found = names(report)
     decoder = "bbox_head.transformer.decoder.layers.2."
-    assert found[decoder + "norms.0.weight"] == "transformer.decoder.layers.2.norm2.weight"
-    assert found[decoder + "norms.1.weight"] == "transformer.decoder.layers.2.norm1.weight"
-    assert found["bbox_head.kernel_branches.0.4.bias"] == "kernel_embed.layers.2.bias"
-    assert found["mask_feat_head.convs_all_levels.3.conv2.gn.bias"] == "mask_features.branches.3.2.1.bias"
-    assert found["neck.extra_convs.0.conv.weight"] == "input_proj.3.0.weight"
+    assert found[decoder + "norms.0.weight"] == "detector.transformer.decoder.layers.2.norm2.weight"
+    assert found[decoder + "norms.1.weight"] == "detector.transformer.decoder.layers.2.norm1.weight"
+    assert found["bbox_head.kernel_branches.0.4.bias"] == "mask_branch.kernel_embed.layers.2.bias"
+    assert found["mask_feat_head.convs_all_levels.3.conv2.gn.bias"] == "mask_branch.mask_features.branches.3.2.1.bias"
+    assert found["neck.extra_convs.0.conv.weight"] == "detector.input_proj.3.0.weight"
 
 
 def test_copies_that_differ_are_refused() -> None:
@@ -130,7 +130,7 @@ def test_copies_that_differ_are_refused() -> None:
 def test_start_from_mmdetection(version: int) -> None:
     """Taken over, left out and new are what the release's own loading does (244 common keys of the head)."""
     converted, report = convert_mmdetection_detector(mmdetection(version))
-    new = r"^(fine_proj|mask_features|kernel_embed)\."
+    new = r"^(detector\.fine_proj|mask_branch)\."
     fitted, report = fit_to_model(converted, report, model_shapes(), new)
     assert report.fits, report.details(*Report.MISFITS)
     assert fitted.keys() == {key for key in model_shapes() if not re.match(new, key)}
@@ -151,9 +151,9 @@ def test_start_from_the_original() -> None:
     for layer in range(1, 6):
         state[f"class_embed.{layer}.bias"] = state["class_embed.0.bias"]
     converted, report = convert_original_detector(state, coco)
-    fitted, report = fit_to_model(converted, report, model_shapes(), r"^(fine_proj|mask_features|kernel_embed)\.")
+    fitted, report = fit_to_model(converted, report, model_shapes(), r"^(detector\.fine_proj|mask_branch)\.")
     assert report.fits, report.details(*Report.MISFITS)
-    assert fitted["class_embed.bias"].tolist() == coco
+    assert fitted["detector.class_embed.bias"].tolist() == coco
     notes = {line.source: line.note for line in report.of("dropped")}
     assert notes["input_proj.2.0.bias"] == "ISDA's projections have no bias"
     assert notes["class_embed.4.weight"] == "equal copy of class_embed.0.weight"
@@ -186,12 +186,12 @@ def own_detector() -> State:
 def test_start_from_an_own_detector() -> None:
     state = own_detector()
     converted, report = convert_original_detector(state, None)
-    fitted, report = fit_to_model(converted, report, model_shapes(), r"^(fine_proj|mask_features|kernel_embed)\.")
+    fitted, report = fit_to_model(converted, report, model_shapes(), r"^(detector\.fine_proj|mask_branch)\.")
     assert report.fits, report.details(*Report.MISFITS)
-    assert fitted["class_embed.bias"].flatten()[0] == state["class_embed.0.bias"].flatten()[0]
-    assert {line.source.partition(".")[0] for line in report.of("dropped")} == {"bbox_embed", "input_proj"}
+    assert fitted["detector.class_embed.bias"].flatten()[0] == state["detector.class_embed.0.bias"].flatten()[0]
+    assert {line.source.split(".")[1] for line in report.of("dropped")} == {"bbox_embed", "input_proj"}
     with pytest.raises(CheckpointError, match="with box refinement"):
-        convert_original_detector({**state, "bbox_embed.1.layers.0.bias": torch.zeros(256)}, None)
+        convert_original_detector({**state, "detector.bbox_embed.1.layers.0.bias": torch.zeros(256)}, None)
 
 
 @pytest.mark.parametrize("source", [isda, mmdetection, original, own_detector])
@@ -204,8 +204,8 @@ def test_through_the_tool(
     arguments = ["--config-file", str(CONFIG), "--report", str(report), str(path), str(output)]
     assert tool.main([*arguments, *(["--drop-classes"] if drop else [])]) == 0, capsys.readouterr().err
     converted = read_checkpoint(output)
-    assert ("class_embed.weight" in converted) != drop
-    assert ("kernel_embed.layers.0.weight" in converted) == (source is isda)
+    assert ("detector.class_embed.weight" in converted) != drop
+    assert ("mask_branch.kernel_embed.layers.0.weight" in converted) == (source is isda)
     text = report.read_text()
     assert all(key in text for key in source())
 

@@ -88,17 +88,17 @@ def test_published_size_of_each_part() -> None:
     model = zoo.build_on_meta(LEAVES["isda_r50"].config())
     modules = {
         "backbone": [model.backbone],
-        "projections": [model.fine_proj, model.input_proj],
-        "mask feature head": [model.mask_features],
-        "encoder": [model.transformer.encoder],
-        "decoder": [model.transformer.decoder],
-        "reference layer": [model.transformer.reference_points],
-        "class head": [model.class_embed],
-        "kernel head": [model.kernel_embed],
-        "queries": [model.query_embed],
+        "projections": [model.detector.fine_proj, model.detector.input_proj],
+        "mask feature head": [model.mask_branch.mask_features],
+        "encoder": [model.detector.transformer.encoder],
+        "decoder": [model.detector.transformer.decoder],
+        "reference layer": [model.detector.transformer.reference_points],
+        "class head": [model.detector.class_embed],
+        "kernel head": [model.mask_branch.kernel_embed],
+        "queries": [model.detector.query_embed],
     }
     sizes = {part: sum(size(module)[0] for module in those) for part, those in modules.items()}
-    sizes["level embedding"] = model.transformer.level_embed.numel()
+    sizes["level embedding"] = model.detector.transformer.level_embed.numel()
     assert sizes == R50_PARTS
     assert sum(sizes.values()) == size(model)[0], "a part is missing from the list"
     assert size(model)[1] == 41_633_104

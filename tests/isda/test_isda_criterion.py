@@ -9,39 +9,65 @@ import pytest
 import torch
 from torchvision.ops import sigmoid_focal_loss
 
-from querymask.common.matching import Targets
-from querymask.isda.criterion import ISDACriterion, ISDAOutput
+from querymask.common.predictions import Predictions, Targets, unweighted, weighted
+from querymask.common.set_criterion import SetDetector
+from querymask.isda.criterion import ClassCriterion
+from querymask.isda.kernels import KernelBranch, Kernels
 
 LAYERS, QUERIES, CLASSES, WIDTH, SIZE = 3, 4, 5, 6, (3, 5)
 BATCHES = [[2, 1], [0, 3], [3, 0], [0], [0, 0], [6, 1]]
 
 
-def make_criterion(**options: Any) -> ISDACriterion:
-    return ISDACriterion({"class": 2.0, "mask": 3.0}, {"loss_cls": 2.0, "loss_mask": 3.0}, **options)
-
-
-def make_outputs(batch: int) -> ISDAOutput:
-    """Random predictions in float64, all leaves with gradient."""
-    torch.manual_seed(0)
-    options = {"dtype": torch.float64, "requires_grad": True}
-    return ISDAOutput(
-        torch.randn(LAYERS, batch, QUERIES, CLASSES, **options),
-        torch.randn(LAYERS, batch, QUERIES, WIDTH, **options),
-        torch.randn(batch, WIDTH, *SIZE, **options),
-        torch.rand(batch, QUERIES, 2),
+def make_branch(mask_loss: str = "dice") -> KernelBranch:
+    return KernelBranch(
+        width=32,
+        strides=[8],
+        shapes={},
+        kernel_fcs=1,
+        kernel_positions="logit",
+        mask_stride=8,
+        mask_feature_dim=32,
+        mask_positions=False,
+        mask_loss=mask_loss,
     )
 
 
-def make_targets(counts: Sequence[int]) -> Targets:
+Outputs = tuple[Predictions, Kernels]
+
+
+def make_outputs(batch: int) -> Outputs:
+    """Random predictions in float64, all leaves with gradient."""
+    torch.manual_seed(0)
+    options = {"dtype": torch.float64, "requires_grad": True}
+    logits = torch.randn(LAYERS, batch, QUERIES, CLASSES, **options)
+    kernels = torch.randn(LAYERS, batch, QUERIES, WIDTH, **options)
+    return Predictions(logits, logits), Kernels(kernels, torch.randn(batch, WIDTH, *SIZE, **options))
+
+
+def make_targets(counts: Sequence[int]) -> tuple[Targets, torch.Tensor]:
+    """Targets, and their soft masks."""
     generator = torch.Generator().manual_seed(1)
     n = sum(counts)
-    masks = torch.randint(0, 5, (n, *SIZE), generator=generator).double() / 4  # soft
-    return Targets(counts, torch.randint(0, CLASSES, (n,), generator=generator), {"masks": masks})
+    masks = torch.randint(0, 5, (n, *SIZE), generator=generator).double() / 4
+    labels = torch.randint(0, CLASSES, (n,), generator=generator)
+    return Targets(counts, labels, torch.zeros(n, 4), [(24, 40)] * len(counts)), masks
 
 
-def masks_of(outputs: ISDAOutput, layer: int, image: int) -> torch.Tensor:
+def compute(outputs: Outputs, targets: Targets, masks: torch.Tensor, mask_loss: str = "dice") -> list[Any]:
+    """The terms of detector and branch."""
+    found, made = outputs
+    detector, branch = SetDetector(ClassCriterion(2.0, 2.0)), make_branch(mask_loss)
+    with torch.no_grad():
+        costs = branch.costs(found, made, masks, targets)
+    assignment = detector.match(found, targets, costs)
+    normalizers = detector.normalizers(targets, assignment)
+    terms = detector.losses(found, targets, assignment, normalizers)
+    return terms + branch.losses(found, made, masks, targets, assignment, normalizers)
+
+
+def masks_of(made: Kernels, layer: int, image: int) -> torch.Tensor:
     """Probabilities [query, row, column]."""
-    return torch.einsum("qc,chw->qhw", outputs.kernels[layer, image], outputs.mask_features[image]).sigmoid()
+    return torch.einsum("qc,chw->qhw", made.kernels[layer, image], made.features[image]).sigmoid()
 
 
 def slow_iou(p: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -49,15 +75,15 @@ def slow_iou(p: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return both / (p.sum() + t.sum() - both + 1e-6)
 
 
-def slow_cost(outputs: ISDAOutput, layer: int, image: int, labels: torch.Tensor, masks: torch.Tensor) -> list:
+def slow_cost(outputs: Outputs, layer: int, image: int, labels: torch.Tensor, masks: torch.Tensor) -> list:
     """Cost [query][target] of one layer and image."""
     rows = []
     for q in range(QUERIES):
         row = []
         for label, mask in zip(labels.tolist(), masks, strict=True):
-            s = 1 / (1 + math.exp(-outputs.logits[layer, image, q, label].item()))
+            s = 1 / (1 + math.exp(-outputs[0].logits[layer, image, q, label].item()))
             focal = -0.25 * (1 - s) ** 2 * math.log(s + 1e-12) + 0.75 * s**2 * math.log(1 - s + 1e-12)
-            row.append(2 * focal + 3 * (1 - slow_iou(masks_of(outputs, layer, image)[q], mask).item()))
+            row.append(2 * focal + 3 * (1 - slow_iou(masks_of(outputs[1], layer, image)[q], mask).item()))
         rows.append(row)
     return rows
 
@@ -74,9 +100,9 @@ def best_pairs(cost: list, count: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("mask_loss", ["dice", "iou"])
 @pytest.mark.parametrize("counts", BATCHES)
 def test_against_loops(counts: list[int], mask_loss: str) -> None:
-    criterion, outputs, targets = make_criterion(mask_loss=mask_loss), make_outputs(len(counts)), make_targets(counts)
-    losses = criterion(outputs, targets)
-    labels, masks = targets.labels.split(counts), targets.fields["masks"].split(counts)
+    outputs, (targets, all_masks) = make_outputs(len(counts)), make_targets(counts)
+    losses = unweighted(compute(outputs, targets, all_masks, mask_loss))
+    labels, masks = targets.labels.split(counts), all_masks.split(counts)
     pairs = max(sum(min(count, QUERIES) for count in counts), 1)
     for layer in range(LAYERS):
         suffix = "" if layer == LAYERS - 1 else f"_{layer}"
@@ -86,10 +112,10 @@ def test_against_loops(counts: list[int], mask_loss: str) -> None:
             cost = slow_cost(outputs, layer, image, labels[image], masks[image])
             for q, t in best_pairs(cost, count):
                 one_hot[image, q, labels[image][t]] = 1
-                p, truth = masks_of(outputs, layer, image)[q], masks[image][t]
+                p, truth = masks_of(outputs[1], layer, image)[q], masks[image][t]
                 dice = 1 - 2 * (p * truth).sum() / ((p**2).sum() + 0.001 + (truth**2).sum() + 0.001)
                 mask_sum = mask_sum + (dice if mask_loss == "dice" else 1 - slow_iou(p, truth))
-        focal = sigmoid_focal_loss(outputs.logits[layer], one_hot, reduction="sum") / pairs
+        focal = sigmoid_focal_loss(outputs[0].logits[layer], one_hot, reduction="sum") / pairs
         assert losses[f"loss_cls{suffix}"].item() == pytest.approx(focal.item(), rel=1e-7)
         expected = (mask_sum / (pairs + 1e-5)).item()
         assert losses[f"loss_mask{suffix}"].item() == pytest.approx(expected, rel=1e-7, abs=1e-12)
@@ -98,25 +124,25 @@ def test_against_loops(counts: list[int], mask_loss: str) -> None:
 @pytest.mark.parametrize("mask_loss", ["dice", "iou"])
 def test_gradients(mask_loss: str) -> None:
     """Finite differences; the assignment stays the same within their step."""
-    criterion, outputs, targets = make_criterion(mask_loss=mask_loss), make_outputs(2), make_targets([2, 1])
+    (found, made), (targets, masks) = make_outputs(2), make_targets([2, 1])
 
     def total(logits: torch.Tensor, kernels: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        losses = criterion(ISDAOutput(logits, kernels, features, outputs.references), targets)
-        return sum(criterion.weigh(losses).values())
+        outputs = Predictions(logits, logits), Kernels(kernels, features)
+        return sum(weighted(compute(outputs, targets, masks, mask_loss)).values())
 
-    assert torch.autograd.gradcheck(total, (outputs.logits, outputs.kernels, outputs.mask_features))
+    assert torch.autograd.gradcheck(total, (found.logits, made.kernels, made.features))
 
 
 def test_without_instances_all_parts_are_connected() -> None:
     """Zero gradients, not missing ones: distributed training waits for every parameter."""
-    criterion, outputs = make_criterion(), make_outputs(2)
-    sum(criterion(outputs, make_targets([0, 0])).values()).backward()
-    assert outputs.logits.grad.any()
-    assert not outputs.kernels.grad.any() and not outputs.mask_features.grad.any()
+    found, made = make_outputs(2)
+    sum(unweighted(compute((found, made), *make_targets([0, 0]))).values()).backward()
+    assert found.logits.grad.any()
+    assert not made.kernels.grad.any() and not made.features.grad.any()
 
 
 def test_cost_that_is_not_finite_is_named() -> None:
-    criterion, outputs, targets = make_criterion(), make_outputs(1), make_targets([2])
-    outputs.kernels.data[1, 0, 2] = math.nan
+    found, made = make_outputs(1)
+    made.kernels.data[1, 0, 2] = math.nan
     with pytest.raises(FloatingPointError, match="layer 1.*mask cost: the predictions of 1 of 4 queries"):
-        criterion(outputs, targets)
+        compute((found, made), *make_targets([2]))

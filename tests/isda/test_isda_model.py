@@ -14,6 +14,7 @@ from scipy.special import expit
 from torch import nn
 
 from querymask.isda import masks as isda_masks
+from querymask.isda.detector import BoxFreePredictions
 from querymask.isda.mask_features import MaskFeatureHead, append_coordinates, coordinate_channels
 from querymask.isda.masks import maskness, reduce_masks, resize_masks
 
@@ -45,7 +46,7 @@ def test_training(make_model: MakeModel, make_batch: MakeBatch, form: str, count
         if parameter.requires_grad:
             assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
         else:
-            assert form == "stride 8" and name.startswith("fine_proj."), f"{name} is not trained"
+            assert form == "stride 8" and name.startswith("detector.fine_proj."), f"{name} is not trained"
 
 
 def test_forms(make_model: MakeModel, make_batch: MakeBatch) -> None:
@@ -53,16 +54,16 @@ def test_forms(make_model: MakeModel, make_batch: MakeBatch) -> None:
     for form, overrides in FORMS.items():
         model = make_model(**overrides)
         with torch.no_grad():
-            decoded, outputs = model.predict(model.preprocess(batch))
-        stride = model.mask_stride
-        assert outputs.mask_features.shape == (1, 64, 64 // stride, 96 // stride), form
-        assert outputs.mask_features.min() >= 0
-        assert outputs.logits.shape == (2, 1, 6, 5) and outputs.kernels.shape == (2, 1, 6, 64)
-        assert decoded.shapes == ((8, 12), (4, 6), (2, 3), (1, 2))
-        assert model.kernel_embed.layers[-1].out_features == (64 if form == "no positions" else 62)
-        points = outputs.references
+            found, made = model.predict(model.preprocess(batch))
+        stride = model.mask_branch.mask_stride
+        assert made.features.shape == (1, 64, 64 // stride, 96 // stride), form
+        assert made.features.min() >= 0
+        assert found.logits.shape == (2, 1, 6, 5) and made.kernels.shape == (2, 1, 6, 64)
+        assert found.memory.shape[1] == 8 * 12 + 4 * 6 + 2 * 3 + 1 * 2
+        assert model.mask_branch.kernel_embed.layers[-1].out_features == (64 if form == "no positions" else 62)
+        points = found.references
         assert points.shape == (1, 6, 2) and points.min() > 0 and points.max() < 1
-        tail = outputs.kernels[..., 62:]
+        tail = made.kernels[..., 62:]
         if form == "paper":
             assert torch.equal(tail, points.expand(2, -1, -1, -1))
         elif form != "no positions":
@@ -72,12 +73,16 @@ def test_forms(make_model: MakeModel, make_batch: MakeBatch) -> None:
 def test_reference_points_learn_through_the_kernels(make_model: MakeModel) -> None:
     """Nothing is detached: a kernel's last two entries have a gradient to the reference point's layer."""
     model = make_model()
-    query = model.query_embed.weight[:, :64]
-    references = model.transformer.reference_points(query).sigmoid()[None]
-    kernels = model.make_kernels(references.new_zeros(2, 1, 6, 64), references)
+    query = model.detector.query_embed.weight[:, :64]
+    references = model.detector.transformer.reference_points(query).sigmoid()[None]
+    found = BoxFreePredictions(references, references, references=references)
+    kernels = model.mask_branch.make_kernels(references.new_zeros(2, 1, 6, 64), found.positions())
     kernels[..., -2:].sum().backward()
-    assert model.transformer.reference_points.weight.grad.any()
-    assert model.query_embed.weight.grad[:, :64].any() and not model.query_embed.weight.grad[:, 64:].any()
+    assert model.detector.transformer.reference_points.weight.grad.any()
+    assert (
+        model.detector.query_embed.weight.grad[:, :64].any()
+        and not model.detector.query_embed.weight.grad[:, 64:].any()
+    )
 
 
 def test_coordinates(make_model: MakeModel) -> None:
@@ -160,15 +165,15 @@ def test_detections(make_model: MakeModel, make_batch: MakeBatch) -> None:
     batch[0].update(height=50, width=120)
     with torch.no_grad():
         found = [result["instances"] for result in model(batch)]
-        _, outputs = model.predict(model.preprocess(batch))
+        predictions, made = model.predict(model.preprocess(batch))
     for b, (size, shape) in enumerate([((64, 96), (50, 120)), ((60, 70), (60, 70))]):
         instances = found[b]
         assert instances.image_size == shape and len(instances) == 9 and not instances.has("pred_boxes")
-        scores = expit(outputs.logits[-1, b].numpy())
+        scores = expit(predictions.logits[-1, b].numpy())
         ranking = sorted(np.ndindex(scores.shape), key=lambda pair: -scores[pair])[:9]
         for i, (query, label) in enumerate(ranking):
             assert (instances.pred_queries[i].item(), instances.pred_classes[i].item()) == (query, label)
-            kernel, features = outputs.kernels[-1, b, query].numpy(), outputs.mask_features[b].numpy()
+            kernel, features = made.kernels[-1, b, query].numpy(), made.features[b].numpy()
             map_ = expit(np.einsum("c,chw->hw", kernel, features))
             above = map_ > 0.5
             expected = scores[query, label] * (map_ * above).sum() / (above.sum() + 1e-5)
@@ -208,8 +213,8 @@ def test_a_larger_canvas_is_the_one_exception(make_model: MakeModel, make_batch:
     model = make_model().double().eval()
     batch = make_batch([0, 0], [(64, 96), (32, 32)])
     with torch.no_grad():
-        small = model.predict(model.preprocess(batch))[1].mask_features[1, :, :8, :8]
-        alone = model.predict(model.preprocess(batch[1:]))[1].mask_features[0]
+        small = model.predict(model.preprocess(batch))[1].features[1, :, :8, :8]
+        alone = model.predict(model.preprocess(batch[1:]))[1].features[0]
     assert not torch.allclose(small, alone, atol=1e-6)
 
 
@@ -261,8 +266,8 @@ class Network(nn.Module):
         self.model = model
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        _, outputs = self.model.predict(ImageList(images, [tuple(images.shape[-2:])] * len(images)))
-        return outputs.logits[-1], outputs.kernels[-1], outputs.mask_features
+        found, made = self.model.predict(ImageList(images, [tuple(images.shape[-2:])] * len(images)))
+        return found.logits[-1], made.kernels[-1], made.features
 
 
 def test_export(make_model: MakeModel) -> None:
@@ -277,3 +282,12 @@ def test_export(make_model: MakeModel) -> None:
             assert actual.shape == expected.shape
             assert torch.allclose(actual, expected, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(outputs[2], program(example)[2])
+
+
+def test_checkpoints_without_parts_load(make_model: MakeModel) -> None:
+    """Names from before there was a detector and a mask branch."""
+    model, other = make_model(), make_model()
+    state = model.state_dict()
+    old = {name.removeprefix("detector.").removeprefix("mask_branch."): value + 1 for name, value in state.items()}
+    other.load_state_dict(old, strict=True)
+    assert all(torch.equal(value, state[name] + 1) for name, value in other.state_dict().items())

@@ -375,9 +375,7 @@ def check_matching_and_losses(case: Mapping[str, Any], compare: Comparison) -> N
     found = Predictions(logits[None, None], logits[None, None])
     targets = Targets([count], torch.from_numpy(labels), torch.zeros(count, 4), [(4 * height, 4 * width)])
     mask_costs = branch.costs(found, made, masks, targets)
-    costs = {
-        key: value[0, 0] for key, value in {**detector.criterion.cost_terms(found, targets), **mask_costs}.items()
-    }
+    costs = {key: value[0, 0] for key, value in {**detector.criterion.cost_terms(found, targets), **mask_costs}.items()}
     assignment = detector.match(found, targets, mask_costs)
     normalizers = detector.normalizers(targets, assignment)
     terms = [
