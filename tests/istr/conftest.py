@@ -52,10 +52,11 @@ def make_model(make_cfg: Callable[..., CfgNode]) -> Callable[..., nn.Module]:
     def make(**overrides: Any) -> nn.Module:
         torch.manual_seed(0)
         model = build_model(make_cfg(**overrides)).train()
-        give_basis(model.coding)
+        give_basis(getattr(model.mask_branch, "coding", None))
         with torch.no_grad():
-            model.init_proposal_boxes.weight[:, :2] = torch.rand(model.num_queries, 2) * 0.6 + 0.2
-            model.init_proposal_boxes.weight[:, 2:] = torch.rand(model.num_queries, 2) * 0.4 + 0.2
+            boxes = model.detector.init_proposal_boxes.weight
+            boxes[:, :2] = torch.rand(len(boxes), 2) * 0.6 + 0.2
+            boxes[:, 2:] = torch.rand(len(boxes), 2) * 0.4 + 0.2
         return model
 
     return make

@@ -50,14 +50,14 @@ def test_training_step(make_model: MakeModel, make_batch: MakeBatch, form: str, 
     model = make_model(**FORMS[form])
     losses = model(make_batch(counts))
     kinds = ["loss_ce", "loss_bbox", "loss_giou"]
-    if model.coding is not None:
+    if model.mask_branch is not None:
         kinds += ["loss_vector", "loss_dice"]
-    suffixes = ["", "_0"] if model.criterion.deep_supervision else [""]
+    suffixes = ["", "_0"] if model.detector.deep_supervision else [""]
     assert set(losses) == {kind + suffix for kind in kinds for suffix in suffixes}
     assert all(torch.isfinite(value) for value in losses.values())
     for name, value in losses.items():
         empty = sum(counts) == 0 and not name.startswith("loss_ce")
-        unweighted = name.startswith("loss_vector") and model.criterion.weights["loss_vector"] == 0
+        unweighted = name.startswith("loss_vector") and model.mask_branch.weights["loss_vector"] == 0
         assert (value == 0) == (empty or unweighted), name
     sum(losses.values()).backward()
     for name, parameter in model.named_parameters():
@@ -103,7 +103,7 @@ def test_autocast(make_model: MakeModel, make_batch: MakeBatch, form: str) -> No
 
 def test_diverged_predictions_are_named(make_model: MakeModel, make_batch: MakeBatch) -> None:
     model = make_model()
-    torch.nn.init.constant_(model.stages[0].bboxes_delta.bias, float("nan"))
+    torch.nn.init.constant_(model.detector.stages[0].bboxes_delta.bias, float("nan"))
     with pytest.raises(
         FloatingPointError, match=r"layer 0 for 0\.jpg .*L1 box cost: the predictions of 6 of 6 queries"
     ):
@@ -114,23 +114,23 @@ def test_padding_counts_in_the_image_feature_only(make_model: MakeModel, make_ba
     model = make_model().eval()
     with torch.no_grad():
         levels = list(model.backbone(model.preprocess(make_batch([0, 0], [(64, 96), (32, 32)])).tensor).values())
-        queries = model.initial_queries(levels)
+        queries = model.detector.initial_queries(levels)
     expected = sum(level.flatten(2).mean(2) for level in levels)
-    assert torch.allclose(queries, expected[:, None] + model.pos_embeddings.weight, atol=1e-6)
-    outputs = model.predict(model.preprocess(make_batch([0, 0], [(64, 96), (32, 32)])))
-    assert outputs.scale.tolist() == [[96, 64, 96, 64], [32, 32, 32, 32]]
+    assert torch.allclose(queries, expected[:, None] + model.detector.pos_embeddings.weight, atol=1e-6)
+    found, _ = model.predict(model.preprocess(make_batch([0, 0], [(64, 96), (32, 32)])))
+    assert found.canvas.sides.tolist() == [[96, 64, 96, 64], [32, 32, 32, 32]]
 
 
 def test_gradient_reaches_initial_boxes_through_the_first_stage_alone(
     make_model: MakeModel, make_batch: MakeBatch
 ) -> None:
     model, batch = make_model(), make_batch([2, 1])
-    outputs = model.predict(model.preprocess(batch))
-    weight = model.init_proposal_boxes.weight
+    outputs, _ = model.predict(model.preprocess(batch))
+    weight = model.detector.init_proposal_boxes.weight
     for stage, reaches in ((0, True), (1, False)):
         (gradient,) = torch.autograd.grad(outputs.boxes[stage].sum(), weight, retain_graph=True, allow_unused=True)
         assert (gradient is not None and bool(gradient.any())) == reaches
-    embedding = model.pos_embeddings.weight  # features are not detached
+    embedding = model.detector.pos_embeddings.weight  # features are not detached
     (gradient,) = torch.autograd.grad(outputs.logits[1].sum(), embedding)
     assert gradient.any()
 
@@ -140,8 +140,10 @@ def test_masks_of_the_second_release_do_not_train_the_queries(make_model: MakeMo
     losses = model(make_batch([2, 1]))
     masks = sum(value for name, value in losses.items() if name.startswith(("loss_vector", "loss_dice")))
     masks.backward()
-    assert model.pos_embeddings.weight.grad is None and model.stages[0].bboxes_delta.weight.grad is None
-    assert model.stages[0].mask_head.mask_module[0].weight.grad.any()
+    assert (
+        model.detector.pos_embeddings.weight.grad is None and model.detector.stages[0].bboxes_delta.weight.grad is None
+    )
+    assert model.mask_branch.heads[0].mask_module[0].weight.grad.any()
     assert model.backbone.fpn_output2.weight.grad.any()
 
 
@@ -154,8 +156,8 @@ def test_mask_heads_see_selected_queries_only(make_model: MakeModel, make_batch:
         ({}, True, [6, 6]),
     ):
         model, seen = make_model(**overrides).train(training), []
-        for stage in model.stages:
-            stage.mask_head.register_forward_hook(lambda _, arguments, output, seen=seen: seen.append(output))
+        for head in model.mask_branch.heads:
+            head.register_forward_hook(lambda _, arguments, output, seen=seen: seen.append(output))
         with torch.no_grad():
             result = model(make_batch([2]))
         expected = rows if training else [len(result[0]["instances"])]
@@ -165,13 +167,13 @@ def test_mask_heads_see_selected_queries_only(make_model: MakeModel, make_batch:
 def test_detections_of_a_stage(make_model: MakeModel, make_batch: MakeBatch) -> None:
     model = make_model(FIRST_SCORED_STAGE=0).eval()
     with torch.no_grad():
-        outputs = model.predict(model.preprocess(make_batch([0])))
-        (first,), (last,) = (model.detect(outputs, [(64, 96)], stage) for stage in (0, None))
-    assert torch.equal(model.scores(outputs, 0), outputs.logits[0].sigmoid())
-    assert torch.allclose(model.scores(outputs), outputs.logits.mean(0).sigmoid())
+        outputs, made = model.predict(model.preprocess(make_batch([0])))
+        (first,), (last,) = (model.detect(outputs, made, [(64, 96)], stage) for stage in (0, None))
+    assert torch.equal(model.detector.scores(outputs, 0), outputs.logits[0].sigmoid())
+    assert torch.allclose(model.detector.scores(outputs), outputs.logits.mean(0).sigmoid())
     query = first.pred_queries[0]
     box = outputs.boxes[0, 0, query]
-    assert torch.allclose(first.pred_boxes.tensor[0], box.clamp(min=0).minimum(outputs.scale[0]))
+    assert torch.allclose(first.pred_boxes.tensor[0], box.clamp(min=0).minimum(outputs.canvas.sides[0]))
     assert not torch.equal(first.scores, last.scores)
 
 
@@ -179,16 +181,16 @@ def test_detections_of_a_stage(make_model: MakeModel, make_batch: MakeBatch) -> 
 def test_scored_stages(make_model: MakeModel, make_batch: MakeBatch, first: int, stages: list[int]) -> None:
     """Of a model with fewer stages than that, the last one."""
     model = make_model(FIRST_SCORED_STAGE=first).eval()
-    outputs = model.predict(model.preprocess(make_batch([0])))
-    assert torch.allclose(model.scores(outputs), outputs.logits[stages].mean(0).sigmoid())
+    outputs, _ = model.predict(model.preprocess(make_batch([0])))
+    assert torch.allclose(model.detector.scores(outputs), outputs.logits[stages].mean(0).sigmoid())
 
 
 def test_initialisation(make_cfg: MakeCfg) -> None:
     torch.manual_seed(0)
     model = build_model(make_cfg())
-    assert all(row == [0.5, 0.5, 1, 1] for row in model.init_proposal_boxes.weight.tolist())
-    assert model.pos_embeddings.weight.std().item() == pytest.approx(1, abs=0.15)
-    for stage in model.stages:
+    assert all(row == [0.5, 0.5, 1, 1] for row in model.detector.init_proposal_boxes.weight.tolist())
+    assert model.detector.pos_embeddings.weight.std().item() == pytest.approx(1, abs=0.15)
+    for stage in model.detector.stages:
         assert stage.class_logits.bias.tolist() == pytest.approx([-math.log(99)] * 5)
         layer = stage.inst_interact.dynamic_layer.weight
         bound = (6 / sum(layer.shape)) ** 0.5
@@ -200,9 +202,12 @@ def test_unsupervised_stages_are_not_optimised(make_cfg: MakeCfg) -> None:
     cfg = make_cfg(DEEP_SUPERVISION=False)
     model = build_model(cfg)
     trained = {id(p) for group in build_optimizer(cfg, model).param_groups for p in group["params"]}
-    assert id(model.stages[0].linear1.weight) in trained and id(model.stages[1].class_logits.weight) in trained
-    assert id(model.stages[0].class_logits.weight) not in trained
-    assert id(model.init_proposal_boxes.weight) not in trained
+    assert (
+        id(model.detector.stages[0].linear1.weight) in trained
+        and id(model.detector.stages[1].class_logits.weight) in trained
+    )
+    assert id(model.detector.stages[0].class_logits.weight) not in trained
+    assert id(model.detector.init_proposal_boxes.weight) not in trained
 
 
 @pytest.mark.parametrize("coding", ["pca", "autoencoder"])
@@ -252,10 +257,10 @@ class Network(nn.Module):
         self.model = model
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        outputs = self.model.predict(ImageList(images, [tuple(images.shape[-2:])] * len(images)))
-        queries = torch.arange(self.model.num_queries, device=images.device)
-        code = outputs.mask_code(-1, torch.zeros_like(queries), queries)
-        return outputs.logits[-1], outputs.boxes[-1], code.vectors
+        found, made = self.model.predict(ImageList(images, [tuple(images.shape[-2:])] * len(images)))
+        queries = torch.arange(self.model.detector.num_queries, device=images.device)
+        code = self.model.mask_branch.codes(found, made, torch.zeros_like(queries), queries, -1)
+        return found.logits[-1], found.boxes[-1], code.vectors
 
 
 def test_export(make_model: MakeModel) -> None:
@@ -270,3 +275,17 @@ def test_export(make_model: MakeModel) -> None:
             assert actual.shape == expected.shape
             assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(outputs[0], program(example)[0])
+
+
+@pytest.mark.parametrize("form", ["paper", "second release, autoencoder"])
+def test_checkpoints_without_parts_load(make_model: MakeModel, form: str) -> None:
+    """Names from before there was a detector and a mask branch."""
+    model, other = make_model(**FORMS[form]), make_model(**FORMS[form])
+    state = model.state_dict()
+    old = {}
+    for name, value in state.items():
+        name = re.sub(r"^mask_branch\.heads\.(\d+)\.", r"stages.\1.mask_head.", name)
+        old[re.sub(r"^(detector|mask_branch)\.", "", name)] = value + 1
+    assert "stages.1.mask_head.mask_module.0.weight" in old
+    other.load_state_dict(old, strict=True)
+    assert all(torch.equal(value, state[name] + 1) for name, value in other.state_dict().items())
