@@ -52,7 +52,9 @@ DETECTOR_LOSSES = {"loss_selection", "loss_class", "loss_box"}
 def trained(name: str) -> dict[str, int]:
     """Trained parameters of a row's model, of the whole ("") and of its parts."""
     counts = count_parameters(zoo.build_on_meta(LEAVES[name].config()))
-    return {part: counts[part].trainable for part in ("", *PARTS, "mask_head") if part in counts}
+    names = {"": "", "backbone": "backbone", "neck": "detector.neck", "detector": "detector", "head": "mask_branch"}
+    found = {part: counts[key].trainable for part, key in names.items() if key in counts}
+    return found | {"detector": found["detector"] - found["neck"]}
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -61,7 +63,7 @@ def test_published_size(name: str) -> None:
     counts = trained(name)
     assert counts.pop("") == TRAINED[name]
     version = {"detector": DETECTOR_V2} if cfg.MODEL.EFFSEG.VERSION == 2 else {}
-    assert counts == PARTS | version | {"mask_head": HEADS[cfg.MODEL.EFFSEG.MASK_HEAD]}
+    assert counts == PARTS | version | {"head": HEADS[cfg.MODEL.EFFSEG.MASK_HEAD]}
 
 
 @pytest.mark.parametrize("name", ROUNDED)

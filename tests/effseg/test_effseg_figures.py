@@ -110,7 +110,7 @@ def test_cells_and_masks_are_those_of_inference(model: nn.Module, item: dict[str
         blocks = fine.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
         assert torch.equal(blocks.any(4).any(2), blocks.all(4).all(2)), stage  # a cell's children together
         assert not (blocks.any(4).any(2) & ~coarse).any(), stage  # of active cells alone
-        assert 4 * model.mask_head.refinements >= fine.sum() > 0, stage
+        assert 4 * model.mask_branch.head.refinements >= fine.sum() > 0, stage
     # The last masks are those of the detections, but for rounding of the boxes
     rows = [found.pred_queries.tolist().index(query) for query in queries]
     boxes = refined.boxes * refined.boxes.new_tensor([76, 60, 76, 60])

@@ -11,9 +11,10 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from querymask.common.masks import instance_masks
+from querymask.common.predictions import Assignment
 from querymask.common.processes import Processes
-from querymask.effseg.criterion import Matches
 from querymask.effseg.masks import paste_and_resize
+from querymask.effseg.region_branch import limit_pairs
 from querymask.effseg.regions import Regions, RegionTargets, SegmentationHead, pool_regions
 
 MakeCfg = Callable[..., CfgNode]
@@ -31,6 +32,12 @@ FORMS = {
     "no masks": {},
     "no masks, release": {"VERSION": 2},
     "coarse levels": {"IN_FEATURES": ["res3", "res4", "res5"], "LEVELS": [3, 4, 5, 6, 7], "NUM_QUERIES": 200},
+    "coarse levels, Mask R-CNN": {
+        "IN_FEATURES": ["res3", "res4", "res5"],
+        "LEVELS": [3, 4, 5],
+        "NUM_QUERIES": 200,
+        "MASK_HEAD": "mask_rcnn",
+    },
 }
 
 
@@ -41,7 +48,7 @@ def test_training_step(make_model: MakeModel, make_batch: MakeBatch, form: str, 
     model = make_model(**FORMS[form])
     losses = model(make_batch(counts, [(64, 96), (80, 50)]))
     assert DETECTOR_LOSSES <= set(losses)
-    assert (set(losses) == DETECTOR_LOSSES) == (model.mask_head is None)
+    assert (set(losses) == DETECTOR_LOSSES) == (model.mask_branch is None)
     assert all(torch.isfinite(value) for value in losses.values())
     for name, value in losses.items():
         assert (value == 0) == (sum(counts) == 0 and name not in ("loss_selection", "loss_class")), name
@@ -63,7 +70,7 @@ def test_inference(make_model: MakeModel, make_batch: MakeBatch, form: str) -> N
         assert boxes.min() >= 0 and (boxes[:, 2:] <= torch.tensor([size[1], size[0]])).all()
         assert (boxes[:, 2:] > boxes[:, :2]).all()
         assert (instances.scores.diff() <= 0).all() and instances.pred_classes.max() < 5
-        assert instances.has("pred_masks") == (model.mask_head is not None)
+        assert instances.has("pred_masks") == (model.mask_branch is not None)
         if instances.has("pred_masks"):
             assert instances.pred_masks.shape == (len(instances), *size) and instances.pred_masks.dtype == torch.bool
             assert instances.pred_masks.flatten(1).any(1).all()
@@ -114,10 +121,10 @@ class Network(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         size = tuple(image.shape[-2:])
-        maps, output = self.model.predict(ImageList(image, [size]))
+        found, made = self.model.predict(ImageList(image, [size]))
         zeros = torch.zeros(6, dtype=torch.long, device=image.device)
-        regions = Regions(output.boxes[0, :6], zeros, output.queries[0, :6], zeros)
-        return output.class_logits, output.boxes, self.model.mask_head(maps, size, regions)
+        regions = Regions(found.boxes[0, :6], zeros, found.hidden[0, 0, :6], zeros)
+        return found.logits, found.boxes, self.model.mask_branch.head(made, size, regions)
 
 
 @pytest.mark.parametrize("form", [form for form, settings in FORMS.items() if "MASK_HEAD" in settings])
@@ -153,41 +160,48 @@ class Recorder(SegmentationHead):
         return {"loss_recorded": regions.boxes.sum() + pool_regions(maps, regions).sum()}
 
 
+def make_recording(make_model: MakeModel, per_class: bool, **overrides: Any) -> tuple[nn.Module, Recorder]:
+    """A model with a recorder as its head."""
+    model = make_model(MASK_HEAD="effseg", **overrides)
+    model.mask_branch.head = head = Recorder(per_class)
+    return model, head
+
+
 @pytest.mark.parametrize("per_class", [False, True])
 def test_regions_at_inference(make_model: MakeModel, make_batch: MakeBatch, per_class: bool) -> None:
     """One call an image, over the queries of its detections in ascending order, or over all pairs."""
-    model = make_model(NMS_THRESHOLD=0.9).eval()
+    model, head = make_recording(make_model, per_class, NMS_THRESHOLD=0.9)
+    model.eval()
     last = model.detector.class_head[-1]
     last.weight.data[1] = last.weight.data[0]  # a query that has the one class has the other
     last.bias.data[:2] = 3.0
-    model.mask_head = head = Recorder(per_class)
-    model.detections_per_image = 30
+    model.detector.detections_per_image = 30
     images = model.preprocess(make_batch([0, 0], [(64, 96), (80, 50)]))
     with torch.no_grad():
-        maps, output = model.predict(images)
-        found = model.detect(maps, output, images, [(64, 96), (40, 25)])
+        found, made = model.predict(images)
+        detections = model.detect(found, made, [(64, 96), (40, 25)])
     assert len(head.calls) == 2
     for number, (given, canvas, regions) in enumerate(head.calls):
-        selected = model.select(output, number)
-        queries = selected.queries if per_class else selected.queries.unique()
-        assert len(selected.queries) == 30 and (per_class or len(queries) < 30)
+        selected = model.detector.select(found, number, images.image_sizes[number])
+        queries = selected.pred_queries if per_class else selected.pred_queries.unique()
+        assert len(selected) == 30 and (per_class or len(queries) < 30)
         assert canvas == (80, 96) and not regions.images.any()
-        assert all(torch.equal(one[0], all_of[number]) and len(one) == 1 for one, all_of in zip(given, maps))
-        assert torch.equal(regions.boxes, output.boxes[number, queries])
-        assert torch.equal(regions.queries, output.queries[number, queries])
-        assert not per_class or torch.equal(regions.labels, selected.labels)
+        assert all(torch.equal(one[0], all_of[number]) and len(one) == 1 for one, all_of in zip(given, made))
+        assert torch.equal(regions.boxes, found.boxes[number, queries])
+        assert torch.equal(regions.queries, found.hidden[0, number, queries])
+        assert not per_class or torch.equal(regions.labels, selected.pred_classes)
         # The score is that of the pair times the certainty of its own region
-        size = found[number].image_size
+        size = detections[number].image_size
         certain = 0.6 + 0.03 * torch.arange(len(queries))
         probabilities = certain[:, None, None].expand(-1, 4, 4)
         masks, certainty = paste_and_resize(probabilities, regions.boxes, canvas, images.image_sizes[number], size)
         expected = {}
-        for pair, query in enumerate(selected.queries.tolist()):
+        for pair, query in enumerate(selected.pred_queries.tolist()):
             region = pair if per_class else queries.tolist().index(query)
             if masks[region].any():
-                key = (query, int(selected.labels[pair]))
+                key = (query, int(selected.pred_classes[pair]))
                 expected[key] = (float(selected.scores[pair] * certainty[region]), masks[region])
-        instances = found[number]
+        instances = detections[number]
         assert 0 < len(instances) == len(expected)
         for query, label, score, mask in zip(
             instances.pred_queries, instances.pred_classes, instances.scores, instances.pred_masks
@@ -198,8 +212,7 @@ def test_regions_at_inference(make_model: MakeModel, make_batch: MakeBatch, per_
 
 def test_regions_in_training(make_model: MakeModel, make_batch: MakeBatch) -> None:
     """Matched queries with their predicted boxes, which get no gradient, and masks on the canvas."""
-    model = make_model()
-    model.mask_head = head = Recorder(False)
+    model, head = make_recording(make_model, per_class=False)
     batch = make_batch([3, 0, 2], [(64, 96), (50, 50), (80, 50)])
     loss = model(batch)["loss_recorded"]
     maps, canvas, regions, targets = head.calls[0]
@@ -216,7 +229,7 @@ def test_regions_in_training(make_model: MakeModel, make_batch: MakeBatch) -> No
     loss.backward()
     assert model.detector.layers[-1].ffn.layer[3].weight.grad is None  # the recorded loss is of boxes and maps
     assert model.detector.box_head[-1].weight.grad is None
-    assert model.neck.outputs[0].weight.grad.abs().sum() > 0
+    assert model.detector.neck.outputs[0].weight.grad.abs().sum() > 0
 
 
 def test_nothing_is_found(make_model: MakeModel, make_batch: MakeBatch) -> None:
@@ -228,14 +241,14 @@ def test_nothing_is_found(make_model: MakeModel, make_batch: MakeBatch) -> None:
             for output in model(make_batch([0, 0])):
                 instances = output["instances"]
                 assert len(instances) == 0 and instances.pred_boxes.tensor.shape == (0, 4)
-                if model.mask_head is not None:
+                if model.mask_branch is not None:
                     assert instances.pred_masks.shape == (0, 64, 96)
 
 
 def test_no_regions(make_model: MakeModel, make_batch: MakeBatch) -> None:
     for settings in FORMS.values():
         model = make_model(**settings).eval()
-        model.detections_per_image = 0
+        model.detector.detections_per_image = 0
         with torch.no_grad():
             assert len(model(make_batch([0, 0]))[0]["instances"]) == 0
 
@@ -252,9 +265,10 @@ def test_no_regions(make_model: MakeModel, make_batch: MakeBatch) -> None:
         ({"VERSION": 3}, "versions 1 and 2, not 3"),
         ({"LOSS_REDUCTION": "mean"}, "LOSS_REDUCTION is 'mean': choose one of global, local"),
         (
-            {"IN_FEATURES": ["res3", "res4", "res5"], "LEVELS": [3, 4, 5], "MASK_HEAD": "mask_rcnn"},
-            r"read the levels 2 to 5, but MODEL.EFFSEG.LEVELS is \[3, 4, 5\]",
+            {"IN_FEATURES": ["res3", "res4"], "LEVELS": [3, 4], "MASK_HEAD": "mask_rcnn"},
+            r"read maps of the strides \[4, 8, 16, 32\], the levels 2 to 5, but the pyramid has \[4, 8, 16\]: begin",
         ),
+        ({"MASK_HEAD": "effseg", "MASK_EXPORT": "all"}, "MASK_EXPORT is 'all': choose one of any, paste"),
     ],
 )
 def test_errors(make_cfg: MakeCfg, overrides: dict[str, Any], message: str) -> None:
@@ -262,20 +276,49 @@ def test_errors(make_cfg: MakeCfg, overrides: dict[str, Any], message: str) -> N
         build_model(make_cfg(**overrides))
 
 
+def test_no_map_for_the_finest_level(make_cfg: MakeCfg) -> None:
+    cfg = make_cfg(IN_FEATURES=["res3", "res4", "res5"], LEVELS=[3, 4, 5], MASK_HEAD="mask_rcnn")
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res4", "res5"]
+    with pytest.raises(ValueError, match="the masks need a map of stride 4, but the detector's pyramid begins with 8"):
+        build_model(cfg)
+
+
+@pytest.mark.parametrize("form", ["release", "RefineMask", "no masks"])
+def test_checkpoints_from_before_the_parts_had_names(make_model: MakeModel, make_batch: MakeBatch, form: str) -> None:
+    model, other = make_model(**FORMS[form]).eval(), make_model(**FORMS[form]).eval()
+    for parameter in other.parameters():
+        nn.init.zeros_(parameter)
+    state = model.state_dict()
+    for today, before in (("detector.neck.", "neck."), ("mask_branch.head.", "mask_head.")):
+        for key in [key for key in state if key.startswith(today)]:
+            state[before + key.removeprefix(today)] = state.pop(key)
+    assert not [key for key in state if not key.startswith(("backbone.", "neck.", "detector.", "mask_head."))]
+    assert any(key.startswith("mask_head.") for key in state) == (model.mask_branch is not None)
+    other.load_state_dict(state)
+    batch = make_batch([0, 0])
+    with torch.no_grad():
+        for ours, theirs in zip(model(batch), other(batch), strict=True):
+            assert len(ours["instances"]) > 0
+            for name, value in ours["instances"].get_fields().items():
+                expected = theirs["instances"].get(name)
+                assert torch.equal(getattr(value, "tensor", value), getattr(expected, "tensor", expected)), name
+
+
 # ---- A bounded number of regions in training ----------------------------------------------------------------------
 
 
-def test_limited_matches() -> None:
-    """A random choice, in order, each match whole; no limit where it is 0 or not reached."""
+def test_limited_pairs() -> None:
+    """A random choice, in order, each pair whole; no limit where it is 0 or not reached."""
     query = torch.arange(50)
-    matches = Matches(query // 10, query, query + 100)
+    pairs = Assignment(torch.zeros_like(query), query // 10, query, query + 100, num_layers=1)
     for number in (0, 50, 51):
-        assert torch.equal(matches.limit(number, 5, Processes()).query, query)
+        assert torch.equal(limit_pairs(pairs, number, 5, Processes()).query, query)
     torch.manual_seed(0)
-    choices = [matches.limit(7, 5, Processes()) for _ in range(200)]
+    choices = [limit_pairs(pairs, 7, 5, Processes()) for _ in range(200)]
     for kept in choices:
         assert len(kept.query) == 7 and (kept.query.diff() > 0).all()
         assert torch.equal(kept.image, kept.query // 10) and torch.equal(kept.target, kept.query + 100)
+        assert kept.num_layers == 1 and not kept.layer.any()
     counts = torch.cat([kept.query for kept in choices]).bincount(minlength=50)
     assert 10 < counts.min() and counts.max() < 60  # 28 on average, with a standard deviation of 5
 
@@ -284,8 +327,7 @@ def test_limited_regions(make_model: MakeModel, make_batch: MakeBatch) -> None:
     """MAX_TRAIN_REGIONS bounds what the head gets, and leaves the detector's losses as they are."""
     losses, given = [], []
     for number in (0, 2):
-        model = make_model(MAX_TRAIN_REGIONS=number)
-        model.mask_head = head = Recorder(False)
+        model, head = make_recording(make_model, per_class=False, MAX_TRAIN_REGIONS=number)
         losses.append(model(make_batch([3, 2])))
         given.append(head.calls[0][2:])
     (every, targets), (chosen, chosen_targets) = given

@@ -1,7 +1,7 @@
 """EffSeg under autocast: boxes to the pixel, losses of the detector in float32, and no more error than must be."""
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +10,8 @@ from rounded_products import check_precision
 from torch import nn
 
 from querymask.common.boxes import cxcywh_to_xyxy
-from querymask.effseg.anchors import apply_deltas
+from querymask.common.predictions import Targets, weighted
+from querymask.effseg.fqdet.anchors import apply_deltas
 from querymask.effseg.regions import Regions, pool_regions
 
 MakeModel = Callable[..., nn.Module]
@@ -37,24 +38,29 @@ def test_regions_are_pooled_to_the_pixel() -> None:
 def test_detector_under_autocast(make_model: MakeModel, make_batch: MakeBatch, version: int) -> None:
     """Its outputs are float32; boxes follow from the deltas, and losses from the outputs, as in float64."""
     model = make_model(VERSION=version)
-    nn.init.normal_(model.detector.box_head[-1].weight, std=0.3)  # boxes unlike their anchors
+    detector = model.detector
+    nn.init.normal_(detector.box_head[-1].weight, std=0.3)  # boxes unlike their anchors
     batch = make_batch([3, 2], [(256, 512), (200, 400)])
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        output = model.predict(model.preprocess(batch))[1]
+        found, _ = model.predict(model.preprocess(batch))
         # Near anchors of queries, so that some are matched; at places where no two anchors are equally near
         shift = torch.tensor([1.3, 0.7, 2.1, -0.4])
-        boxes = [cxcywh_to_xyxy(anchors[:3]) + shift for anchors in output.query_anchors]
-        labels = [torch.arange(3)] * 2
-        losses, matches = model.criterion(output, boxes, labels)
-    tensors = {field.name: getattr(output, field.name) for field in fields(output)}
+        boxes = torch.cat([cxcywh_to_xyxy(anchors[:3]) + shift for anchors in found.query_anchors])
+        targets = Targets([3, 3], torch.arange(3).repeat(2), boxes, found.image_sizes)
+        assignment = detector.match(found, targets, {})
+        normalizers = detector.normalizers(targets, assignment)
+        losses = weighted(detector.losses(found, targets, assignment, normalizers))
+    tensors = {name: value for name, value in vars(found).items() if isinstance(value, torch.Tensor)}
+    assert tensors.keys() >= {"logits", "hidden", "selection_logits", "anchors", "selected", "deltas", "boxes"}
     assert all(x.dtype in (torch.float32, torch.int64) for x in tensors.values())
-    exact_boxes = apply_deltas(output.query_anchors.double(), output.deltas.double())
+    exact_boxes = apply_deltas(found.query_anchors.double(), found.deltas.double())
     sides = exact_boxes[..., 2:] - exact_boxes[..., :2]
     assert sides.max() > 300
-    assert (output.boxes - exact_boxes).abs().max() < 1e-2
-    exact = replace(output, **{name: x.double() for name, x in tensors.items() if x.dtype == torch.float32})
-    expected, exact_matches = model.criterion(exact, boxes, labels)
-    assert len(matches.query) > 0 and torch.equal(matches.query, exact_matches.query)
+    assert (found.boxes - exact_boxes).abs().max() < 1e-2
+    exact = replace(found, **{name: x.double() for name, x in tensors.items() if x.dtype == torch.float32})
+    exact_assignment = detector.match(exact, targets, {})
+    assert len(assignment.query) > 0 and torch.equal(assignment.query, exact_assignment.query)
+    expected = weighted(detector.losses(exact, targets, exact_assignment, normalizers))
     for name, loss in losses.items():
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss.double(), expected[name], rtol=1e-5, atol=0, msg=name)

@@ -1,17 +1,19 @@
 """FQDet without its reference cases: anchors, matching, losses, detections."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from querymask.common.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
-from querymask.effseg import criterion
-from querymask.effseg.anchors import apply_deltas, encode_deltas, make_anchors
-from querymask.effseg.criterion import FQDetCriterion, extended_iou_loss, match_queries, rank_anchors
-from querymask.effseg.fqdet import FQDet, detect, nms_within_classes
+from querymask.common.predictions import Targets, weighted
+from querymask.effseg.fqdet import FQDet, criterion
+from querymask.effseg.fqdet.anchors import apply_deltas, encode_deltas, make_anchors
+from querymask.effseg.fqdet.criterion import FQDetCriterion, extended_iou_loss, match_queries, rank_anchors
+from querymask.effseg.fqdet.suppression import detect, nms_within_classes
 
 VERSIONS = pytest.mark.parametrize("version", [1, 2])
 
@@ -19,12 +21,19 @@ VERSIONS = pytest.mark.parametrize("version", [1, 2])
 def make_detector(version: int, **settings: int) -> FQDet:
     torch.manual_seed(0)
     sizes = {"width": 32, "levels": (3, 4), "num_queries": 12, "num_classes": 5, "num_layers": 2, "ffn_dim": 16}
-    return FQDet(**{**sizes, "num_heads": 4, "version": version, **settings}).double()
+    parts = {"in_features": (), "neck": nn.Identity(), "criterion": FQDetCriterion(version)}
+    return FQDet(**{**parts, **sizes, "num_heads": 4, "version": version, **settings}).double()
 
 
 def make_maps(batch: int = 2, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(batch, 32, *shape, generator=generator, dtype=torch.float64) for shape in ((4, 5), (2, 3))]
+
+
+def make_targets(boxes: list[Tensor], label: int = 0) -> Targets:
+    """Targets of a class, from the boxes (T, 4) of every image."""
+    counts = [len(b) for b in boxes]
+    return Targets(counts, torch.full((sum(counts),), label), torch.cat(boxes), [(32, 40)] * len(boxes))
 
 
 def test_anchors():
@@ -151,24 +160,27 @@ def test_places_do_not_decide_between_classes():
 def test_images_do_not_meet(version):
     """An image has the same output in any batch."""
     detector, maps = make_detector(version), make_maps(3)
-    together = detector(maps, (32, 40))
-    alone = detector([feature[1:2] for feature in maps], (32, 40))
+    together = detector.decode(maps, (32, 40))
+    alone = detector.decode([feature[1:2] for feature in maps], (32, 40))
     assert torch.equal(together.selected[1], alone.selected[0])
-    for name in ("selection_logits", "queries", "class_logits", "deltas", "boxes"):
+    for name in ("selection_logits", "deltas", "boxes"):
         torch.testing.assert_close(getattr(together, name)[1], getattr(alone, name)[0])
+    for name in ("hidden", "logits"):
+        torch.testing.assert_close(getattr(together, name)[:, 1], getattr(alone, name)[:, 0])
 
 
 @VERSIONS
 def test_training_step(version):
     """Every parameter has a gradient, without a target too; targets that no query is near train the selector alone."""
     detector = make_detector(version)
-    output = detector(make_maps(), (32, 40))
-    box = cxcywh_to_xyxy(output.query_anchors[0, 3]).detach() + 1
+    found = detector.decode(make_maps(), (32, 40))
+    box = cxcywh_to_xyxy(found.query_anchors[0, 3]).detach() + 1
     for boxes in ([box[None], box.new_zeros(0, 4)], [box.new_zeros(0, 4)] * 2):
-        labels = [torch.zeros(len(b), dtype=torch.long) for b in boxes]
-        losses, matches = FQDetCriterion(version)(output, boxes, labels)
+        targets = make_targets(boxes)
+        assignment = detector.match(found, targets, {})
+        losses = weighted(detector.losses(found, targets, assignment, detector.normalizers(targets, assignment)))
         assert set(losses) == {"loss_selection", "loss_class", "loss_box"}
-        assert (losses["loss_box"] > 0) == (len(matches.query) > 0) == (len(boxes[0]) > 0)
+        assert (losses["loss_box"] > 0) == (len(assignment.query) > 0) == (len(boxes[0]) > 0)
         grads = torch.autograd.grad(
             sum(losses.values()), list(detector.parameters()), retain_graph=True, allow_unused=True
         )
@@ -180,31 +192,30 @@ def test_training_step(version):
 def test_no_second_loss_where_the_first_is_right():
     """Confident and right: the losses vanish."""
     detector = make_detector(2)
-    output = detector(make_maps(1), (32, 40))
-    box = cxcywh_to_xyxy(output.query_anchors[0, 3]).detach()
-    criterion = FQDetCriterion(2)
-    _, matches = criterion(output, [box[None]], [torch.tensor([4])])
-    logits = torch.full_like(output.class_logits, -30)
+    found = detector.decode(make_maps(1), (32, 40))
+    box = cxcywh_to_xyxy(found.query_anchors[0, 3]).detach()
+    targets = make_targets([box[None]], label=4)
+    query = detector.match(found, targets, {}).query
+    logits = torch.full_like(found.logits, -30)
     logits[..., -1] = 30
-    logits[0, matches.query, -1], logits[0, matches.query, 4] = -30, 30
-    boxes = output.boxes.detach().clone()
-    boxes[0, matches.query] = box
-    selection = torch.full_like(output.selection_logits, -30)
-    selection[0, rank_anchors(output.anchors, box[None])[:5, 0]] = 30
-    perfect = type(output)(
-        selection, output.anchors, output.selected, output.queries, logits, torch.zeros_like(boxes), boxes
-    )
-    losses, _ = criterion(perfect, [box[None]], [torch.tensor([4])])
-    assert len(matches.query) > 0
-    assert all(loss.item() == pytest.approx(0, abs=1e-6) for loss in losses.values())
+    logits[0, 0, query, -1], logits[0, 0, query, 4] = -30, 30
+    boxes = found.boxes.detach().clone()
+    boxes[0, query] = box
+    selection = torch.full_like(found.selection_logits, -30)
+    selection[0, rank_anchors(found.anchors, box[None])[:5, 0]] = 30
+    perfect = replace(found, selection_logits=selection, logits=logits, deltas=torch.zeros_like(boxes), boxes=boxes)
+    assignment = detector.match(perfect, targets, {})
+    losses = detector.losses(perfect, targets, assignment, detector.normalizers(targets, assignment))
+    assert len(query) > 0 and len(losses) == 3
+    assert all(term.value.item() == pytest.approx(0, abs=1e-6) for term in losses)
 
 
 def test_errors():
     with pytest.raises(ValueError, match="versions 1 and 2, not 3"):
-        make_detector(3)
+        FQDet(in_features=(), neck=nn.Identity(), criterion=FQDetCriterion(1), version=3)
     with pytest.raises(ValueError, match="versions 1 and 2, not 0"):
         FQDetCriterion(0)
     with pytest.raises(ValueError, match=r"built for the levels \(3, 4\), got 1 maps"):
-        make_detector(1)(make_maps()[:1], (32, 40))
+        make_detector(1).decode(make_maps()[:1], (32, 40))
     with pytest.raises(ValueError, match="an image of 32 x 40 has 234 anchors, fewer than the 300 queries"):
-        make_detector(1, num_queries=300)(make_maps(), (32, 40))
+        make_detector(1, num_queries=300).decode(make_maps(), (32, 40))

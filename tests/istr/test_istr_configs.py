@@ -48,8 +48,8 @@ def test_published_size(name: str) -> None:
         counts[""].total,
         counts[""].trainable,
         backbone,
-        counts["stages"].total,
-        counts["stages.0"].total,
+        counts["detector.stages"].total + counts["mask_branch.heads"].total,
+        counts["detector.stages.0"].total + counts["mask_branch.heads.0"].total,
         entries,
     )
     assert measured == PUBLISHED_SIZES[name]
@@ -66,8 +66,8 @@ def test_training_step_and_inference(name: str, make_batch: Any, give_basis: Any
     cfg = tiny_config(f"istr/{name}")
     cfg.SOLVER.WARMUP_ITERS = 0
     model = build_model(cfg).train()
-    give_basis(model.coding)
-    for stage in model.stages:  # so that boxes stay in the image
+    give_basis(getattr(model.mask_branch, "coding", None))
+    for stage in model.detector.stages:  # so that boxes stay in the image
         stage.bboxes_delta.weight.data *= 0.05
         stage.bboxes_delta.bias.data.zero_()
     optimizer = build_optimizer(cfg, model)

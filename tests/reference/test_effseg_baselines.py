@@ -43,7 +43,7 @@ def make_head(case: Mapping[str, Any]) -> ClassMaskHead:
     converted, report = apply_rules(state, BASELINE_HEAD_RULES[name])
     assert not report.of("used", "dropped"), "every key is renamed"
     head = head_class(WIDTH, NUM_CLASSES).double()
-    head.load_state_dict({key.removeprefix("mask_head."): value for key, value in converted.items()}, strict=True)
+    head.load_state_dict({key.removeprefix("mask_branch.head."): value for key, value in converted.items()})
     return head.eval()
 
 

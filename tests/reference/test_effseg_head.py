@@ -38,7 +38,7 @@ def make_head(case: Mapping[str, Any]) -> EffSegHead:
     state = official_state(case)
     rules = [Drop(r"^(?!heads\.gvd\.heads\.2\.)", "not of the head"), *EFFSEG_HEAD_RULES]
     converted, _ = apply_rules({key: torch.as_tensor(value) for key, value in state.items()}, rules)
-    head.double().load_state_dict({key.removeprefix("mask_head."): value for key, value in converted.items()})
+    head.double().load_state_dict({key.removeprefix("mask_branch.head."): value for key, value in converted.items()})
     return head.eval()
 
 

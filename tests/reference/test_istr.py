@@ -18,10 +18,10 @@ from istr_model import (
     official_value,
     unpack,
 )
+from training_steps import training_step
 
-from querymask.common.matching import Assignment
+from querymask.common.predictions import Assignment, Targets, unweighted, weighted
 from querymask.istr.checkpoint import convert
-from querymask.istr.criterion import ISTRTargets
 
 
 def load_model(case: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, str]]:
@@ -76,22 +76,24 @@ def test_istr_inference(name: str) -> None:
     batch = model_inputs(case, case["configuration"]["num_classes"])
     sizes = [(item["height"], item["width"]) for item in batch]
     with torch.no_grad():
-        outputs = model.predict(model.preprocess(batch))
-        codes = model.all_codes(outputs)
-        detections = model.detect(outputs, sizes)
-        scores = model.scores(outputs)
+        outputs, made = model.predict(model.preprocess(batch))
+        detections = model.detect(outputs, made, sizes)
+        scores = model.detector.scores(outputs)
+        shape = outputs.logits.shape[1:3]
+        images = torch.arange(shape[0]).repeat_interleave(shape[1])
+        queries = torch.arange(shape[1]).repeat(shape[0])
+        codes = [model.mask_branch.predict(outputs, images, queries, stage) for stage in range(outputs.num_layers)]
 
     maps = [seen[f"p{level}"] for level in (2, 3, 4, 5)]
-    pooling = torch.mean if model.query_pooling == "mean" else torch.amax
+    pooling = torch.mean if model.detector.query_pooling == "mean" else torch.amax
     arrays = {f"p{level}": thin_map(x, level) for level, x in enumerate(maps, start=2)}
     arrays["image_feature"] = sum(pooling(x, dim=(2, 3)) for x in maps)
-    boxes = model.init_proposal_boxes.weight.detach()
+    boxes = model.detector.init_proposal_boxes.weight.detach()
     corners = torch.cat((boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2), dim=1)
-    arrays["query_boxes"] = corners * outputs.scale[:, None]
+    arrays["query_boxes"] = corners * outputs.canvas.sides[:, None]
     arrays["stage_boxes"] = outputs.boxes
     arrays["stage_logits"] = every(outputs.logits, strides["q"], 2)
-    arrays["stage_object_features"] = every(outputs.features, strides["q"], 2)
-    shape = outputs.logits.shape[1:3]
+    arrays["stage_object_features"] = every(outputs.hidden, strides["q"], 2)
     vectors = [code.vectors.unflatten(0, shape) for code in codes]
     arrays["stage_embeddings"] = every(torch.stack(vectors), strides["e"], 2)
     arrays["final_embeddings"] = every(vectors[-1], strides["e"], 1)
@@ -99,8 +101,7 @@ def test_istr_inference(name: str) -> None:
     arrays["averaged_logits"] = every(averaged, strides["q"], 1)
     context = codes[-1].context
     if context is None and "final_mask_roi" in expected:
-        images = torch.arange(shape[0]).repeat_interleave(shape[1])
-        pool_size = model.stages[-1].mask_head.pool_size
+        pool_size = model.mask_branch.heads[-1].pool_size
         crops = outputs.pyramid.pool(outputs.boxes[-1].flatten(0, 1), images, pool_size)
         context = crops.unflatten(1, (pool_size, pool_size)).permute(0, 3, 1, 2)
     if context is not None:
@@ -120,7 +121,8 @@ def test_istr_inference(name: str) -> None:
         assert_close(outputs.boxes[-1, b, queries], expected[f"boxes_{b}"], f"boxes_{b}")
         with torch.no_grad():
             stored = queries[: len(expected[f"masks_{b}"])]
-            soft = outputs.mask_code(-1, torch.full_like(stored, b), stored).decode(model.coding)
+            code = model.mask_branch.codes(outputs, made, torch.full_like(stored, b), stored, -1)
+            soft = code.decode(model.mask_branch.coding)
         assert_close(soft, expected[f"masks_{b}"], f"masks_{b}")
 
         assert_close(found.scores, expected[f"out_scores_{b}"], f"out_scores_{b}")
@@ -145,9 +147,10 @@ def test_istr_training(name: str) -> None:
     model.train()
     v2 = case["configuration"]["release"] == "v2"
     batch = model_inputs(case, case["configuration"]["num_classes"])
-    outputs = model.predict(model.preprocess(batch))
-    targets = model.encode_targets(batch, torch.float64)
-    number, size = sum(targets.counts), model.coding.mask_size
+    spy = Spy(model)
+    step = training_step(model, batch)
+    outputs, targets, assignment = step.found, step.targets, step.assignment
+    number, size = sum(targets.counts), model.mask_branch.coding.mask_size
     compared = set()
 
     def compare(key: str, value: Any) -> None:
@@ -156,37 +159,36 @@ def test_istr_training(name: str) -> None:
 
     compare("stage_boxes", outputs.boxes.detach())
     compare("stage_logits", every(outputs.logits.detach(), 10, 2))
-    assert np.array_equal(targets.fields["crops"], unpack(expected["target_crops"], (number, size, size)))
+    assert np.array_equal(step.truth.crops, unpack(expected["target_crops"], (number, size, size)))
     compared.add("target_crops")
 
-    spy = Spy(model)
-    losses = model.criterion(outputs, targets)
-    weighted = model.criterion.weigh(losses)
+    losses = unweighted(step.terms)
+    weighted_losses = weighted(step.terms)
     compare("target_embeddings", spy.encoded[0][:number])
-    last = len(model.stages) - 1
+    last = outputs.num_layers - 1
     rows = 1 if outputs.logits.shape[2] <= 100 else 10
     cost = torch.stack(list(spy.terms.values())).sum(0)
     for stage in range(last + 1):
-        check_matches(spy.assignment, targets, stage, expected, compared)
+        check_matches(assignment, targets, stage, expected, compared)
         for b, count in enumerate(targets.counts):
             compare(f"cost_s{stage}_i{b}", cost[stage, b, ::rows, :count])
         for official, own in LOSSES.items():
             suffix = "" if stage == last else f"_{stage}"
             compare(f"{official}_s{stage}", losses[own + suffix].detach())
             released = f"_{stage}" if v2 else suffix
-            compare(f"weighted/{official}{released}", weighted[own + suffix].detach())
+            compare(f"weighted/{official}{released}", weighted_losses[own + suffix].detach())
         if f"loss_crops_s{stage}" in expected:
             here = slice(stage * number, (stage + 1) * number)
-            crops = model.criterion.target_crops(outputs, targets, spy.assignment, size)[here]
+            crops = model.mask_branch.target_crops(outputs, step.truth, targets, assignment)[here]
             truth = unpack(expected[f"loss_crops_s{stage}"], (number, size, size))
             assert np.array_equal(crops, truth), f"loss_crops_s{stage}"
             compared.add(f"loss_crops_s{stage}")
             compare(f"loss_embeddings_s{stage}", spy.loss_embeddings(stage, number))
         if f"match_embeddings_s{stage}" in expected:
             compare(f"match_embeddings_s{stage}", spy.encoded[2 * stage])
-    total = sum(weighted.values())
+    total = sum(weighted_losses.values())
     compare("total", total.detach())
-    assert len(weighted) == len(LOSSES) * (last + 1)
+    assert len(weighted_losses) == len(LOSSES) * (last + 1)
 
     total.backward()
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
@@ -200,30 +202,29 @@ def test_istr_training(name: str) -> None:
 
 
 class Spy:
-    """Keeps costs, assignment and codes of the targets of one call of the criterion."""
+    """Keeps costs and codes of the targets of one training step."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.encoded: list[torch.Tensor] = []
         self.terms: dict[str, torch.Tensor] = {}
-        self.assignment: Assignment | None = None
-        coding, criterion = model.coding, model.criterion
-        encode, match, cost_terms = coding.encode, criterion.match, criterion.cost_terms
+        branch, criterion = model.mask_branch, model.detector.criterion
+        encode, cost_terms, costs = branch.coding.encode, criterion.cost_terms, branch.costs
 
         def spy_encode(masks: torch.Tensor) -> torch.Tensor:
             self.encoded.append(encode(masks))
             return self.encoded[-1]
 
-        def spy_match(outputs: Any, targets: Any) -> Assignment:
-            self.assignment = match(outputs, targets)
-            return self.assignment
+        def spy_terms(*arguments: Any) -> dict[str, torch.Tensor]:
+            terms = cost_terms(*arguments)
+            self.terms.update(terms)
+            return terms
 
-        def spy_terms(outputs: Any, targets: Any) -> dict[str, torch.Tensor]:
-            self.terms = cost_terms(outputs, targets)
-            if "vectors" in targets.fields:
-                self.encoded.append(targets.fields["vectors"])
-            return self.terms
+        def spy_costs(*arguments: Any) -> dict[str, torch.Tensor]:
+            terms = costs(*arguments)
+            self.terms.update(terms)
+            return terms
 
-        coding.encode, criterion.match, criterion.cost_terms = spy_encode, spy_match, spy_terms
+        branch.coding.encode, criterion.cost_terms, branch.costs = spy_encode, spy_terms, spy_costs
 
     def loss_embeddings(self, stage: int, number: int) -> torch.Tensor:
         """All stages were encoded at once, or after the targets of each stage's matching."""
@@ -233,7 +234,7 @@ class Spy:
 
 
 def check_matches(
-    assignment: Assignment, targets: ISTRTargets, stage: int, expected: Mapping[str, np.ndarray], compared: set[str]
+    assignment: Assignment, targets: Targets, stage: int, expected: Mapping[str, np.ndarray], compared: set[str]
 ) -> None:
     starts = np.cumsum([0, *targets.counts])
     for b in range(len(targets.counts)):

@@ -19,13 +19,15 @@ from istr_model import (
     unpack,
 )
 
+from querymask.common.images import Canvas
 from querymask.common.mask_coding import PCAMaskCoding
+from querymask.common.predictions import Targets, unweighted
 from querymask.common.roi_pooling import FeaturePyramid
 from querymask.istr import ISTR
 from querymask.istr.checkpoint import convert
-from querymask.istr.criterion import ISTROutput
-from querymask.istr.istr import build_stage
-from querymask.istr.mask_head import MaskCode
+from querymask.istr.detector import build_stage
+from querymask.istr.mask_head import MaskCode, build_mask_head
+from querymask.istr.predictions import RecurrentPredictions
 from querymask.istr.stage import apply_deltas
 
 STRIDES = (4, 8, 16, 32)
@@ -51,11 +53,15 @@ def test_istr_stage(name: str) -> None:
     cfg = configure(case["configuration"])
     with double_precision():
         coding = PCAMaskCoding(cfg.MODEL.ISTR.MASK_SIZE, cfg.MODEL.ISTR.VECTOR_LENGTH)
-        stage = build_stage(cfg.MODEL.ISTR, coding)
+        istr = cfg.MODEL.ISTR
+        stage = build_stage(istr)
+        head = build_mask_head(istr.MASK_HEAD, coding, istr.HIDDEN_DIM, istr.HEAD_LAYERS, istr.MASK_POOL_SIZE)
     prefix = case["inputs"]["stage"].removeprefix("weights of ") + "."
     state = {key: official_value(key, s) for key, s in official_shapes(cfg).items() if key.startswith(prefix)}
-    own = "stages." + prefix.split(".")[2] + "."
-    stage.load_state_dict({key.removeprefix(own): value for key, value in convert(state)[0].items()}, strict=True)
+    converted, number = convert(state)[0], prefix.split(".")[2]
+    for module, own in ((stage, f"detector.stages.{number}."), (head, f"mask_branch.heads.{number}.")):
+        part = {key.removeprefix(own): value for key, value in converted.items() if key.startswith(own)}
+        module.load_state_dict(part, strict=True)
 
     def pseudo(key: str, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.from_numpy(fixture().weight(key, shape))
@@ -75,7 +81,7 @@ def test_istr_stage(name: str) -> None:
     with torch.no_grad():
         output = stage(pyramid, boxes, features)
         images = torch.arange(batch).repeat_interleave(queries)
-        code = stage.mask_head(output.features.flatten(0, 1), output.boxes.flatten(0, 1), images, pyramid)
+        code = head(output.features.flatten(0, 1), output.boxes.flatten(0, 1), images, pyramid)
     crops = seen["inst_interact.input"][1].view(batch, queries, 7, 7, -1).permute(0, 1, 4, 2, 3)
     for key, value in {
         "roi": crops[:, :, ::16],
@@ -102,22 +108,24 @@ def test_istr_deltas(name: str) -> None:
         assert_close(row, truth, "out")
 
 
-def given_output(model: torch.nn.Module, expected: Mapping[str, np.ndarray], sizes: list[list[int]]) -> ISTROutput:
-    """An output of one stage made of a case's inputs."""
+def given_output(
+    expected: Mapping[str, np.ndarray], sizes: list[list[int]]
+) -> tuple[RecurrentPredictions, list[MaskCode]]:
+    """What one stage would have found, made of a case's inputs."""
 
     def tensor(key: str) -> torch.Tensor:
         value = torch.from_numpy(expected[key].astype(np.float64))
         return value[None] if value.dim() == 3 else value[None, None]
 
-    return ISTROutput(
+    sides = torch.tensor([[w, h, w, h] for h, w in sizes], dtype=torch.float64)
+    found = RecurrentPredictions(
         logits=tensor("logits"),
+        hidden=torch.zeros(1, *tensor("boxes").shape[1:3], 1, dtype=torch.float64),
+        canvas=Canvas(tuple(sizes[0]), torch.zeros(len(sizes), 1, 1, dtype=torch.bool), sides, True),
+        image_sizes=[tuple(size) for size in sizes],
         boxes=tensor("boxes"),
-        features=torch.zeros(1, *tensor("boxes").shape[1:3], 1),
-        scale=torch.tensor([[w, h, w, h] for h, w in sizes], dtype=torch.float64),
-        pyramid=None,
-        codes=[MaskCode(tensor("embeddings")[0].flatten(0, 1))],
-        coding=model.coding,
     )
+    return found, [MaskCode(tensor("embeddings")[0].flatten(0, 1))]
 
 
 class Parts:
@@ -133,7 +141,7 @@ class Parts:
             self.model: ISTR = build_model(cfg)
         keys = ("components", "explained_variances", "means")
         for key in keys:
-            parameter = getattr(self.model.coding, key)
+            parameter = getattr(self.model.mask_branch.coding, key)
             parameter.data = official_value(f"mask_encoding.{key}", parameter.shape)
 
 
@@ -144,16 +152,19 @@ def test_istr_matching(name: str) -> None:
     model = Parts(case["configuration"]).model
     recipe = case["inputs"]["images"]
     batch = [{"instances": make_targets(i["target_seed"], (i["height"], i["width"]), i["count"], 80)} for i in recipe]
-    targets = model.encode_targets(batch, torch.float64)
-    outputs = given_output(model, expected, [[i["height"], i["width"]] for i in recipe])
-    terms = model.criterion.cost_terms(outputs, targets)
-    assignment = model.criterion.match(outputs, targets)
+    detector, branch = model.detector, model.mask_branch
+    targets = Targets.from_inputs(batch, model.device, with_masks=True)
+    found, made = given_output(expected, [[i["height"], i["width"]] for i in recipe])
+    truth = branch.encode(targets, found)
+    mask_costs = branch.costs(found, made, truth, targets)
+    terms = {**detector.criterion.cost_terms(found, targets), **mask_costs}
+    assignment = detector.match(found, targets, mask_costs)
     weights = {"class": 2.0, "L1 box": 5.0, "GIoU box": 2.0, "mask": 2.0}
     start = 0
     for b, count in enumerate(targets.counts):
         here = slice(start, start + count)
-        assert np.array_equal(targets.fields["crops"][here], expected[f"crops_{b}"])
-        assert_close(targets.fields["vectors"][here], expected[f"target_embeddings_{b}"], "target_embeddings")
+        assert np.array_equal(truth.crops[here], expected[f"crops_{b}"])
+        assert_close(truth.vectors[here], expected[f"target_embeddings_{b}"], "target_embeddings")
         for key, own in {"class": "class", "l1": "L1 box", "giou": "GIoU box", "mask": "mask"}.items():
             assert_close(terms[f"{own} cost"][0, b, :, :count] / weights[own], expected[f"{key}_{b}"], f"{key}_{b}")
         assert_close(sum(terms.values())[0, b, :, :count], expected[f"total_{b}"], f"total_{b}")
@@ -161,7 +172,13 @@ def test_istr_matching(name: str) -> None:
         assert np.array_equal(assignment.query[pairs], expected[f"query_{b}"])
         assert np.array_equal(assignment.target[pairs] - start, expected[f"target_{b}"])
         start += count
-    losses = model.criterion(outputs, targets)
+    normalizers = detector.normalizers(targets, assignment)
+    losses = unweighted(
+        [
+            *detector.losses(found, targets, assignment, normalizers),
+            *branch.losses(found, made, truth, targets, assignment, normalizers),
+        ]
+    )
     for official, own in LOSSES.items():
         assert_close(losses[own], expected[official], official)
 
@@ -171,18 +188,19 @@ def test_istr_output(name: str) -> None:
     case = load_cases("istr")[name]
     expected = load_arrays("istr", case)
     model = Parts(case["configuration"]).model
-    outputs = given_output(model, expected, [case["inputs"]["network_input"]])
-    scores = model.scores(outputs)[0]
+    found, made = given_output(expected, [case["inputs"]["network_input"]])
+    scores = model.detector.scores(found)[0]
     top = scores.flatten().topk(len(expected["scores"]))
     queries = top.indices // scores.shape[1]
     assert_close(top.values, expected["scores"], "scores")
     assert np.array_equal(top.indices % scores.shape[1], expected["labels"])
-    assert_close(outputs.boxes[0, 0, queries], expected["raw_boxes"], "raw_boxes")
+    assert_close(found.boxes[0, 0, queries], expected["raw_boxes"], "raw_boxes")
     stored = queries[: len(expected["soft"])]
-    soft = outputs.mask_code(0, torch.zeros_like(stored), stored).decode(model.coding)
+    code = model.mask_branch.codes(found, made, torch.zeros_like(stored), stored, 0)
+    soft = code.decode(model.mask_branch.coding)
     assert_close(soft, expected["soft"], "soft")
     height, width = case["inputs"]["output"]
-    (found,) = model.detect(outputs, [(height, width)])
+    (found,) = model.detect(found, made, [(height, width)])
     assert_close(found.scores, expected["out_scores"], "out_scores")
     assert np.array_equal(found.pred_classes, expected["out_labels"])
     assert_close(found.pred_boxes.tensor, expected["out_boxes"], "out_boxes")

@@ -1,6 +1,7 @@
 """Conversion of files of EffSeg's release, through the rules and through the tool."""
 
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -31,13 +32,13 @@ PUBLISHED = {
 # Of the segmentation heads
 CLASS_LAYERS = {
     "effseg_v2_r50": set(),
-    "mask_rcnn_v2_r50": {"mask_head.layers.classifier"},
+    "mask_rcnn_v2_r50": {"mask_branch.head.layers.classifier"},
     "pointrend_v2_r50": {
-        "mask_head.coarse_layers.classifier",
-        "mask_head.point_layers.classifier",
-        *(f"mask_head.point_layers.layers.{number}" for number in range(3)),
+        "mask_branch.head.coarse_layers.classifier",
+        "mask_branch.head.point_layers.classifier",
+        *(f"mask_branch.head.point_layers.layers.{number}" for number in range(3)),
     },
-    "refine_mask_v2_r50": {f"mask_head.classifiers.{number}" for number in range(3)},
+    "refine_mask_v2_r50": {f"mask_branch.head.classifiers.{number}" for number in range(3)},
 }
 
 tool = load_tool("convert_checkpoint")
@@ -98,11 +99,11 @@ def test_names() -> None:
     names = {line.source: line.target for line in convert(published("checkpoint_paper", None))[1].lines}
     decoder = "heads.gvd.dec_layers.3."
     assert names["backbone.body.layer1.0.conv1.weight"] == "backbone.res2.0.conv1.weight"
-    assert names["core.body.fpn_convs.5.conv.bias"] == "neck.outputs.5.bias"
+    assert names["core.body.fpn_convs.5.conv.bias"] == "detector.neck.outputs.5.bias"
     assert names[decoder + "0.attn.msda.val_proj.bias"] == "detector.layers.3.cross_attention.attention.value_proj.bias"
     assert names[decoder + "2.mlp2.lin.weight"] == "detector.layers.3.ffn.layer.3.weight"
     head = names[SEGMENTATION_HEAD + "proc.1.2.sub_modules.2.0.weight"]
-    assert head == "mask_head.stages.1.processing.core.branches.2.weight"
+    assert head == "mask_branch.head.stages.1.processing.core.branches.2.weight"
 
 
 @pytest.mark.parametrize("name", CLASS_LAYERS)
@@ -121,16 +122,23 @@ def test_classes_can_be_left_out(name: str) -> None:
     assert report.fits, report.details(*report.MISFITS)
     assert {key.rpartition(".")[0] for key in other.keys() - fitted.keys()} >= expected
     gone = {key for key in other.keys() - fitted.keys() if not key.startswith("detector.class_head.")}
-    assert {key.rpartition(".")[0] for key in gone} == {x for x in expected if x.startswith("mask_head.")}
-    # Own files are treated alike
+    assert {key.rpartition(".")[0] for key in gone} == {x for x in expected if x.startswith("mask_branch.head.")}
+    # Own files are treated alike, also those from before the parts had names
     (own,) = (format for format in FORMATS if format.name == OWN)
-    again, _ = own.convert(convert(state)[0], options)
-    assert again.keys() == converted.keys()
+    today = convert(state)[0]
+    before = {
+        key.replace("detector.neck.", "neck.").replace("mask_branch.head.", "mask_head."): today[key] for key in today
+    }
+    assert before.keys() != today.keys()
+    for names in (today, before):
+        assert recognise(names) is own
+        again, _ = own.convert(names, options)
+        assert again.keys() == converted.keys()
 
 
 def test_class_head_of_the_paper_is_left_out() -> None:
     converted, _ = convert(published("checkpoint_paper", None), drop_classes=True)
-    assert not [key for key in converted if "class_head" in key] and "mask_head.convs.0.weight" in converted
+    assert not [key for key in converted if "class_head" in key] and "mask_branch.head.convs.0.weight" in converted
 
 
 @pytest.mark.parametrize("file", PUBLISHED)
@@ -140,7 +148,7 @@ def test_the_detector_alone(file: tuple[str, str | None]) -> None:
     converted, report = convert(state, detector_only=True)
     _, report = fit_to_model(converted, report, shapes_of(cfg))
     assert report.fits, report.details(*report.MISFITS)
-    names = {key.removeprefix("detector.") for key in converted if key.startswith("detector.")}
+    names = {key.removeprefix("detector.") for key in converted if re.match(r"detector\.(?!neck\.)", key)}
     assert convert_detector(state)[0].keys() == names
 
 
@@ -199,7 +207,7 @@ def test_tool_leaves_parts_out(tiny: tuple[Path, Path, dict[str, Tensor]], tmp_p
     output = str(tmp_path / "part.pth")
     arguments = ["--config-file", str(path), "--drop-classes", "--detector-only", str(file), output]
     assert tool.main([*arguments, "MODEL.EFFSEG.MASK_HEAD", "none", "MODEL.EFFSEG.NUM_CLASSES", "3"]) == 0
-    kept = {key for key in own if not key.startswith(("mask_head.", "detector.class_head."))}
+    kept = {key for key in own if not key.startswith(("mask_branch.head.", "detector.class_head."))}
     assert read_checkpoint(output).keys() == kept
 
 
@@ -216,7 +224,7 @@ def test_tool_names_what_does_not_fit(
     del release[SEGMENTATION_HEAD + "trans.1.0.weight"]
     torch.save({"model": release}, tmp_path / "incomplete.pth")
     assert tool.main(["--config-file", str(path), str(tmp_path / "incomplete.pth"), str(output)]) == 1
-    assert "mask_head.stages.1.transition.0.weight" in capsys.readouterr().err
+    assert "mask_branch.head.stages.1.transition.0.weight" in capsys.readouterr().err
 
     damaged = tmp_path / "damaged.pth"
     damaged.write_bytes(file.read_bytes()[:5000])

@@ -1,6 +1,7 @@
 """Conversion of published ISTR files, through the rules and through the tool."""
 
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -86,19 +87,19 @@ def test_names() -> None:
     names = {line.source: line.target for line in convert(published("checkpoint_v2_smt_r50"))[1].lines}
     stage = "head.head_series.3."
     assert names["backbone.fpn_lateral3.bias"] == "backbone.fpn_lateral3.bias"
-    assert names[stage + "self_attn.in_proj_weight"] == "stages.3.self_attn.in_proj_weight"
-    assert names[stage + "cls_module.4.weight"] == "stages.3.cls_module.4.weight"
-    assert names[stage + "mask_module.1.running_var"] == "stages.3.mask_head.mask_module.1.running_var"
-    assert names[stage + "ret_roi_layer_2.conv.3.bias"] == "stages.3.mask_head.ret_roi_layer_2.3.bias"
-    assert names["mask_E.encoder.12.weight"] == "coding.encoder.12.weight"
-    assert names["mask_D.decoder.6.up.2.running_mean"] == "coding.decoder.6.2.running_mean"
-    assert names["mask_D.decoder.1.bias"] == "coding.decoder.1.bias"
+    assert names[stage + "self_attn.in_proj_weight"] == "detector.stages.3.self_attn.in_proj_weight"
+    assert names[stage + "cls_module.4.weight"] == "detector.stages.3.cls_module.4.weight"
+    assert names[stage + "mask_module.1.running_var"] == "mask_branch.heads.3.mask_module.1.running_var"
+    assert names[stage + "ret_roi_layer_2.conv.3.bias"] == "mask_branch.heads.3.ret_roi_layer_2.3.bias"
+    assert names["mask_E.encoder.12.weight"] == "mask_branch.coding.encoder.12.weight"
+    assert names["mask_D.decoder.6.up.2.running_mean"] == "mask_branch.coding.decoder.6.2.running_mean"
+    assert names["mask_D.decoder.1.bias"] == "mask_branch.coding.decoder.1.bias"
 
 
 def test_parts_can_be_left_out() -> None:
     state = published("checkpoint")
     converted, _ = convert(state, drop_classes=True)
-    assert not [key for key in converted if "class_logits" in key] and "stages.0.cls_module.0.weight" in converted
+    assert not [key for key in converted if "class_logits" in key] and "detector.stages.0.cls_module.0.weight" in converted
     converted, report = convert(state, detector_only=True)
     _, report = fit_to_model(converted, report, shapes_of(config("istr_r50", "MODEL.ISTR.MASK_ON", False)))
     assert report.fits, report.details(*report.MISFITS)
@@ -130,9 +131,9 @@ def tiny(tmp_path: Path) -> tuple[Path, Path, dict[str, torch.Tensor]]:
     own = {key: torch.randn(value.shape) if value.isnan().any() else value for key, value in own.items()}
     release = {}
     for key, value in own.items():
-        key = key.replace("stages.", "head.head_series.", 1) if key.startswith("stages.") else key
-        key = key.replace("coding.", "mask_encoding.", 1) if key.startswith("coding.") else key
-        release[key.replace(".mask_head.", ".")] = value
+        key = re.sub(r"^(detector\.stages|mask_branch\.heads)\.", "head.head_series.", key)
+        key = re.sub(r"^mask_branch\.coding\.", "mask_encoding.", key)
+        release[key.removeprefix("detector.")] = value
     torch.save({"model": release, "iteration": 7}, tmp_path / "release.pth")
     return path, tmp_path / "release.pth", own
 
@@ -157,7 +158,7 @@ def test_tool_leaves_parts_out(tiny: tuple[Path, Path, dict[str, torch.Tensor]],
     arguments = ["--config-file", str(path), "--drop-classes", "--detector-only", str(file), output]
     assert tool.main([*arguments, "MODEL.ISTR.MASK_ON", "False", "MODEL.ISTR.NUM_CLASSES", "3"]) == 0
     kept = {
-        key for key in own if not key.startswith("coding.") and "mask_head" not in key and "class_logits" not in key
+        key for key in own if not key.startswith("mask_branch.") and "class_logits" not in key
     }
     assert read_checkpoint(output).keys() == kept
 
