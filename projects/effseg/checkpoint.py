@@ -32,7 +32,7 @@ MOVED = (
     (r"^mask_head\.", "mask_branch.head."),
     (r"^neck\.", "detector.neck."),
 )
-"""Names without parts, as the rules below and older checkpoints have them, and those in the model."""
+"""Names in checkpoints from before the parts had names, and those of today."""
 _HEADS = r"^heads\.gvd\."
 
 # The release's NormActLinear and NormActConv, stored as `norm` and `lin` or `conv`, are entries 0 and 2 of a Sequential
@@ -73,8 +73,8 @@ _DETECTOR_RULES: list[Rule] = [
 _BODY_RULES: list[Rule] = [
     Drop(r"^backbone\.in_norm_(mean|std)$", "pixel statistics, in MODEL.PIXEL_MEAN and MODEL.PIXEL_STD"),
     *resnet_rules(r"^backbone\.body\.", "backbone."),
-    Rename(r"^core\.body\.lateral_convs\.(\d+)\.conv\.", r"neck.laterals.\1."),
-    Rename(r"^core\.body\.fpn_convs\.(\d+)\.conv\.", r"neck.outputs.\1."),
+    Rename(r"^core\.body\.lateral_convs\.(\d+)\.conv\.", r"detector.neck.laterals.\1."),
+    Rename(r"^core\.body\.fpn_convs\.(\d+)\.conv\.", r"detector.neck.outputs.\1."),
 ]
 
 # A key that only files with this segmentation head have -> MODEL.EFFSEG.MASK_HEAD. PointRend's has all of Mask R-CNN's.
@@ -88,7 +88,7 @@ _MASK_HEADS = (
 # class: the last layers of Mask R-CNN's and PointRend's, those of RefineMask's stages, PointRend's point layers
 _CLASS_LAYERS = (
     r"^(detector\.class_head\."
-    r"|(mask_head|mask_branch\.head)\.((coarse_)?layers\.classifier|classifiers\.[0-2]|point_layers\..+)\.[^.]+$)"
+    r"|mask_branch\.head\.((coarse_)?layers\.classifier|classifiers\.[0-2]|point_layers\..+)\.[^.]+$)"
 )
 
 
@@ -112,7 +112,7 @@ def convert_detector(state: Mapping[str, Tensor | np.ndarray]) -> tuple[State, R
         Drop(rf"{_HEADS}heads\.2\.", "segmentation head"),
         *_DETECTOR_RULES,
     ]
-    return apply_rules(state, [*rules, *(Rename(*names) for names in MOVED)])
+    return apply_rules(state, rules)
 
 
 def convert(
@@ -147,7 +147,7 @@ def convert(
     ]
     if drop_classes:
         rules.append(drop_class_head(_CLASS_LAYERS))
-    return apply_rules(state, [*rules, *(Rename(*names) for names in MOVED)])
+    return apply_rules(state, rules)
 
 
 # ---- What a file holds --------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ register_format(
         "EffSeg",
         (r"^detector\.selector\.", r"^detector\.transitions\."),
         _CLASS_LAYERS,
-        r"^(mask_head|mask_branch)\.",
+        r"^mask_branch\.",
         MOVED,
     )
 )

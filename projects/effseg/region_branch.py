@@ -42,7 +42,6 @@ class RegionBranch(MaskBranch):
     """
 
     head_name: str
-    size_divisibility = STRIDES[-1]
     finishes = True
     capturable = False
 

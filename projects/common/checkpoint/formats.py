@@ -132,15 +132,17 @@ def own_format(
     """The format of a model of this project.
 
     Args:
-        class_head, mask_branch: patterns of their keys; None where no part makes masks alone.
+        class_head, mask_branch: patterns of their keys today; None where no part makes masks alone.
         moved: patterns of older names, and what today has in their place; other names are kept.
     """
 
     def convert(state: State, options: Options) -> tuple[State, Report]:
-        rules: list[Rule] = [drop_class_head(class_head)] if options.drop_classes else []
+        rules: list[Rule] = [Rename(*names) for names in moved]
+        if options.drop_classes:
+            rules.append(drop_class_head(class_head))
         if options.detector_only and mask_branch is not None:
             rules.append(drop_mask_branch(mask_branch))
-        return apply_rules(state, [*rules, *(Rename(*names) for names in moved)])
+        return apply_rules(state, rules)
 
     return Format(f"{name} in QueryMask's own names", signature, convert=convert, new_keys=new_if_dropped(class_head))
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from querymask.common.predictions import Assignment, Predictions
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FQDetPredictions(Predictions):
     """In full precision, of the one layer that has heads.
 
@@ -21,11 +21,11 @@ class FQDetPredictions(Predictions):
         boxes: (B, Q, 4) x0, y0, x1, y1 in pixels, not clipped.
     """
 
-    selection_logits: Tensor = None  # type: ignore[assignment]  # dataclasses ask for a default behind defaults
-    anchors: Tensor = None  # type: ignore[assignment]
-    selected: Tensor = None  # type: ignore[assignment]
-    deltas: Tensor = None  # type: ignore[assignment]
-    boxes: Tensor = None  # type: ignore[assignment]
+    selection_logits: Tensor
+    anchors: Tensor
+    selected: Tensor
+    deltas: Tensor
+    boxes: Tensor
 
     @property
     def query_anchors(self) -> Tensor:
@@ -43,7 +43,7 @@ class FQDetPredictions(Predictions):
         return ((boxes[..., :2] + boxes[..., 2:]) / 2)[None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FQDetAssignment(Assignment):
     """Of one layer; several queries may have the same target.
 
@@ -51,4 +51,4 @@ class FQDetAssignment(Assignment):
         selection: (B, A), 1 for the anchors that are to be selected.
     """
 
-    selection: Tensor = None  # type: ignore[assignment]  # dataclasses ask for a default behind defaults
+    selection: Tensor
