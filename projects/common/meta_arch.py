@@ -115,7 +115,7 @@ class QuerySegmenter(nn.Module):
         images = self.preprocess(batched_inputs)
         found, made = self.predict(images)
         if self.training:
-            targets = Targets.from_inputs(batched_inputs, self.device, with_masks=self.mask_branch is not None)
+            targets = self.targets(batched_inputs)
             return self.training_losses(found, made, targets)
         sizes = [
             (item.get("height", size[0]), item.get("width", size[1]))
@@ -126,6 +126,11 @@ class QuerySegmenter(nn.Module):
     def preprocess(self, batched_inputs: Sequence[Mapping[str, Any]]) -> ImageList:
         """Normalise, then pad with zeros at the right and the bottom to one size."""
         return batch_images(batched_inputs, self.pixel_mean, self.pixel_std, self.size_divisibility)
+
+    def targets(self, batched_inputs: Sequence[Mapping[str, Any]]) -> Targets:
+        """What the parts of the model learn from a batch."""
+        with_masks = self.mask_branch is not None
+        return Targets.from_inputs(batched_inputs, self.device, with_masks, with_boxes=self.detector.has_boxes)
 
     def predict(self, images: ImageList) -> tuple[Predictions, Any]:
         """What the detector finds in a batch of normalised images, and what all masks are made of."""

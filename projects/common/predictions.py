@@ -38,18 +38,24 @@ class Targets:
 
     @classmethod
     def from_inputs(
-        cls, batched_inputs: Sequence[Mapping[str, Any]], device: torch.device, with_masks: bool
+        cls,
+        batched_inputs: Sequence[Mapping[str, Any]],
+        device: torch.device,
+        with_masks: bool,
+        with_boxes: bool = True,
     ) -> "Targets":
-        """Of Detectron2's model inputs.
+        """Of Detectron2's model inputs; boxes are zeros where none are wanted.
 
         Raises:
             ValueError: masks are wanted, and there are none.
         """
         instances = [instances_to_device(item["instances"], device) for item in batched_inputs]
+        labels = torch.cat([x.gt_classes for x in instances])
+        boxes = torch.cat([x.gt_boxes.tensor for x in instances]) if with_boxes else labels.new_zeros(len(labels), 4)
         return cls(
             counts=[len(x) for x in instances],
-            labels=torch.cat([x.gt_classes for x in instances]),
-            boxes=torch.cat([x.gt_boxes.tensor for x in instances]),
+            labels=labels,
+            boxes=boxes,
             image_sizes=[tuple(x.image_size) for x in instances],
             masks=[instance_masks(x) for x in instances] if with_masks else (),
             images=[str(item.get("file_name", f"image {i} of the batch")) for i, item in enumerate(batched_inputs)],

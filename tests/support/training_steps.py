@@ -25,7 +25,7 @@ def training_step(model: QuerySegmenter, batch: Sequence[dict[str, Any]]) -> Ste
     """What ``model(batch)`` does in training, up to the losses."""
     found, made = model.predict(model.preprocess(batch))
     branch = model.mask_branch
-    targets = Targets.from_inputs(batch, model.device, with_masks=branch is not None)
+    targets = model.targets(batch)
     truth = None if branch is None else branch.encode(targets, found)
     assignment = model.match(found, made, truth, targets)
     normalizers = model.detector.normalizers(targets, assignment)
