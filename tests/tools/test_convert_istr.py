@@ -99,7 +99,9 @@ def test_names() -> None:
 def test_parts_can_be_left_out() -> None:
     state = published("checkpoint")
     converted, _ = convert(state, drop_classes=True)
-    assert not [key for key in converted if "class_logits" in key] and "detector.stages.0.cls_module.0.weight" in converted
+    assert (
+        not [key for key in converted if "class_logits" in key] and "detector.stages.0.cls_module.0.weight" in converted
+    )
     converted, report = convert(state, detector_only=True)
     _, report = fit_to_model(converted, report, shapes_of(config("istr_r50", "MODEL.ISTR.MASK_ON", False)))
     assert report.fits, report.details(*report.MISFITS)
@@ -157,9 +159,7 @@ def test_tool_leaves_parts_out(tiny: tuple[Path, Path, dict[str, torch.Tensor]],
     output = str(tmp_path / "part.pth")
     arguments = ["--config-file", str(path), "--drop-classes", "--detector-only", str(file), output]
     assert tool.main([*arguments, "MODEL.ISTR.MASK_ON", "False", "MODEL.ISTR.NUM_CLASSES", "3"]) == 0
-    kept = {
-        key for key in own if not key.startswith("mask_branch.") and "class_logits" not in key
-    }
+    kept = {key for key in own if not key.startswith("mask_branch.") and "class_logits" not in key}
     assert read_checkpoint(output).keys() == kept
 
 
