@@ -35,6 +35,11 @@ def padding_mask(images: ImageList) -> torch.Tensor:
     return mask
 
 
+def has_padding(images: ImageList) -> bool:
+    """Whether an image is smaller than the batch."""
+    return any(tuple(size) != tuple(images.tensor.shape[-2:]) for size in images.image_sizes)
+
+
 def resize_mask(mask: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Nearest-neighbour resize of (B, H, W) bool."""
     return F.interpolate(mask[None].float(), size=tuple(size))[0].to(torch.bool)

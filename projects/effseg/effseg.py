@@ -102,6 +102,11 @@ class EffSeg(QuerySegmenter):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Arguments of the constructor."""
         effseg = cfg.MODEL.EFFSEG
+        if cfg.TEST.CUDA_GRAPHS.ENABLED:
+            raise ValueError(
+                "TEST.CUDA_GRAPHS.ENABLED is True, but in EffSeg the number of regions decides what is computed, which "
+                "no CUDA graph can follow: set it False"
+            )
         backbone = build_backbone(cfg)
         channels = feature_channels(backbone, effseg.IN_FEATURES)
         check_levels(backbone, effseg.IN_FEATURES, effseg.LEVELS)

@@ -22,12 +22,13 @@ from detectron2.structures import ImageList, Instances
 from torch import nn
 
 from querymask.common.boxes import inverse_sigmoid
+from querymask.common.cuda_graphs import CudaGraphs
 from querymask.common.deformable_transformer import DeformableTransformer, TransformerOutput
-from querymask.common.images import padding_mask, resize_mask
+from querymask.common.images import has_padding, padding_mask, resize_mask
 from querymask.common.layers import MLP, LevelProjections
 from querymask.common.masks import instance_masks
 from querymask.common.matching import Targets
-from querymask.common.meta_arch import QuerySegmenter, feature_channels, image_names
+from querymask.common.meta_arch import QuerySegmenter, feature_channels, graph_arguments, image_names
 from querymask.common.postprocessing import select_top_scores
 from querymask.common.precision import full_precision
 from querymask.common.transfer import instances_to_device
@@ -61,6 +62,8 @@ class ISDA(QuerySegmenter):
         maskness_threshold: probabilities above it count for a mask's score.
         mask_threshold: foreground of the final masks.
         pixel_mean, pixel_std: per channel, for pixels in 0..255.
+        graphs: see :class:`QuerySegmenter`.
+        graph_divisibility: see :class:`QuerySegmenter`.
     """
 
     @configurable
@@ -84,6 +87,8 @@ class ISDA(QuerySegmenter):
         mask_threshold: float,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
+        graphs: CudaGraphs | None = None,
+        graph_divisibility: int = 1,
     ) -> None:
         fine_channels, *channels = feature_channels(backbone, in_features)
         strides = [backbone.output_shape()[name].stride for name in in_features]
@@ -91,7 +96,7 @@ class ISDA(QuerySegmenter):
             raise ValueError(f"MODEL.ISDA.KERNEL_POSITIONS is {kernel_positions!r}: choose one of {KERNEL_POSITIONS}")
         if mask_stride not in MASK_STRIDES:
             raise ValueError(f"MODEL.ISDA.MASK_STRIDE is {mask_stride}: choose one of {MASK_STRIDES}")
-        super().__init__(backbone, pixel_mean, pixel_std, size_divisibility=strides[-1])
+        super().__init__(backbone, pixel_mean, pixel_std, strides[-1], graphs, graph_divisibility)
         self.in_features = list(in_features)
         self.transformer = transformer
         self.kernel_positions = kernel_positions
@@ -141,6 +146,7 @@ class ISDA(QuerySegmenter):
             "mask_threshold": isda.MASK_THRESHOLD,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
+            **graph_arguments(cfg),
         }
 
     def training_losses(
@@ -152,22 +158,33 @@ class ISDA(QuerySegmenter):
 
     def inference(self, images: ImageList, sizes: Sequence[tuple[int, int]]) -> list[Instances]:
         """Detections of every image, scaled to (height, width) of ``sizes``."""
-        return self.detect(self.predict(images)[1], images.image_sizes, sizes)
+        return self.detect(self.predict_for_inference(images)[1], images.image_sizes, sizes)
 
-    def predict(self, images: ImageList) -> tuple[TransformerOutput, ISDAOutput]:
-        """Run the network on a batch of normalised images."""
-        features = self.backbone(images.tensor)
+    def network_inputs(self, images: ImageList) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """Arguments of ``network``."""
+        return images.tensor, padding_mask(images), has_padding(images)
+
+    def network(
+        self, images: torch.Tensor, padding: torch.Tensor, padded: bool
+    ) -> tuple[TransformerOutput, ISDAOutput]:
+        """From normalised images to predictions.
+
+        Args:
+            images: (B, 3, H, W).
+            padding: (B, H, W) bool, true on padding.
+            padded: false if there is no padding; saves masking.
+        """
+        features = self.backbone(images)
         fine, *coarse = [features[name] for name in self.in_features]
         levels = self.input_proj(coarse)
         pyramid = levels[: len(coarse)]
         mask_features = self.mask_features([*self.fine_proj([fine]), *pyramid] if self.use_fine else pyramid)
 
-        padding = padding_mask(images)
         decoded = self.transformer(
             levels,
             [resize_mask(padding, level.shape[-2:]) for level in levels],
             self.query_embed.weight,
-            padded=any(size != tuple(images.tensor.shape[-2:]) for size in images.image_sizes),
+            padded=padded,
         )
         references = decoded.references[0]
         kernels = self.make_kernels(decoded.hidden, references)

@@ -20,9 +20,10 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
 from querymask.common.boxes import cxcywh_to_xyxy
+from querymask.common.cuda_graphs import CudaGraphs
 from querymask.common.mask_coding import MaskCoding, build_mask_coding
 from querymask.common.masks import crop_masks, instance_masks, paste_masks
-from querymask.common.meta_arch import QuerySegmenter, image_names
+from querymask.common.meta_arch import QuerySegmenter, graph_arguments, image_names
 from querymask.common.postprocessing import select_top_scores
 from querymask.common.precision import full_precision
 from querymask.common.roi_pooling import FeaturePyramid
@@ -52,6 +53,8 @@ class ISTR(QuerySegmenter):
         first_scored_stage: scores are those of the mean logits from this stage on; negative: counted from the end.
         paste_threshold: foreground of a pasted mask is what reaches it.
         pixel_mean, pixel_std: per channel, for pixels in 0..255.
+        graphs: see :class:`QuerySegmenter`.
+        graph_divisibility: see :class:`QuerySegmenter`.
     """
 
     @configurable
@@ -73,8 +76,10 @@ class ISTR(QuerySegmenter):
         paste_threshold: float,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
+        graphs: CudaGraphs | None = None,
+        graph_divisibility: int = 1,
     ) -> None:
-        super().__init__(backbone, pixel_mean, pixel_std, backbone.size_divisibility)
+        super().__init__(backbone, pixel_mean, pixel_std, backbone.size_divisibility, graphs, graph_divisibility)
         for key, value, choices in (
             ("QUERY_POOLING", query_pooling, ("mean", "max")),
             ("STAGE_INPUT", stage_input, ("previous", "initial")),
@@ -171,6 +176,7 @@ class ISTR(QuerySegmenter):
             "paste_threshold": istr.PASTE_THRESHOLD,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
+            **graph_arguments(cfg),
         }
 
     def training_losses(
@@ -183,15 +189,23 @@ class ISTR(QuerySegmenter):
 
     def inference(self, images: ImageList, sizes: Sequence[tuple[int, int]]) -> list[Instances]:
         """Detections of every image, scaled to (height, width) of ``sizes``."""
-        return self.detect(self.predict(images), sizes)
+        return self.detect(self.predict_for_inference(images), sizes)
 
-    def predict(self, images: ImageList) -> ISTROutput:
-        """Run the network on a batch of normalised images."""
-        levels = self.backbone(images.tensor)
+    def network_inputs(self, images: ImageList) -> tuple[torch.Tensor, torch.Tensor]:
+        """Arguments of ``network``."""
+        sides = [[width, height, width, height] for height, width in images.image_sizes]
+        return images.tensor, numbers_to_device(sides, self.init_proposal_boxes.weight.dtype, self.device)
+
+    def network(self, images: torch.Tensor, scale: torch.Tensor) -> ISTROutput:
+        """From normalised images to predictions.
+
+        Args:
+            images: (B, 3, H, W).
+            scale: (B, 4) width, height, width, height of the images without padding.
+        """
+        levels = self.backbone(images)
         maps = [levels[name] for name in self.in_features]
         pyramid = FeaturePyramid(maps, self.strides)
-        sides = [[width, height, width, height] for height, width in images.image_sizes]
-        scale = numbers_to_device(sides, self.init_proposal_boxes.weight.dtype, self.device)
 
         queries = self.initial_queries(maps)
         boxes = cxcywh_to_xyxy(self.init_proposal_boxes.weight) * scale[:, None]

@@ -24,13 +24,14 @@ from torch import nn
 
 from querymask.common.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from querymask.common.compat import has_event_storage
+from querymask.common.cuda_graphs import CudaGraphs
 from querymask.common.deformable_transformer import DeformableTransformer, TransformerOutput, refine_box
-from querymask.common.images import padding_mask, resize_mask
+from querymask.common.images import has_padding, padding_mask, resize_mask
 from querymask.common.layers import MLP, LevelProjections
 from querymask.common.mask_coding import MaskCoding, binarize_at_half_range, build_mask_coding
 from querymask.common.masks import crop_masks, instance_masks, paste_masks, stack_padded
 from querymask.common.matching import Assignment, Targets
-from querymask.common.meta_arch import QuerySegmenter, feature_channels, image_names
+from querymask.common.meta_arch import QuerySegmenter, feature_channels, graph_arguments, image_names
 from querymask.common.postprocessing import select_top_scores
 from querymask.common.precision import full_precision
 from querymask.common.set_criterion import cardinality_error, class_error
@@ -41,6 +42,7 @@ from querymask.solq.sqr import SeparateMasks, SQRMaskBranch
 MASK_BRANCHES = ("vector", "sqr")
 CODINGS = ("dct", "pca", "sparse", "flatten", "flatten_logits")
 PRIOR_PROBABILITY = 0.01
+Sizes = tuple[tuple[int, int], ...]
 LOGGED = ("class_error", "cardinality_error")
 """Statistics that are only logged."""
 LOG_PERIOD = 20  # iterations between them
@@ -67,6 +69,8 @@ class SOLQ(QuerySegmenter):
         sqr_heads: attention heads of the baseline's mask branch, which takes the place of ``coding``; 0: none.
         crop_masks: cut masks of the baseline off at their boxes.
         freeze_detector: train the mask branch alone.
+        graphs: see :class:`QuerySegmenter`.
+        graph_divisibility: see :class:`QuerySegmenter`.
     """
 
     @configurable
@@ -90,8 +94,10 @@ class SOLQ(QuerySegmenter):
         sqr_heads: int = 0,
         crop_masks: bool = False,
         freeze_detector: bool = False,
+        graphs: CudaGraphs | None = None,
+        graph_divisibility: int = 1,
     ) -> None:
-        super().__init__(backbone, pixel_mean, pixel_std, backbone.size_divisibility)
+        super().__init__(backbone, pixel_mean, pixel_std, backbone.size_divisibility, graphs, graph_divisibility)
         self.in_features = list(in_features)
         self.transformer = transformer
         self.box_refine = box_refine
@@ -183,6 +189,7 @@ class SOLQ(QuerySegmenter):
             "sqr_heads": solq.NUM_HEADS if sqr else 0,
             "crop_masks": solq.SQR_CROP_MASKS,
             "freeze_detector": solq.FREEZE_DETECTOR,
+            **graph_arguments(cfg),
         }
 
     def training_losses(
@@ -197,13 +204,27 @@ class SOLQ(QuerySegmenter):
 
     def inference(self, images: ImageList, sizes: Sequence[tuple[int, int]]) -> list[Instances]:
         """Detections of every image, scaled to (height, width) of ``sizes``."""
-        return self.detect(self.predict(images)[1], sizes)
+        outputs: SOLQOutput = self.predict_for_inference(images)[1]
+        return self.detect(outputs, sizes)
 
-    def predict(self, images: ImageList) -> tuple[TransformerOutput, SOLQOutput]:
-        """Run the network on a batch of normalised images."""
-        features = self.backbone(images.tensor)
+    def network_inputs(self, images: ImageList) -> tuple[torch.Tensor, torch.Tensor, bool, Sizes]:
+        """Arguments of ``network``."""
+        sizes = () if self.mask_branch is None else tuple((height, width) for height, width in images.image_sizes)
+        return images.tensor, padding_mask(images), has_padding(images), sizes
+
+    def network(
+        self, images: torch.Tensor, padding: torch.Tensor, padded: bool, image_sizes: Sizes
+    ) -> tuple[TransformerOutput, SOLQOutput]:
+        """From normalised images to predictions.
+
+        Args:
+            images: (B, 3, H, W).
+            padding: (B, H, W) bool, true on padding.
+            padded: false if there is no padding; saves masking.
+            image_sizes: (height, width) of every image without padding, for the SQR baseline alone.
+        """
+        features = self.backbone(images)
         levels = self.input_proj([features[name] for name in self.in_features])
-        padding = padding_mask(images)
         masks = [resize_mask(padding, level.shape[-2:]) for level in levels]
         decoded = self.transformer(
             levels,
@@ -211,7 +232,7 @@ class SOLQ(QuerySegmenter):
             None if self.query_embed is None else self.query_embed.weight,
             refine=self._refine if self.box_refine else None,
             proposal_heads=(self.class_embed[-1], self.bbox_embed[-1]),
-            padded=any(size != tuple(images.tensor.shape[-2:]) for size in images.image_sizes),
+            padded=padded,
         )
         if self.box_refine:
             logits = torch.stack([head(x) for head, x in zip(self.class_embed, decoded.hidden, strict=False)])
@@ -228,8 +249,8 @@ class SOLQ(QuerySegmenter):
                 decoded.memory[:, -height * width :],
                 masks[-1],
             )
-            size = tuple(images.tensor.shape[-2:])
-            outputs.masks = SeparateMasks(self.mask_branch, context, decoded.hidden[-1], size, images.image_sizes)
+            size = (images.shape[-2], images.shape[-1])
+            outputs.masks = SeparateMasks(self.mask_branch, context, decoded.hidden[-1], size, image_sizes)
         return decoded, outputs
 
     def _refine(self, layer: int, hidden: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
