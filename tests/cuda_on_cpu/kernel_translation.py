@@ -28,7 +28,8 @@ def kernel_begins(source: str, end: int) -> int:
     begin = len(source[:end].rstrip())
     depth = 0
     if source[begin - 1] == ">":
-        for begin in range(begin - 1, -1, -1):
+        while True:
+            begin -= 1
             if source[begin] == ">" and source[begin - 1] != "-":
                 depth += 1
             elif source[begin] == "<":
