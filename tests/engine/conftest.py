@@ -13,6 +13,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from detectron2.utils import comm
+from devices import DEVICE
 from PIL import Image
 from torch import nn
 
@@ -149,7 +150,7 @@ def cfg(coco_folder: Path, tmp_path: Path, register: Callable[..., str]) -> CfgN
     register("engine_train", coco_folder / "train.json")
     register("engine_val", coco_folder / "val.json")
     cfg = get_cfg()
-    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.DEVICE = DEVICE
     cfg.MODEL.META_ARCHITECTURE = "SOLQ"
     cfg.MODEL.WEIGHTS = ""
     cfg.MODEL.BACKBONE.NAME = "build_engine_test_backbone"
