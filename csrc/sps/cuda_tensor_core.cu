@@ -121,7 +121,8 @@ __device__ void pipeline(int chunks, const Load& load, const Compute& compute) {
 struct Product {
   const uint4* left;
   const uint4* right;
-  int taps, group, left_units, columns;
+  int taps, left_units, columns;
+  int group, groups; // units of a group, a power of two; groups in a stage
 };
 
 #if QUERYMASK_TENSOR_CORES
@@ -135,9 +136,14 @@ __device__ void multiply(
     uint4* tiles,
     float (&sums)[Warp::kTileRows][Warp::kTileColumns][4]) {
   constexpr int kStep = kThreads / kDepth; // rows that the block copies at once
+  constexpr int kRight = kSide * kDepth; // where right begins in a stage
   const int lane = threadIdx.x % 32, unit = threadIdx.x % kDepth, first = threadIdx.x / kDepth;
-  const int depth = product.taps * product.left_units, first_column = blockIdx.y * kColumns;
-  int tap = unit / product.group, channel = unit % product.group; // of this thread's unit in the chunk to be loaded
+  const int depth = product.taps * product.left_units, first_column = blockIdx.y * kColumns + first;
+
+  // Of this thread's unit in the chunk to be loaded:
+  int tap = unit / product.group, channel = unit % product.group;
+  const uint4* right_from = product.right + static_cast<int64_t>(first_column) * depth + unit;
+  uint4* const to = tiles + place<kDepth>(first, unit);
   const auto wrap = [&] {
     while (tap >= product.taps) {
       tap -= product.taps;
@@ -146,40 +152,48 @@ __device__ void multiply(
   };
   wrap();
   const auto load = [&](int chunk) {
-    uint4* left = tiles + chunk % kStages * stage_units(kSide, kColumns);
-    uint4* right = left + kSide * kDepth;
+    uint4* const stage = to + chunk % kStages * stage_units(kSide, kColumns);
     const bool inside = channel < product.left_units;
+    const int* from = rows + tap * kSide + first;
+    const uint4* left_from = product.left + channel;
 #pragma unroll
-    for (int row = first; row < kSide; row += kStep) {
-      const int from = inside ? rows[tap * kSide + row] : -1;
-      const int64_t source = from < 0 ? 0 : static_cast<int64_t>(from) * product.left_units + channel;
-      copy_async_16_cached(left + place<kDepth>(row, unit), product.left + source, from >= 0);
+    for (int i = 0; i < kSide / kStep; ++i) {
+      const int row = inside ? from[i * kStep] : -1;
+      copy_async_16_cached(
+          stage + i * kStep * kDepth, left_from + static_cast<int64_t>(max(row, 0)) * product.left_units, row >= 0);
     }
 #pragma unroll
-    for (int row = first; row < kColumns; row += kStep) {
-      const bool wanted = inside && first_column + row < product.columns;
-      const int64_t source = static_cast<int64_t>(first_column + row) * depth + chunk * kDepth + unit;
-      copy_async_16(right + place<kDepth>(row, unit), product.right + (wanted ? source : 0), wanted);
+    for (int i = 0; i < kColumns / kStep; ++i) {
+      const bool wanted = inside && first_column + i * kStep < product.columns;
+      const uint4* source = right_from + static_cast<int64_t>(i * kStep) * depth;
+      copy_async_16(stage + kRight + i * kStep * kDepth, wanted ? source : product.right, wanted);
     }
-    tap += kDepth / product.group;
+    right_from += kDepth;
+    tap += product.groups;
     wrap();
   };
-  const auto compute = [&](int chunk) {
-    const uint4* left = tiles + chunk % kStages * stage_units(kSide, kColumns);
-    const uint4* right = left + kSide * kDepth;
+
+  int left_at[2], right_at[2]; // of this lane's row in the first and in the second step
 #pragma unroll
-    for (int step = 0; step < kDepth; step += 2) {
+  for (int step = 0; step < 2; ++step) {
+    left_at[step] = place<kDepth>(Warp::first_row() + lane % 16, 2 * step + lane / 16);
+    right_at[step] =
+        kRight + place<kDepth>(Warp::first_column() + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2);
+  }
+  const auto compute = [&](int chunk) {
+    const uint4* stage = tiles + chunk % kStages * stage_units(kSide, kColumns);
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
       uint32_t a[Warp::kTileRows][4], b[Warp::kTileColumns][2];
 #pragma unroll
       for (int i = 0; i < Warp::kTileRows; ++i) {
-        load_matrix_x4(a[i], left + place<kDepth>(Warp::first_row() + 16 * i + lane % 16, step + lane / 16));
+        load_matrix_x4(a[i], stage + left_at[step] + 16 * i * kDepth);
         round_to_operand<T>(a[i]);
       }
 #pragma unroll
       for (int j = 0; j < Warp::kTileColumns; j += 2) {
         uint32_t pair[4];
-        const int row = Warp::first_column() + 8 * j + lane / 16 * 8 + lane % 8;
-        load_matrix_x4(pair, right + place<kDepth>(row, step + lane / 8 % 2));
+        load_matrix_x4(pair, stage + right_at[step] + 8 * j * kDepth);
         b[j][0] = pair[0];
         b[j][1] = pair[1];
         b[j + 1][0] = pair[2];
@@ -303,84 +317,103 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr int kUnit = 16 / sizeof(T); // elements
   constexpr int kCells = kDepth * kUnit; // of a chunk
   constexpr int kGradUnits = kOutputs / kUnit, kFeatureUnits = kSide / kUnit; // of a row in a stage
-  constexpr int kGradStep = kThreads / kGradUnits, kFeatureStep = kThreads / kFeatureUnits;
-  constexpr int kLoads = kCells / kFeatureStep; // of features, by one thread
+  constexpr int kRight = kCells * kGradUnits; // where features begin in a stage
+  constexpr int kGradStep = kThreads / kGradUnits, kFeatureStep = kThreads / kFeatureUnits; // rows copied at once
+  constexpr int kGradLoads = kCells / kGradStep, kFeatureLoads = kCells / kFeatureStep; // by one thread
   const int lane = threadIdx.x % 32;
   const int begin = blockIdx.z * product.part, end = min(product.A, begin + product.part);
 
   const int grad_unit = threadIdx.x % kGradUnits, grad_row = threadIdx.x / kGradUnits;
   const int grad_column = blockIdx.y * kGradUnits + grad_unit;
+  const uint4* grad_from = product.grad + static_cast<int64_t>(begin + grad_row) * product.grad_units + grad_column;
+  int grad_to[kGradLoads];
+#pragma unroll
+  for (int i = 0; i < kGradLoads; ++i) {
+    grad_to[i] = place<kGradUnits>(grad_row + i * kGradStep, grad_unit);
+  }
   const int unit = threadIdx.x % kFeatureUnits, feature_row = threadIdx.x / kFeatureUnits;
-  const int column = blockIdx.x * kFeatureUnits + unit, channel = column % product.feature_units;
+  const int column = blockIdx.x * kFeatureUnits + unit;
   const bool inside = column * kUnit < product.columns;
+  const uint4* features = product.features + column % product.feature_units;
   const int64_t* neighbours = product.neighbours + static_cast<int64_t>(column / product.feature_units) * product.A;
-  int rows[kLoads]; // of the chunk to be loaded: looked up one chunk ahead
+  int feature_to[kFeatureLoads];
+#pragma unroll
+  for (int i = 0; i < kFeatureLoads; ++i) {
+    feature_to[i] = kRight + place<kFeatureUnits>(feature_row + i * kFeatureStep, unit);
+  }
+  int rows[kFeatureLoads]; // of the chunk to be loaded: looked up one chunk ahead
   const auto look_up = [&](int chunk) {
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
+    for (int i = 0; i < kFeatureLoads; ++i) {
       const int cell = begin + chunk * kCells + feature_row + i * kFeatureStep;
       rows[i] = inside && cell < end ? static_cast<int>(neighbours[cell]) : -1;
     }
   };
   look_up(0);
   const auto load = [&](int chunk) {
-    uint4* left = shared + chunk % kStages * stage_units(kOutputs, kSide);
-    uint4* right = left + kCells * kGradUnits;
+    uint4* stage = shared + chunk % kStages * stage_units(kOutputs, kSide);
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int64_t source = rows[i] < 0 ? 0 : static_cast<int64_t>(rows[i]) * product.feature_units + channel;
+    for (int i = 0; i < kFeatureLoads; ++i) {
       copy_async_16_cached(
-          right + place<kFeatureUnits>(feature_row + i * kFeatureStep, unit), product.features + source, rows[i] >= 0);
+          stage + feature_to[i], features + static_cast<int64_t>(max(rows[i], 0)) * product.feature_units,
+          rows[i] >= 0);
     }
+    const int left = grad_column < product.grad_units ? end - begin - chunk * kCells - grad_row : 0;
 #pragma unroll
-    for (int row = grad_row; row < kCells; row += kGradStep) {
-      const int cell = begin + chunk * kCells + row;
-      const bool wanted = cell < end && grad_column < product.grad_units;
-      const int64_t source = wanted ? static_cast<int64_t>(cell) * product.grad_units + grad_column : 0;
-      copy_async_16(left + place<kGradUnits>(row, grad_unit), product.grad + source, wanted);
+    for (int i = 0; i < kGradLoads; ++i) {
+      const bool wanted = i * kGradStep < left;
+      const uint4* source = grad_from + i * kGradStep * product.grad_units;
+      copy_async_16(stage + grad_to[i], wanted ? source : product.grad, wanted);
     }
+    grad_from += kCells * product.grad_units;
     look_up(chunk + 1);
   };
 
+  // Where this lane's elements are: for 16 bits those of each load of matrices. For float32 a place is a sum of the
+  // lane's, of constants, and of swizzled[i], where i has the lower bits of the constant number of units, and in bit 0
+  // the half of a step's cells.
+  int grad_at[Warp::kTileRows], feature_at[Warp::kTileColumns / 2], swizzled[8];
+#pragma unroll
+  for (int i = 0; i < Warp::kTileRows; ++i) {
+    grad_at[i] = place<kGradUnits>(lane / 16 * 8 + lane % 8, Warp::first_row() / 8 + 2 * i + lane / 8 % 2);
+  }
+#pragma unroll
+  for (int j = 0; j < Warp::kTileColumns / 2; ++j) {
+    feature_at[j] = kRight + place<kFeatureUnits>(lane % 16, Warp::first_column() / 8 + 2 * j + lane / 16);
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    swizzled[i] = 4 * (lane / 16 ^ lane % 4 * 2 ^ i) + lane / 4 % 4;
+  }
   float totals[Warp::kTileRows][Warp::kTileColumns][4] = {};
   const auto compute = [&](int chunk) {
-    const uint4* left = shared + chunk % kStages * stage_units(kOutputs, kSide);
-    const uint4* right = left + kCells * kGradUnits;
+    const uint4* stage = shared + chunk % kStages * stage_units(kOutputs, kSide);
 #pragma unroll
     for (int first = 0; first < kCells; first += 2 * kUnit) { // cells of a step
       uint32_t a[Warp::kTileRows][4], b[Warp::kTileColumns][2];
       if constexpr (std::is_same_v<T, float>) {
-        const int cell = first + lane % 4;
-        const auto element = [&](const uint4* tile, auto units, int row, int at) {
-          return reinterpret_cast<const uint32_t*>(tile + place<decltype(units)::value>(row, at / 4))[at % 4];
-        };
-        constexpr std::integral_constant<int, kGradUnits> of_grad;
-        constexpr std::integral_constant<int, kFeatureUnits> of_features;
+        const auto* grads = reinterpret_cast<const uint32_t*>(stage + lane % 4 * kGradUnits) + Warp::first_row();
+        const auto* inputs =
+            reinterpret_cast<const uint32_t*>(stage + kRight + lane % 4 * kFeatureUnits) + Warp::first_column();
 #pragma unroll
-        for (int i = 0; i < Warp::kTileRows; ++i) {
-          const int at = Warp::first_row() + 16 * i + lane / 4;
-          a[i][0] = element(left, of_grad, cell, at);
-          a[i][1] = element(left, of_grad, cell, at + 8);
-          a[i][2] = element(left, of_grad, cell + 4, at);
-          a[i][3] = element(left, of_grad, cell + 4, at + 8);
+        for (int i = 0; i < 4 * Warp::kTileRows; ++i) { 
+          const int at = 16 * (i / 4) + 8 * (i % 2), half = i / 2 % 2;
+          a[i / 4][i % 4] = grads[(first + 4 * half) * kOutputs + at / 32 * 32 + swizzled[at / 4 % 8 + half]];
         }
 #pragma unroll
-        for (int j = 0; j < Warp::kTileColumns; ++j) {
-          const int at = Warp::first_column() + 8 * j + lane / 4;
-          b[j][0] = element(right, of_features, cell, at);
-          b[j][1] = element(right, of_features, cell + 4, at);
+        for (int j = 0; j < 2 * Warp::kTileColumns; ++j) {
+          const int at = 8 * (j / 2), half = j % 2;
+          b[j / 2][half] = inputs[(first + 4 * half) * kSide + at / 32 * 32 + swizzled[at / 4 % 8 + half]];
         }
       } else {
 #pragma unroll
         for (int i = 0; i < Warp::kTileRows; ++i) {
-          const int row = first + lane / 16 * 8 + lane % 8, at = (Warp::first_row() + 16 * i) / 8 + lane / 8 % 2;
-          load_matrix_x4_transposed(a[i], left + place<kGradUnits>(row, at));
+          load_matrix_x4_transposed(a[i], stage + grad_at[i] + first * kGradUnits);
         }
 #pragma unroll
         for (int j = 0; j < Warp::kTileColumns; j += 2) {
           uint32_t pair[4];
-          const int row = first + lane % 16, at = Warp::first_column() / 8 + j + lane / 16;
-          load_matrix_x4_transposed(pair, right + place<kFeatureUnits>(row, at));
+          load_matrix_x4_transposed(pair, stage + feature_at[j / 2] + first * kFeatureUnits);
           b[j][0] = pair[0];
           b[j][1] = pair[1];
           b[j + 1][0] = pair[2];
@@ -520,7 +553,8 @@ at::Tensor backward_features(
   const at::Tensor kernel = reorder<T>(
       weight, {{1, sizes.taps(), sizes.C_in, sizes.C_out}, {0, 1, sizes.taps(), sizes.columns()}});
   const int depth = units<T>(sizes.C_out), columns = static_cast<int>(sizes.columns());
-  const Product product{data<T>(grad), data<T>(kernel), 1, std::gcd(depth, kDepth), depth, columns};
+  const int group = std::gcd(depth, kDepth);
+  const Product product{data<T>(grad), data<T>(kernel), 1, depth, columns, group, kDepth / group};
   const dim3 blocks(
       static_cast<unsigned>(ceil_div(sizes.A, kSide)), static_cast<unsigned>(ceil_div(columns, kSide)));
   launch(
@@ -612,8 +646,8 @@ at::Tensor forward(
         {{sizes.C_out, sizes.C_in / channels, sizes.taps(), channels},
          {sizes.columns(), channels * sizes.taps(), 1, sizes.taps()}});
     const Product product{
-        data<T>(features), data<T>(kernel), static_cast<int>(sizes.taps()), group, depth,
-        static_cast<int>(sizes.C_out)};
+        data<T>(features), data<T>(kernel), static_cast<int>(sizes.taps()), depth, static_cast<int>(sizes.C_out),
+        group, kDepth / group};
     by_width(sizes.C_out, [&](auto width) {
       constexpr int kColumns = decltype(width)::value;
       const dim3 blocks(
