@@ -13,7 +13,6 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from detectron2.utils import comm
-from devices import DEVICE
 from PIL import Image
 from torch import nn
 
@@ -147,6 +146,8 @@ def coco_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def cfg(coco_folder: Path, tmp_path: Path, register: Callable[..., str]) -> CfgNode:
     """Config of a tiny SOLQ with dropout on the data sets "engine_train" and "engine_val"."""
+    from devices import DEVICE  # two_processes.py, which reads this file, does without tests/support
+
     register("engine_train", coco_folder / "train.json")
     register("engine_val", coco_folder / "val.json")
     cfg = get_cfg()
