@@ -18,6 +18,7 @@ import msda_cases
 import sps_cases
 import torch
 from kernel_build import REPOSITORY, VARIANTS, Builder, missing
+from kernel_mistakes import MISTAKES, Mistake, find, missing_texts
 from kernel_simulation import Simulation
 
 SUBJECTS = {"msda": msda_cases, "sps": sps_cases}
@@ -97,6 +98,21 @@ def run_variant(library: Path, variant: str, orders: int, words: list[str], quie
     return failures
 
 
+def find_mistakes(csrc: Path, arch: int, words: list[str]) -> list[str]:
+    """Plants mistakes whose name has one of the words. Returns those that no case finds."""
+    if outdated := missing_texts(csrc):
+        raise SystemExit(f"kernel_mistakes.py replaces texts that {csrc} no longer has: {outdated}. Write them anew.")
+
+    def failures(mistake: Mistake) -> list[str]:
+        library = Builder(csrc, mistake.variant, arch, mistake.edit).build()
+        return run_variant(library, mistake.variant, 3, list(mistake.cases), quiet=True)
+
+    names = [name for name in MISTAKES if not words or any(word in name for word in words)]
+    missed = find(failures, names)
+    print(f"\n{len(names) - len(missed)} of {len(names)} mistakes are found", *missed, sep="\n  not found: ")
+    return missed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -110,6 +126,7 @@ def main() -> None:
     parser.add_argument(
         "--sanitizers", action="store_true", help="also with the address and undefined-behaviour sanitizers"
     )
+    parser.add_argument("--mistakes", action="store_true", help="plant mistakes: are they found?")
     parser.add_argument("--no-plain", action="store_true", help="not without any of these")
     parser.add_argument("--library", type=Path, help=argparse.SUPPRESS)  # in the process of one variant
     parser.add_argument("--stop", action="store_true", help=argparse.SUPPRESS)
@@ -118,6 +135,8 @@ def main() -> None:
         sys.exit(bool(run_cases(arguments.library, arguments.orders, arguments.words, arguments.stop)))
     if reason := missing():
         parser.error(reason)
+    if arguments.mistakes:
+        sys.exit(bool(find_mistakes(arguments.csrc, arguments.arch, arguments.words)))
     if not wanted_cases(arguments.words):
         parser.error(f"no case has the words {arguments.words}")
     variants = ([] if arguments.no_plain else ["plain"]) + [name for name in EXTRA_VARIANTS if getattr(arguments, name)]

@@ -1,14 +1,17 @@
 """Builds the translated kernels as a library for torch, with g++ alone; what is built already is not built again."""
 
+import fcntl
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from kernel_translation import translate
@@ -50,8 +53,23 @@ def missing() -> str | None:
     return None
 
 
+@contextmanager
+def alone(target: Path) -> Iterator[None]:
+    """One process at a time builds ``target``; the others wait, and find it."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def newest_first(folder: Path) -> list[Path]:
     return sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def run_compiler(what: str, arguments: list[str]) -> None:
+    finished = subprocess.run(["g++", *arguments], capture_output=True, text=True)
+    if finished.returncode != 0:
+        raise RuntimeError(f"g++ does not {what} the translated kernels:\n{finished.stderr[:6000]}")
 
 
 class Builder:
@@ -95,30 +113,25 @@ class Builder:
             (SIMULATOR / f"{name}.cpp").read_text(), *flags, *(text for pair in sources.items() for text in pair)
         )
         target = CACHE / f"{name}-{key}.o"
-        if target.is_file():
-            target.touch()
-            return target
-        staging = CACHE / f"{name}-{key}.{os.getpid()}"
-        for path, text in sources.items():
-            (staging / path).parent.mkdir(parents=True, exist_ok=True)
-            (staging / path).write_text(text)
-        staging.mkdir(parents=True, exist_ok=True)
-        made = staging / "made.o"
-        command = ["g++", *self.flags, *flags, f"-I{staging}", "-c", str(SIMULATOR / f"{name}.cpp"), "-o", str(made)]
-        try:
-            finished = subprocess.run(command, capture_output=True, text=True)
-            if finished.returncode != 0:
-                raise RuntimeError(
-                    f"g++ does not compile the translated kernels:\n{' '.join(command)}\n{finished.stderr[:6000]}"
-                )
-            os.replace(made, target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        with alone(target):
+            if target.is_file():
+                target.touch()
+            else:
+                self.compile_to(target, name, flags, sources)
         return target
+
+    def compile_to(self, target: Path, name: str, flags: tuple[str, ...], sources: dict[str, str]) -> None:
+        with TemporaryDirectory(dir=CACHE) as folder:
+            for path, text in sources.items():
+                (Path(folder) / path).parent.mkdir(parents=True, exist_ok=True)
+                (Path(folder) / path).write_text(text)
+            made = Path(folder, "made.o")
+            source = str(SIMULATOR / f"{name}.cpp")
+            run_compiler("compile", [*self.flags, *flags, f"-I{folder}", "-c", source, "-o", str(made)])
+            os.replace(made, target)
 
     def build(self) -> Path:
         """The library."""
-        CACHE.mkdir(parents=True, exist_ok=True)
         objects = [self.compile(name, self.variant.runtime, {}) for name in ("scheduler", "races", "atomics")]
         objects += [
             self.compile("operator", (*self.variant.kernels, f"-DOPERATOR={operator}"), self.sources(operator))
@@ -128,21 +141,12 @@ class Builder:
         if target.is_file():
             target.touch()
             return target
-        made = target.with_suffix(f".{os.getpid()}")
-        libraries = [
-            f"-L{self.torch_libraries}",
-            "-ltorch",
-            "-ltorch_cpu",
-            "-lc10",
-            f"-Wl,-rpath,{self.torch_libraries}",
-        ]
-        command = ["g++", "-shared", *self.variant.link, "-o", str(made), *map(str, objects), *libraries, "-ldl"]
-        finished = subprocess.run(command, capture_output=True, text=True)
-        if finished.returncode != 0:
-            raise RuntimeError(
-                f"g++ does not link the translated kernels:\n{' '.join(command)}\n{finished.stderr[:6000]}"
-            )
-        os.replace(made, target)
+        libraries = [f"-L{self.torch_libraries}", "-ltorch", "-ltorch_cpu", "-lc10"]
+        libraries += [f"-Wl,-rpath,{self.torch_libraries}", "-ldl"]
+        with alone(target), TemporaryDirectory(dir=CACHE) as folder:
+            made = Path(folder, "made.so")
+            run_compiler("link", ["-shared", *self.variant.link, "-o", str(made), *map(str, objects), *libraries])
+            os.replace(made, target)
         for old in newest_first(CACHE)[KEPT_FILES:]:
             if old.is_file():
                 old.unlink(missing_ok=True)

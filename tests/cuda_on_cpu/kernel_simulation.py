@@ -4,6 +4,7 @@ import ctypes
 import math
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,13 +14,16 @@ ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 
 
 class Simulation:
-    """One for a process: the library registers ``torch.ops.querymask_simulated``."""
+    """One for a process, ``Simulation.loaded``: the library registers ``torch.ops.querymask_simulated``."""
+
+    loaded: "Simulation"
 
     def __init__(self, library: Path):
         torch.ops.load_library(str(library))
         self.library = library
         self.handle = ctypes.CDLL(str(library))
         self.handle.simulated_take_findings.restype = ctypes.c_char_p
+        Simulation.loaded = self
 
     def set_order(self, order: str, seed: int = 0) -> None:
         """The order in which blocks, warps and lanes run, where they have the choice."""
@@ -75,6 +79,20 @@ def check_close(
             f"{name} is wrong in {int(wrong.sum())} of {wrong.numel()} places, first at {list(first)}: "
             f"{actual[first].item()} instead of {exact[first].item()}"
         )
+
+
+def check_deterministic(run: Callable[[], list[Tensor]]) -> None:
+    """Raises an AssertionError unless results are the same bits in all orders, where PyTorch shall be deterministic."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = []
+        for order, seed in (("forward", 0), ("reverse", 0), ("random", 5)):
+            Simulation.loaded.set_order(order, seed)
+            results.append(run())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for number, tensors in enumerate(zip(*results)):
+        assert all(torch.equal(tensors[0], tensor) for tensor in tensors), f"result {number} depends on threads' order"
 
 
 def at_offset(tensor: Tensor, offset: int) -> Tensor:

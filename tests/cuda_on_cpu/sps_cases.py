@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
-from kernel_simulation import at_offset, check_close
+from kernel_simulation import at_offset, check_close, check_deterministic
 from torch import Tensor
 
 from querymask.common.ops import sparse_conv2d_reference
@@ -88,6 +88,11 @@ def with_tf32(**sizes) -> None:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+def deterministic(dtype: torch.dtype, **sizes) -> None:
+    inputs = make_inputs(dtype, **sizes)
+    check_deterministic(lambda: run_kernels(inputs, (2, 1)))
+
+
 def refuses(change: Callable[[Inputs], None]) -> None:
     """An assertion of the kernels stops the call."""
     inputs = make_inputs(torch.float32)
@@ -138,6 +143,9 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         }.items():
             yield f"empty-{label}-{name}", partial(random_case, dtype, **sizes)
         yield f"dilation-far-{name}", partial(random_case, dtype, dilation=(5, 40), channels=(32, 32))
+        for channels in ((7, 5), (32, 16)):
+            sizes = {"channels": channels, "active": 90, "rows": 9}
+            yield f"deterministic-{channels[0]}-{name}", partial(deterministic, dtype, **sizes)
         yield f"one-row-{name}", partial(random_case, dtype, rows=1, active=90, channels=(32, 16))
     yield "chunks-of-cells", partial(random_case, torch.float32, active=17000, channels=(1, 1), kernel_size=(1, 1))
     yield "chunks-of-columns", partial(random_case, torch.float32, active=300, channels=(7300, 1), rows=9)
