@@ -23,7 +23,7 @@ CAPTURED = ["solq/solq_r50", "solq/solq_r50_two_stage", "isda/isda_r50", "istr/i
 def test_inference(
     name: str, autocast: torch.dtype | None, make_batch: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As asked for by the config: of images of two padded sizes, each is captured once and gives what it should."""
+    """As asked for by the config: what comes again is captured once, and gives what it should."""
     cfg = tiny_config(name)
     eager = prepared_model(cfg).eval()
     cfg.TEST.CUDA_GRAPHS.ENABLED = True
@@ -47,7 +47,7 @@ def test_inference(
             for key, value in expected.get_fields().items():
                 a, b = (getattr(x, "tensor", x) for x in (value, instances.get(key)))
                 assert torch.equal(a, b), (index, key)
-    assert len(captured) == 2
+    assert len(captured) == (1 if name.startswith("istr") else 2)  # the others mask padding where there is some
 
 
 @pytest.mark.parametrize("name", CAPTURED[:3])
