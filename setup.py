@@ -28,7 +28,7 @@ SOURCES = [
     "csrc/sps/check.cpp",
     "csrc/sps/cpu.cpp",
 ]
-CUDA_SOURCES = ["csrc/msda/cuda.cu", "csrc/sps/cuda.cu"]
+CUDA_SOURCES = ["csrc/msda/cuda.cu", "csrc/sps/cuda.cu", "csrc/sps/cuda_tensor_core.cu"]
 DEFAULT_ARCHITECTURES = "7.5;8.0;8.6;9.0+PTX"  # where no GPU tells; PTX serves later ones
 
 # Loops are written to be vectorised over channels. GCC's unroll-and-jam would merge iterations of the loop around them

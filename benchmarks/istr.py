@@ -95,24 +95,23 @@ def make_model(cfg: CfgNode) -> nn.Module:
     return model
 
 
-def make_batch(args: argparse.Namespace, num_classes: int) -> list[dict[str, Any]]:
-    """Random images with discs."""
+def make_batch(batch: int, size: tuple[int, int], instances: int, num_classes: int) -> list[dict[str, Any]]:
+    """Random images of (height, width) ``size``, each with as many discs."""
     generator = torch.Generator().manual_seed(0)
-    size = (args.height, args.width)
     y, x = torch.meshgrid(*(torch.arange(side) + 0.5 for side in size), indexing="ij")
-    batch = []
-    for _ in range(args.batch):
-        radius = (torch.rand(args.instances, generator=generator) * 0.15 + 0.08) * min(size)
-        center = torch.rand(args.instances, 2, generator=generator) * 0.5 + 0.25
-        center = center * torch.tensor([args.width, args.height])
+    items = []
+    for _ in range(batch):
+        radius = (torch.rand(instances, generator=generator) * 0.15 + 0.08) * min(size)
+        center = torch.rand(instances, 2, generator=generator) * 0.5 + 0.25
+        center = center * torch.tensor([size[1], size[0]])
         distance = (x - center[:, 0, None, None]) ** 2 + (y - center[:, 1, None, None]) ** 2
-        instances = Instances(size)
-        instances.gt_boxes = Boxes(torch.cat((center - radius[:, None], center + radius[:, None]), dim=1))
-        instances.gt_classes = torch.randint(num_classes, (args.instances,), generator=generator)
-        instances.gt_masks = BitMasks(distance < radius[:, None, None] ** 2)
+        found = Instances(size)
+        found.gt_boxes = Boxes(torch.cat((center - radius[:, None], center + radius[:, None]), dim=1))
+        found.gt_classes = torch.randint(num_classes, (instances,), generator=generator)
+        found.gt_masks = BitMasks(distance < radius[:, None, None] ** 2)
         image = torch.randint(256, (3, *size), generator=generator, dtype=torch.uint8)
-        batch.append({"image": image, "instances": instances, "height": args.height, "width": args.width})
-    return batch
+        items.append({"image": image, "instances": found, "height": size[0], "width": size[1]})
+    return items
 
 
 def limit_candidates(model: nn.Module, batch: list[dict[str, Any]]) -> None:
@@ -132,7 +131,7 @@ def measure(cfg: CfgNode, args: argparse.Namespace) -> tuple[str, ...]:
     """A row of the table."""
     model = make_model(cfg)
     istr, device = cfg.MODEL.META_ARCHITECTURE == "ISTR", args.device
-    batch = make_batch(args, cfg.MODEL.ISTR.NUM_CLASSES)
+    batch = make_batch(args.batch, (args.height, args.width), args.instances, cfg.MODEL.ISTR.NUM_CLASSES)
     optimizer = build_optimizer(cfg, model)
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # the weights stay what they are

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from gpu_parts.rates import H200, Rates, element_size
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
@@ -23,13 +24,11 @@ from querymask.common.ops import multi_scale_deformable_attention
 HEADS, CHANNELS, POINTS = 8, 32, 4
 
 LEVELS = {
+    "64x96": [(8, 12), (4, 6), (2, 3), (1, 2)],  # for a trial
     "400x533": [(50, 67), (25, 34), (13, 17), (7, 9)],
     "800x1066": [(100, 134), (50, 67), (25, 34), (13, 17)],
     "800x1333": [(100, 167), (50, 84), (25, 42), (13, 21)],
 }
-
-# H200, bytes per second: copies through HBM (measured), reads through L1 (128 B a clock and SM at 1.755 GHz)
-HBM_RATE, L1_RATE = 4.3e12, 29.7e12
 
 
 @dataclass(frozen=True)
@@ -131,16 +130,30 @@ def measure(form: Callable[..., Tensor], case: Case, dtype: torch.dtype, device:
     return Measurement(*times, peak_memory(forward, device), peak_memory(both, device), error.item())
 
 
-def bounds(case: Case, dtype: torch.dtype) -> str:
-    """Least times on an H200: each tensor moved once through HBM; every neighbour's channels read through L1."""
-    size = torch.empty(0, dtype=dtype).element_size()
+@dataclass(frozen=True)
+class Bound:
+    """Least milliseconds: each tensor moved once through the card's memory; every neighbour's channels through L1."""
+
+    memory: float
+    l1: float
+
+    @property
+    def least(self) -> float:
+        return max(self.memory, self.l1)
+
+
+def bounds(case: Case, dtype: torch.dtype, rates: Rates = H200) -> tuple[Bound, Bound]:
+    """Of the forward and of the backward pass, in which gradients of ``value`` are zeroed and summed in float32."""
+    size, exact = element_size(dtype), max(element_size(dtype), 4)
     tokens = sum(height * width for height, width in LEVELS[case.image])
     queries = tokens if case.queries is None else case.queries
     samples = case.batch * queries * HEADS * len(LEVELS[case.image]) * POINTS
-    rows = case.batch * (tokens + queries) * HEADS * CHANNELS  # of value and output
-    moved = rows * size + samples * (2 * max(size, 4) + size)
-    read = samples * 4 * CHANNELS * size
-    return f"bounds of the forward pass: HBM {1e3 * moved / HBM_RATE:.3f} ms, L1 {1e3 * read / L1_RATE:.3f} ms (H200)"
+    value, output = (case.batch * rows * HEADS * CHANNELS for rows in (tokens, queries))
+    sampling = samples * (2 * exact + size)  # locations and weights, and likewise their gradients
+    moved = (value + output) * size + sampling
+    l1 = 1e3 * samples * 4 * CHANNELS * size / rates.l1
+    backward = moved + 2 * value * exact + sampling
+    return Bound(1e3 * moved / rates.memory, l1), Bound(1e3 * backward / rates.memory, l1)
 
 
 def describe(device: str, dtype: torch.dtype, repeat: int) -> list[str]:
@@ -178,7 +191,8 @@ def main() -> None:
             case = Case(image, queries, arguments.batch)
             lines += ["", f"## {case.name}", ""]
             if device == "cuda":
-                lines += [bounds(case, dtype), ""]
+                bound = bounds(case, dtype)[0]
+                lines += [f"bounds of the forward pass: HBM {bound.memory:.3f} ms, L1 {bound.l1:.3f} ms (H200)", ""]
             lines += ["| form | forward ms | x | + backward ms | x | forward MiB | x | + backward MiB | x | error |"]
             lines += ["|---|" + "---:|" * 9]
             first = None

@@ -18,10 +18,17 @@ __device__ inline uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// Starts a copy of 16 bytes from global to shared memory, both aligned; zeros, and no read, where it is not wanted. It is
-// there for this thread after copy_async_wait, for others after a barrier behind that.
+// Starts a copy of 16 bytes from global to shared memory, both aligned; zeros, and no read, where it is not wanted. It
+// is there for this thread after copy_async_wait, for others after a barrier behind that. It goes past the L1 cache.
 __device__ inline void copy_async_16(void* shared, const void* global, bool wanted) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global),
+               "r"(wanted ? 16 : 0)
+               : "memory");
+}
+
+// The same, through the L1 cache: for what the block reads again.
+__device__ inline void copy_async_16_cached(void* shared, const void* global, bool wanted) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global),
                "r"(wanted ? 16 : 0)
                : "memory");
 }
@@ -73,8 +80,8 @@ __device__ inline void mma_m16n8k16_bfloat16(float (&d)[4], const uint32_t (&a)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Four matrices of 8 x 8 16-bit elements: lane 8 * i + j gives the address of row j (16 bytes, aligned) of matrix i, and
-// r[i] becomes the pair of elements 2 * (lane % 4) of row lane / 4 of matrix i. Called by all threads of a warp.
+// Four matrices of 8 x 8 16-bit elements: lane 8 * i + j gives the address of row j (16 bytes, aligned) of matrix i,
+// and r[i] becomes the pair of elements from 2 * (lane % 4) on of row lane / 4 of matrix i. Called by a whole warp.
 __device__ inline void load_matrix_x4(uint32_t (&r)[4], const void* shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -82,7 +89,7 @@ __device__ inline void load_matrix_x4(uint32_t (&r)[4], const void* shared) {
                : "memory");
 }
 
-// The same of the transposed matrices: r[i] is the pair of elements of rows 2 * (lane % 4) and the next, column lane / 4.
+// The same of the transposed matrices: r[i] has rows 2 * (lane % 4) and the next of column lane / 4.
 __device__ inline void load_matrix_x4_transposed(uint32_t (&r)[4], const void* shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

@@ -59,7 +59,8 @@ Written by `tools/make_model_zoo.py` from the configs; change those and run it a
 A row is a config, with the row of the paper that it stands for. **AP in the column "Paper" is the authors', with their
 own code; it was not measured here.** "Measured here" holds what this project reached itself. Parameters, with the data
 set's own number of classes and without frozen batch norms, are measured, and so are GFLOPs: multiply-adds of inference
-on one image of {HEIGHT}x{WIDTH}, those of EffSeg with as many different queries as detections.
+on one image of {HEIGHT}x{WIDTH}, those of EffSeg with as many different queries as detections. Time and memory
+on a GPU are not yet measured ([gpu.md](gpu.md)).
 """
 
 RELEASES = {

@@ -1,9 +1,10 @@
 // Convolution on structure-preserving sparsity, on CUDA.
 //
-// Chunks of cells: one kernel looks up the neighbours and gathers their rows, the GPU's BLAS multiplies, and in the
-// backward pass another kernel adds the gradients to the neighbours' rows. So the matrix of all neighbours, K times the
-// features, never exists, and the neighbours' numbers stay in registers. A thread serves one vector of channels
-// (16 bytes where C_in allows it) of one cell and tap.
+// Two ways. Products on tensor cores that gather for themselves are in cuda_tensor_core.cu. What they do not take is
+// done here: chunks of cells, of which one kernel looks up the neighbours and gathers their rows, the GPU's BLAS
+// multiplies, and in the backward pass another kernel adds the gradients to the neighbours' rows. So the matrix of all
+// neighbours, K times the features, never exists, and the neighbours' numbers stay in registers. A thread serves one
+// vector of channels (16 bytes where C_in allows it) of one cell and tap.
 
 #include "sps.h"
 
@@ -18,6 +19,7 @@
 #include <c10/macros/Macros.h>
 
 #include "../cuda_common.h"
+#include "cuda.h"
 
 namespace querymask::sps {
 namespace {
@@ -26,12 +28,50 @@ constexpr int kThreads = 256; // of a block
 constexpr int64_t kMinChunk = 256, kMaxChunk = 16384; // cells
 constexpr int64_t kChunkElements = 1 << 24; // of a gathered chunk, about
 
-// The sizes of a call as kernels take them, and one chunk of cells.
+// The sizes of a call as kernels take them to look up neighbours.
+struct Neighbourhood {
+  int64_t N, R, H, W, dilation_y, dilation_x;
+  int kH, kW;
+};
+
+// The row of features that a tap of a cell reads, or -1 outside of the region.
+template <typename I>
+__device__ int64_t
+find_row(const Neighbourhood& sizes, const I* __restrict__ map, const I* __restrict__ cells, int64_t number, int tap) {
+  const I* cell = cells + 3 * number;
+  const int64_t region = cell[0], cell_y = cell[1], cell_x = cell[2];
+  CUDA_KERNEL_ASSERT(
+      region >= 0 && region < sizes.R && cell_y >= 0 && cell_y < sizes.H && cell_x >= 0 && cell_x < sizes.W &&
+      "sparse_conv2d: a cell (region, y, x) is outside of index_map");
+  const int64_t y = cell_y + (tap / sizes.kW - sizes.kH / 2) * sizes.dilation_y;
+  const int64_t x = cell_x + (tap % sizes.kW - sizes.kW / 2) * sizes.dilation_x;
+  if (y < 0 || y >= sizes.H || x < 0 || x >= sizes.W) {
+    return -1;
+  }
+  const int64_t row = map[(region * sizes.H + y) * sizes.W + x];
+  CUDA_KERNEL_ASSERT(row >= 0 && row < sizes.N && "sparse_conv2d: index_map has a number that is no row");
+  return row;
+}
+
+// neighbours [K, A]. The grid's y runs over taps.
+template <typename I>
+__global__ void __launch_bounds__(kThreads) look_up_kernel(
+    const __grid_constant__ Neighbourhood sizes,
+    int64_t A,
+    const I* __restrict__ map,
+    const I* __restrict__ cells,
+    int64_t* __restrict__ neighbours) {
+  const int64_t cell = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (cell < A) {
+    neighbours[blockIdx.y * A + cell] = find_row(sizes, map, cells, cell, static_cast<int>(blockIdx.y));
+  }
+}
+
+// One chunk of cells.
 struct Geometry {
-  int64_t N, R, H, W;
+  Neighbourhood sizes;
   int64_t first; // cell of the chunk
-  int64_t dilation_y, dilation_x;
-  int C_in, kH, kW;
+  int C_in, taps;
   int vectors; // of one row's channels
   unsigned items; // of the chunk: cells * taps * vectors
 
@@ -54,22 +94,10 @@ __device__ Item find_item(
     const I* __restrict__ cells,
     unsigned index,
     int vector) {
-  const unsigned taps = geometry.kH * geometry.kW;
   const unsigned pair = index / geometry.vectors; // of cell and tap
   const int channel = static_cast<int>(index % geometry.vectors) * vector;
-  const int tap_y = static_cast<int>(pair % taps) / geometry.kW, tap_x = static_cast<int>(pair % taps) % geometry.kW;
-  const I* cell = cells + 3 * (geometry.first + pair / taps);
-  const int64_t region = cell[0], cell_y = cell[1], cell_x = cell[2];
-  CUDA_KERNEL_ASSERT(
-      region >= 0 && region < geometry.R && cell_y >= 0 && cell_y < geometry.H && cell_x >= 0 && cell_x < geometry.W &&
-      "sparse_conv2d: a cell (region, y, x) is outside of index_map");
-  const int64_t y = cell_y + (tap_y - geometry.kH / 2) * geometry.dilation_y;
-  const int64_t x = cell_x + (tap_x - geometry.kW / 2) * geometry.dilation_x;
-  int64_t row = -1;
-  if (y >= 0 && y < geometry.H && x >= 0 && x < geometry.W) {
-    row = map[(region * geometry.H + y) * geometry.W + x];
-    CUDA_KERNEL_ASSERT(row >= 0 && row < geometry.N && "sparse_conv2d: index_map has a number that is no row");
-  }
+  const int tap = static_cast<int>(pair % geometry.taps);
+  const int64_t row = find_row(geometry.sizes, map, cells, geometry.first + pair / geometry.taps, tap);
   return {row, static_cast<int64_t>(pair) * geometry.C_in + channel, channel};
 }
 
@@ -124,21 +152,32 @@ int64_t chunk_of(const Sizes& sizes) {
   return std::clamp(kChunkElements / std::max<int64_t>(sizes.columns(), 1) / 256 * 256, kMinChunk, kMaxChunk);
 }
 
+Neighbourhood make_neighbourhood(const Sizes& sizes) {
+  return {sizes.N, sizes.R, sizes.H, sizes.W, sizes.dilation_y, sizes.dilation_x, static_cast<int>(sizes.kH),
+          static_cast<int>(sizes.kW)};
+}
+
 Geometry make_geometry(const Sizes& sizes, int64_t first, int64_t count, int vector) {
-  Geometry geometry{};
-  geometry.N = sizes.N;
-  geometry.R = sizes.R;
-  geometry.H = sizes.H;
-  geometry.W = sizes.W;
-  geometry.first = first;
-  geometry.dilation_y = sizes.dilation_y;
-  geometry.dilation_x = sizes.dilation_x;
-  geometry.C_in = static_cast<int>(sizes.C_in);
-  geometry.kH = static_cast<int>(sizes.kH);
-  geometry.kW = static_cast<int>(sizes.kW);
-  geometry.vectors = geometry.C_in / vector;
-  geometry.items = static_cast<unsigned>(count * sizes.taps() * geometry.vectors);
-  return geometry;
+  const int vectors = static_cast<int>(sizes.C_in) / vector;
+  return {make_neighbourhood(sizes),
+          first,
+          static_cast<int>(sizes.C_in),
+          static_cast<int>(sizes.taps()),
+          vectors,
+          static_cast<unsigned>(count * sizes.taps() * vectors)};
+}
+
+// The neighbours' rows of features [K, A], -1 outside of the region.
+at::Tensor look_up(const Sizes& sizes, const at::Tensor& index_map, const at::Tensor& cells) {
+  at::Tensor neighbours = at::empty({sizes.taps(), sizes.A}, index_map.options().dtype(at::kLong));
+  const dim3 blocks(static_cast<unsigned>(ceil_div(sizes.A, kThreads)), static_cast<unsigned>(sizes.taps()));
+  AT_DISPATCH_INDEX_TYPES(index_map.scalar_type(), "sparse_conv2d", [&] {
+    look_up_kernel<index_t><<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+        make_neighbourhood(sizes), sizes.A, index_map.const_data_ptr<index_t>(), cells.const_data_ptr<index_t>(),
+        neighbours.mutable_data_ptr<int64_t>());
+    check_launch();
+  });
+  return neighbours;
 }
 
 // Calls run(vector) with the widest vector of channels that C_in and the pointers' alignment allow, a constant.
@@ -216,6 +255,48 @@ at::Tensor kernel_of(const at::Tensor& weight, const Sizes& sizes) {
   return weight.permute({2, 3, 1, 0}).contiguous().view({sizes.columns(), sizes.C_out});
 }
 
+// The gradients of features [N, C_in] and of weight as [K * C_in, C_out], by gathering.
+std::tuple<at::Tensor, at::Tensor> backward_gathered(
+    const Sizes& sizes,
+    const at::Tensor& grad,
+    const at::Tensor& features,
+    const at::Tensor& index_map,
+    const at::Tensor& cells,
+    const at::Tensor& weight) {
+  const at::TensorOptions options = features.options().dtype(compute_type(features));
+  const at::Tensor kernel = kernel_of(weight, sizes), kernel_t = kernel.t();
+  at::Tensor grad_kernel = at::zeros(kernel.sizes(), options);
+  at::Tensor padded = at::zeros({sizes.N + 1, sizes.C_in}, options); // the last row is for what is outside
+  at::Tensor grad_features = padded.narrow(0, 0, sizes.N);
+  if (sizes.A == 0 || kernel.numel() == 0) {
+    return {grad_features, grad_kernel};
+  }
+  const bool in_order = at::globalContext().deterministicAlgorithms();
+  at::Tensor rows; // [A, K]
+  if (in_order) {
+    rows = look_up(sizes, index_map, cells).t();
+    rows = at::where(rows.lt(0), sizes.N, rows);
+  }
+  const int64_t chunk = chunk_of(sizes);
+  const at::Tensor memory = at::empty({std::min(chunk, sizes.A), sizes.columns()}, features.options());
+  for (int64_t first = 0; first < sizes.A; first += chunk) {
+    const int64_t count = std::min(chunk, sizes.A - first);
+    const at::Tensor grad_chunk = grad.narrow(0, first, count);
+    at::Tensor gathered = memory.narrow(0, 0, count);
+    gather(sizes, features, index_map, cells, first, count, gathered);
+    grad_kernel.add_(at::cuda::mm(gathered.t(), grad_chunk));
+    at::cuda::mm_out(gathered, grad_chunk, kernel_t);
+    if (in_order) { // sorts, which the atomic additions of scatter_add do not need
+      padded.index_add_(
+          0, rows.narrow(0, first, count).reshape(-1),
+          gathered.view({count * sizes.taps(), sizes.C_in}).to(options.dtype()));
+    } else {
+      scatter_add(sizes, gathered, index_map, cells, first, count, grad_features);
+    }
+  }
+  return {grad_features, grad_kernel};
+}
+
 } // namespace
 
 at::Tensor forward_cuda(
@@ -230,7 +311,11 @@ at::Tensor forward_cuda(
   const at::ScalarType indices = index_type(index_map, cells);
   const at::Tensor f = features.contiguous();
   const at::Tensor map = index_map.to(indices).contiguous(), places = cells.to(indices).contiguous();
-  const at::Tensor kernel = kernel_of(weight, sizes), b = bias ? bias->contiguous() : at::Tensor();
+  const at::Tensor b = bias ? bias->contiguous() : at::Tensor();
+  if (tensor_core::takes(sizes, f, at::Tensor())) {
+    return tensor_core::forward(sizes, f, look_up(sizes, map, places), weight.contiguous(), b);
+  }
+  const at::Tensor kernel = kernel_of(weight, sizes);
   at::Tensor output = at::empty({sizes.A, sizes.C_out}, f.options());
   if (output.numel() == 0) {
     return output;
@@ -261,32 +346,19 @@ Gradients backward_cuda(
     at::IntArrayRef dilation) {
   const Sizes sizes = check(features, index_map, cells, weight, std::nullopt, dilation);
   check_grad_output(grad_output, features, sizes);
-  // Atomic additions come in any order.
-  at::globalContext().alertNotDeterministic("sparse_conv2d_backward_cuda");
   const c10::cuda::CUDAGuard guard(features.device());
-  const at::ScalarType type = compute_type(features), indices = index_type(index_map, cells);
+  const at::ScalarType indices = index_type(index_map, cells);
   const at::Tensor f = features.contiguous(), grad = grad_output.contiguous();
   const at::Tensor map = index_map.to(indices).contiguous(), places = cells.to(indices).contiguous();
-  const at::Tensor kernel = kernel_of(weight, sizes), kernel_t = kernel.t();
-  at::Tensor grad_features = at::zeros(f.sizes(), f.options().dtype(type));
-  at::Tensor grad_kernel = at::zeros(kernel.sizes(), kernel.options().dtype(type));
-  if (sizes.A > 0 && kernel.numel() > 0) {
-    const int64_t chunk = chunk_of(sizes);
-    const at::Tensor memory = at::empty({std::min(chunk, sizes.A), sizes.columns()}, f.options());
-    for (int64_t first = 0; first < sizes.A; first += chunk) {
-      const int64_t count = std::min(chunk, sizes.A - first);
-      const at::Tensor grad_chunk = grad.narrow(0, first, count);
-      at::Tensor gathered = memory.narrow(0, 0, count);
-      gather(sizes, f, map, places, first, count, gathered);
-      grad_kernel.add_(at::cuda::mm(gathered.t(), grad_chunk));
-      at::cuda::mm_out(gathered, grad_chunk, kernel_t);
-      scatter_add(sizes, gathered, map, places, first, count, grad_features);
-    }
-  }
+  const bool on_tensor_cores =
+      !at::globalContext().deterministicAlgorithms() && tensor_core::takes(sizes, f, grad);
+  const auto [grad_features, grad_kernel] = on_tensor_cores
+      ? tensor_core::backward(sizes, grad, f, look_up(sizes, map, places), weight.contiguous())
+      : backward_gathered(sizes, grad, f, map, places, weight);
   const at::Tensor grad_weight = grad_kernel.view({sizes.kH, sizes.kW, sizes.C_in, sizes.C_out}).permute({3, 2, 0, 1});
   return {
       grad_features.to(features.scalar_type()), grad_weight.contiguous().to(weight.scalar_type()),
-      grad.sum(0, false, type).to(weight.scalar_type())};
+      grad.sum(0, false, compute_type(features)).to(weight.scalar_type())};
 }
 
 } // namespace querymask::sps

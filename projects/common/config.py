@@ -79,6 +79,16 @@ def add_common_config(cfg: CfgNode) -> None:
     # Give boundary AP (Cheng et al. 2021) beside mask AP, for data sets that COCO's evaluation is used for
     cfg.TEST.BOUNDARY_AP = False
 
+    # Inference as CUDA graphs, one for every size of a padded batch that comes more than once (SOLQ, ISDA and ISTR on
+    # a GPU): the host launches one graph in place of more than a thousand kernels
+    cfg.TEST.CUDA_GRAPHS = CfgNode()
+    cfg.TEST.CUDA_GRAPHS.ENABLED = False
+    # Sizes that are remembered; beyond, those are dropped that were not used for the longest time
+    cfg.TEST.CUDA_GRAPHS.MAX_SIZES = 8
+    # Height and width of a batch become multiples of it, so that there are fewer sizes (1: no more padding than without
+    # graphs, and the same results; beyond, they change as with the padding of a larger batch)
+    cfg.TEST.CUDA_GRAPHS.SIZE_DIVISIBILITY = 1
+
     # Write pictures of predictions beside ground truth after the final evaluation, for this many images (0: none)
     cfg.VIS_NUM_IMAGES = 8
     # Only detections with at least this score are drawn

@@ -54,7 +54,7 @@ class Canvas:
             size=size,
             padding=padding_mask(images),
             sides=numbers_to_device(rows, dtype, images.tensor.device),
-            padded=any(tuple(own) != size for own in images.image_sizes),
+            padded=has_padding(images),
         )
 
 
@@ -64,6 +64,11 @@ def padding_mask(images: ImageList) -> torch.Tensor:
     for index, (height, width) in enumerate(images.image_sizes):
         mask[index, :height, :width] = False
     return mask
+
+
+def has_padding(images: ImageList) -> bool:
+    """Whether an image is smaller than the batch."""
+    return any(tuple(size) != tuple(images.tensor.shape[-2:]) for size in images.image_sizes)
 
 
 def resize_mask(mask: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

@@ -7,17 +7,19 @@ from detectron2.structures import BitMasks, Instances
 from torchvision.ops import roi_align
 
 from querymask.common.precision import full_precision
-from querymask.common.transfer import masks_to_device, numbers_to_device
+from querymask.common.transfer import PackedMasks, masks_to_device, numbers_to_device
 
 
 def instance_masks(instances: Instances) -> torch.Tensor:
-    """Ground-truth masks of an image as (n, H, W) bool, from bitmasks or polygons."""
+    """Ground-truth masks of an image as (n, H, W) bool, from bitmasks, their bits, or polygons."""
     if not instances.has("gt_masks"):
         raise ValueError(
             "instances have no gt_masks, which the mask branch needs: let the mapper give them, or switch the branch "
             "off (for SOLQ: MODEL.SOLQ.MASK_ON False; for EffSeg: MODEL.EFFSEG.MASK_HEAD none)"
         )
     masks = instances.gt_masks
+    if isinstance(masks, PackedMasks):
+        return masks.unpack(instances.gt_classes.device)
     if not len(masks):  # Detectron2 0.5 cannot convert an empty list of polygons
         return torch.zeros(0, *instances.image_size, dtype=torch.bool, device=instances.gt_classes.device)
     if not isinstance(masks, BitMasks):

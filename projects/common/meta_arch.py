@@ -1,7 +1,8 @@
 """A meta-architecture is a backbone, a detector and a mask branch: from Detectron2's inputs to losses or detections."""
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from querymask.common.compat import has_event_storage
+from querymask.common.cuda_graphs import CudaGraphs, build_cuda_graphs
 from querymask.common.detector import Detector
 from querymask.common.images import Canvas, batch_images
 from querymask.common.mask_branch import MASK_BRANCH_REGISTRY, MaskBranch
@@ -34,6 +36,8 @@ class QuerySegmenter(nn.Module):
         mask_branch: makes their masks; None: boxes only.
         pixel_mean, pixel_std: per channel, for pixels in 0..255.
         freeze_detector: train the mask branch alone; dropout goes on in training.
+        graphs: what repeats the network in inference; None: it is run as it is.
+        graph_divisibility: with graphs, height and width are multiples of it, too.
 
     Attributes:
         detector_type: of the method.
@@ -53,8 +57,12 @@ class QuerySegmenter(nn.Module):
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         freeze_detector: bool = False,
+        graphs: CudaGraphs | None = None,
+        graph_divisibility: int = 1,
     ) -> None:
         super().__init__()
+        self.graphs = graphs
+        self.graph_divisibility = graph_divisibility
         self.backbone = backbone
         self.detector = detector
         self.mask_branch = mask_branch
@@ -93,6 +101,7 @@ class QuerySegmenter(nn.Module):
             "mask_branch": branch,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
+            **graph_arguments(cfg, [detector] if branch is None else [detector, branch]),
         }
 
     @classmethod
@@ -113,7 +122,7 @@ class QuerySegmenter(nn.Module):
     def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Instances]]:
         """Detectron2's contract: weighted losses in training, ``{"instances": Instances}`` per image otherwise."""
         images = self.preprocess(batched_inputs)
-        found, made = self.predict(images)
+        found, made = self.predict(images) if self.training else self.predict_for_inference(images)
         if self.training:
             targets = self.targets(batched_inputs)
             return self.training_losses(found, made, targets)
@@ -125,7 +134,10 @@ class QuerySegmenter(nn.Module):
 
     def preprocess(self, batched_inputs: Sequence[Mapping[str, Any]]) -> ImageList:
         """Normalise, then pad with zeros at the right and the bottom to one size."""
-        return batch_images(batched_inputs, self.pixel_mean, self.pixel_std, self.size_divisibility)
+        divisibility = self.size_divisibility
+        if self.graphs is not None and not self.training:
+            divisibility = math.lcm(max(divisibility, 1), self.graph_divisibility)
+        return batch_images(batched_inputs, self.pixel_mean, self.pixel_std, divisibility)
 
     def targets(self, batched_inputs: Sequence[Mapping[str, Any]]) -> Targets:
         """What the parts of the model learn from a batch."""
@@ -134,12 +146,28 @@ class QuerySegmenter(nn.Module):
 
     def predict(self, images: ImageList) -> tuple[Predictions, Any]:
         """What the detector finds in a batch of normalised images, and what all masks are made of."""
-        canvas = Canvas.of(images)
-        found, made = self.network(images.tensor, canvas.padding, canvas.sides, canvas.padded)
+        found, made = self.network(*self.network_inputs(images))
         return replace(found, image_sizes=images.image_sizes), made
 
+    def predict_for_inference(self, images: ImageList) -> tuple[Predictions, Any]:
+        """``predict``, as a CUDA graph where those are on: then the next call overwrites the tensors of this one."""
+        if self.graphs is None:
+            return self.predict(images)
+        found, made = self.graphs(self.network, *self.network_inputs(images))
+        return replace(found, image_sizes=images.image_sizes), made
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        if self.graphs is not None:
+            self.graphs.clear()  # parameters move
+        return super()._apply(fn, recurse)
+
+    def network_inputs(self, images: ImageList) -> tuple[Tensor, Tensor, Tensor, bool]:
+        """What ``network`` reads of a batch: tensors on the device, and constants."""
+        canvas = Canvas.of(images)
+        return images.tensor, canvas.padding, canvas.sides, canvas.padded
+
     def network(self, images: Tensor, padding: Tensor, sides: Tensor, padded: bool) -> tuple[Predictions, Any]:
-        """``predict`` from tensors on the device and constants.
+        """``predict`` from ``network_inputs``; where the parts are capturable, without a wait or a copy from the host.
 
         Args:
             images: (B, 3, H, W), normalised.
@@ -225,6 +253,24 @@ class QuerySegmenter(nn.Module):
                 if re.match(pattern, name):
                     state[prefix + re.sub(pattern, replacement, name)] = state.pop(key)
                     break
+
+
+def graph_arguments(cfg: CfgNode, parts: Sequence[Detector | MaskBranch]) -> dict[str, Any]:
+    """Arguments of the constructor of :class:`QuerySegmenter` that follow from ``TEST.CUDA_GRAPHS``.
+
+    Raises:
+        ValueError: graphs are asked for where they cannot be.
+    """
+    divisibility = cfg.TEST.CUDA_GRAPHS.SIZE_DIVISIBILITY
+    if divisibility < 1:
+        raise ValueError(f"TEST.CUDA_GRAPHS.SIZE_DIVISIBILITY is {divisibility}: set at least 1")
+    other = [type(part).__name__ for part in parts if not part.capturable]
+    if cfg.TEST.CUDA_GRAPHS.ENABLED and other:
+        raise ValueError(
+            f"TEST.CUDA_GRAPHS.ENABLED is True, but in {' and '.join(other)} values decide what is computed, which a "
+            "graph cannot follow: set it False"
+        )
+    return {"graphs": build_cuda_graphs(cfg), "graph_divisibility": divisibility}
 
 
 def feature_shapes(shapes: Mapping[str, ShapeSpec], names: Sequence[str]) -> list[ShapeSpec]:

@@ -18,6 +18,7 @@ from querymask.common.engine.checkpointer import StrictCheckpointer
 from querymask.common.engine.checks import get_key, num_classes_key
 from querymask.common.engine.class_names import shown
 from querymask.common.engine.unused_keys import check_unused_keys
+from querymask.common.transfer import instances_to_host
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,8 @@ class Predictor:
         item, reduced = self.prepare(image)
         (output,) = self.model([item])
         instances = output["instances"]
-        return instances[instances.scores >= score_threshold].to("cpu"), reduced
+        (kept,) = (instances.scores >= score_threshold).nonzero(as_tuple=True)
+        return instances_to_host(instances[kept]), reduced
 
 
 def class_names(cfg: CfgNode, of_checkpoint: Sequence[str] = ()) -> Sequence[str]:

@@ -1,7 +1,9 @@
 """Copies between the host and the model's device that do not make the host wait for a GPU: by way of pinned memory."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -79,17 +81,45 @@ class HostCopy:
         return self._values
 
 
-def masks_to_device(masks: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Masks (n, H, W) bool on the device; a GPU gets them as bits, an eighth of the bytes. See :func:`to_device`."""
-    if device.type != "cuda" or masks.device.type != "cpu" or torch.jit.is_tracing():
-        return masks.to(device)
-    packed = torch.from_numpy(np.packbits(masks.numpy(), axis=None, bitorder="little"))
-    unpacked = to_device(packed, device)[:, None].bitwise_right_shift(_bits(device)).bitwise_and_(1).to(torch.bool)
-    return unpacked.flatten()[: masks.numel()].view(masks.shape)
+@dataclass
+class PackedMasks:
+    """Masks of an image as bits, an eighth of the bytes; the field ``gt_masks`` of instances on their way to a GPU.
+
+    Attributes:
+        bits: (ceil(n * H * W / 8),) uint8, the first pixel in the lowest bit.
+        shape: (n, H, W).
+    """
+
+    bits: torch.Tensor
+    shape: tuple[int, int, int]
+
+    @classmethod
+    def pack(cls, masks: torch.Tensor) -> "PackedMasks":
+        """Masks (n, H, W) bool on the host."""
+        return cls(torch.from_numpy(np.packbits(masks.numpy(), axis=None, bitorder="little")), tuple(masks.shape))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def pin_memory(self) -> "PackedMasks":
+        """The same, from where a copy to a GPU makes nothing wait."""
+        return PackedMasks(self.bits.pin_memory(), self.shape)
+
+    def unpack(self, device: torch.device) -> torch.Tensor:
+        """(n, H, W) bool on the device. See :func:`to_device`."""
+        pixels = to_device(self.bits, device)[:, None].bitwise_right_shift(_bits(device)).bitwise_and_(1).to(torch.bool)
+        return pixels.flatten()[: math.prod(self.shape)].view(self.shape)
 
 
 def _bits(device: torch.device) -> torch.Tensor:
     return torch.arange(8, dtype=torch.uint8, device=device)
+
+
+def masks_to_device(masks: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Masks (n, H, W) bool on the device; a GPU gets them as bits. See :func:`to_device`."""
+    if device.type != "cuda" or masks.device.type != "cpu" or torch.jit.is_tracing():
+        return masks.to(device)
+    return PackedMasks.pack(masks).unpack(device)
 
 
 def instances_to_device(instances: Instances, device: torch.device) -> Instances:
@@ -100,7 +130,66 @@ def instances_to_device(instances: Instances, device: torch.device) -> Instances
             value = unrounded_boxes(to_device(value.tensor, device))
         elif isinstance(value, BitMasks):
             value = BitMasks(masks_to_device(value.tensor, device))
+        elif isinstance(value, PackedMasks):
+            value = BitMasks(value.unpack(device))
         elif isinstance(value, torch.Tensor):
             value = to_device(value, device)
         fields[name] = value
     return Instances(instances.image_size, **fields)
+
+
+def instances_to_host(instances: Instances) -> Instances:
+    """Detections on the host; a GPU is waited for once.
+
+    Masks (n, H, W) of a GPU are copied column by column, as run lengths are counted: transposed there, which takes a
+    host longer than counting. As bits they would be copied faster, but unpacking costs a host more than that.
+    """
+    copies = {}
+    for name, value in instances.get_fields().items():
+        values = value.tensor if isinstance(value, Boxes) else value
+        if isinstance(values, torch.Tensor) and values.is_cuda:
+            is_mask = values.dtype == torch.bool and values.dim() == 3
+            copies[name] = HostCopy(values.transpose(1, 2).contiguous()) if is_mask else HostCopy(values)
+    fields = instances.get_fields()
+    for name, copied in reversed(copies.items()):  # after the last one, the others are there
+        values = copied.read()
+        is_mask = values.dtype == torch.bool and values.dim() == 3
+        values = values.transpose(1, 2) if is_mask else values
+        fields = {**fields, name: Boxes(values) if isinstance(fields[name], Boxes) else values}
+    return Instances(instances.image_size, **fields)
+
+
+class HostBatch(list):
+    """Inputs of a model (Detectron2's dictionaries), which a data loader can put into pinned memory."""
+
+    @classmethod
+    def packed(cls, batch: Sequence[dict[str, Any]]) -> "HostBatch":
+        """The batch with bitmasks as bits."""
+        return cls(_with_instances(item, _packed) for item in batch)
+
+    def pin_memory(self) -> "HostBatch":
+        """The same, from where copies to a GPU make nothing wait; called by the loader's own thread."""
+        batch = HostBatch()
+        for item in self:
+            item = _with_instances(item, _pinned)
+            batch.append({key: x.pin_memory() if isinstance(x, torch.Tensor) else x for key, x in item.items()})
+        return batch
+
+
+def _with_instances(item: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """The item with its instances' fields changed."""
+    item = dict(item)
+    if "instances" in item:
+        fields = {name: change(value) for name, value in item["instances"].get_fields().items()}
+        item["instances"] = Instances(item["instances"].image_size, **fields)
+    return item
+
+
+def _packed(value: Any) -> Any:
+    return PackedMasks.pack(value.tensor) if isinstance(value, BitMasks) else value
+
+
+def _pinned(value: Any) -> Any:
+    if isinstance(value, (Boxes, BitMasks)):
+        return type(value)(value.tensor.pin_memory())
+    return value.pin_memory() if isinstance(value, (torch.Tensor, PackedMasks)) else value

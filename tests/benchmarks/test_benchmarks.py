@@ -30,6 +30,10 @@ TOOLS = {
 # Arguments of each benchmark, and a pattern that its table has
 BENCHMARKS = {
     "boundary_ap": (["--images", "1", "--objects", "2"], r"boundary AP \| +\d+\.\d+ \|"),
+    "count_instructions": (
+        ["--operators", "msda", "--listing", "tests/benchmarks/listing.txt"],
+        r"forward, float32 \| 10\.0 \|",
+    ),
     "isda_memory": (["--height", "64", "--width", "64"], r"all masks at once +\| +100 \|"),
     "istr": (
         ["--height", "64", "--width", "64", "--batch", "1", "--instances", "2", "--repeats", "1"],
@@ -49,7 +53,8 @@ def scripts(folder: str) -> set[str]:
 
 
 def test_every_script_is_run_by_a_test() -> None:
-    assert scripts("benchmarks") == set(BENCHMARKS), "give a new benchmark tiny sizes in the table above"
+    tested_elsewhere = {"gpu"}  # in test_gpu.py
+    assert scripts("benchmarks") == set(BENCHMARKS) | tested_elsewhere, "give a new benchmark tiny sizes in the table"
     assert scripts("tools") == set(TOOLS), "name the test that runs a new tool in the table above"
     for name, file in TOOLS.items():
         text = (ROOT / file).read_text()
@@ -81,8 +86,8 @@ def test_benchmark(name: str, call: Callable[..., str], monkeypatch: pytest.Monk
         monkeypatch.setattr(masks, "CHUNK_ELEMENTS", masks.CHUNK_ELEMENTS)  # put back afterwards
     else:
         arguments = [*arguments, "--save", str(tmp_path / "table.md")]
-    if name == "msda":
-        monkeypatch.setitem(module.LEVELS, "64x96", [(8, 12), (4, 6), (2, 3), (1, 2)])
+    if name == "count_instructions":
+        monkeypatch.setattr(module, "OPERATORS", {"msda": (None, module.MSDA[:1])})  # of which there is a listing
     if name == "segmentation_heads":
         monkeypatch.setattr(module, "WIDTH", 32)
     try:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from float16_training import check_float16_training
 from rounded_products import check_precision
 from torch import nn
 
@@ -66,7 +67,7 @@ def test_detector_under_autocast(make_model: MakeModel, make_batch: MakeBatch, v
         torch.testing.assert_close(loss.double(), expected[name], rtol=1e-5, atol=0, msg=name)
 
 
-@pytest.mark.parametrize(
+HEADS = pytest.mark.parametrize(
     "form",
     [
         {"MASK_HEAD": "effseg"},
@@ -77,6 +78,9 @@ def test_detector_under_autocast(make_model: MakeModel, make_batch: MakeBatch, v
     ],
     ids=["paper", "deformable encoder", "Mask R-CNN", "PointRend", "RefineMask"],
 )
+
+
+@HEADS
 def test_error_of_bfloat16(
     make_model: MakeModel,
     make_batch: MakeBatch,
@@ -86,3 +90,12 @@ def test_error_of_bfloat16(
 ) -> None:
     """At most twice that of the same network in float64 whose products alone are rounded."""
     check_precision(make_model(**form), precision_batches(), monkeypatch)
+
+
+@HEADS
+def test_training_in_float16(
+    make_model: MakeModel, make_batch: MakeBatch, form: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses that are sums have large gradients; the loss scale leaves room for them from the first step on."""
+    model = make_model(**form)
+    check_float16_training(model, [make_batch([3], [size]) for size in ((64, 96), (80, 56))], monkeypatch)

@@ -146,10 +146,12 @@ def coco_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def cfg(coco_folder: Path, tmp_path: Path, register: Callable[..., str]) -> CfgNode:
     """Config of a tiny SOLQ with dropout on the data sets "engine_train" and "engine_val"."""
+    from devices import DEVICE  # two_processes.py, which reads this file, does without tests/support
+
     register("engine_train", coco_folder / "train.json")
     register("engine_val", coco_folder / "val.json")
     cfg = get_cfg()
-    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.DEVICE = DEVICE
     cfg.MODEL.META_ARCHITECTURE = "SOLQ"
     cfg.MODEL.WEIGHTS = ""
     cfg.MODEL.BACKBONE.NAME = "build_engine_test_backbone"

@@ -12,6 +12,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluators
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Boxes, Instances
 
 from querymask.common.engine import Trainer
@@ -270,6 +271,25 @@ def test_evaluator_by_data_set(cfg: CfgNode, val: Callable[..., str], monkeypatc
     MetadataCatalog.get(name).evaluator_type = "pascal_voc"
     with pytest.raises(ValueError, match="'pascal_voc'; known are coco, lvis"):
         build_evaluator(cfg, name)
+
+
+def test_results_are_those_of_detectron2(val: Callable[..., str], tmp_path: Path) -> None:
+    """Also where masks have the memory layout that they are copied from a GPU with."""
+    name = val()
+    expected = []
+    for entry in DatasetCatalog.get(name):
+        expected += instances_to_coco_json(perfect(entry), entry["image_id"])
+
+    def by_columns(entry: dict) -> Instances:
+        instances = perfect(entry)
+        instances.pred_masks = instances.pred_masks.transpose(1, 2).contiguous().transpose(1, 2)
+        return instances
+
+    for predict in (perfect, by_columns):
+        evaluate(name, tmp_path, predict)
+        found = written(tmp_path)
+        ids = MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id
+        assert [{**result, "category_id": ids[result["category_id"]]} for result in found] == expected
 
 
 def test_table() -> None:

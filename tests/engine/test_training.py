@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +12,13 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from querymask.common.engine import Trainer, choose_device, default_setup, launch
-from querymask.common.engine.step import TrainingStep
+from querymask.common.engine.step import TrainingStep, initial_loss_scale
 
 ROOT = Path(__file__).parents[2]
 
@@ -247,3 +249,60 @@ def test_loss_scale_belongs_to_fp16(caplog: pytest.LogCaptureFixture) -> None:
             again.load_state_dict(step.state_dict())
             assert ["has no loss scale" in message for message in caplog.messages] == [True]
             caplog.clear()
+
+
+@pytest.mark.parametrize(
+    "loss, expected",
+    [(0.0, 65536), (1.0, 65536), (1.1, 32768), (4.0, 16384), (6830.3, 8), (3e6, 2**-6), (float("nan"), 1)],
+)
+def test_initial_loss_scale(loss: float, expected: float) -> None:
+    assert initial_loss_scale(torch.tensor(loss)) == expected
+
+
+def test_processes_set_out_from_the_scale_of_the_largest_loss(tmp_path: Path) -> None:
+    """Gradients are averaged scaled, so that the scale must be the same everywhere."""
+
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=rank, world_size=2)
+        (tmp_path / f"{rank}.txt").write_text(str(initial_loss_scale(torch.tensor([10.0, 3000.0][rank]))))
+
+    processes = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["16.0", "16.0"]
+
+
+class SummedSquare(nn.Module):
+    """Loss 1e4 (w - x)^2, w in float16: from a scale of 65536 the first ten steps would be lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: float) -> torch.Tensor:
+        return 1e4 * (self.w.half() - x).float().square()
+
+
+def test_no_step_is_lost_to_the_loss_scale() -> None:
+    """As in float32; and a resumed run goes on with its own scale."""
+    ways = {}
+    for dtype in (None, torch.float16):
+        model = SummedSquare()
+        step = TrainingStep(model, endless(), torch.optim.SGD(model.parameters(), lr=1e-5), 0, dtype)
+        ways[dtype] = []
+        with EventStorage():
+            for step.iter in range(5):
+                step.run_step()
+                ways[dtype].append(model.w.item())
+    assert ways[None][0] == pytest.approx(0.6) and ways[torch.float16] == pytest.approx(ways[None], rel=0.01)
+    assert step.grad_scaler.get_scale() == 0.5  # of a loss of 90,000
+
+    state = step.state_dict()
+    state["grad_scaler"]["scale"] = 0.25
+    resumed = TrainingStep(model, endless(), step.optimizer, 0, torch.float16)
+    resumed.load_state_dict(state)
+    with EventStorage():
+        resumed.run_step()
+    assert resumed.grad_scaler.get_scale() == 0.25

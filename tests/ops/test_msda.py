@@ -266,20 +266,22 @@ def test_every_instruction_set(capability):
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
-def test_deterministic_mode(device, make_msda_inputs):
-    """The CPU is deterministic; on CUDA PyTorch's own mechanism refuses the gradient of value."""
-    inputs = make_msda_inputs(device=device)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [7, 32, 64])
+def test_deterministic_mode(channels, dtype, device, make_msda_inputs):
+    """The same bits in every run, and the numbers of the ordinary mode."""
+    inputs = make_msda_inputs(queries=70, channels=channels, points=4, dtype=dtype, device=device)
+    grad = random_grad(inputs)
+    expected = gradients(multi_scale_deformable_attention, inputs, grad)
     torch.use_deterministic_algorithms(True)
     try:
-        output = multi_scale_deformable_attention(*inputs)
-        assert torch.equal(output, multi_scale_deformable_attention(*inputs))
-        if device == "cpu":
-            gradients(multi_scale_deformable_attention, inputs, random_grad(inputs))
-        else:
-            with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
-                gradients(multi_scale_deformable_attention, inputs, random_grad(inputs))
+        first, *others = [gradients(multi_scale_deformable_attention, inputs, grad) for _ in range(3)]
     finally:
         torch.use_deterministic_algorithms(False)
+    for other in others:
+        assert all(map(torch.equal, first, other))
+    for ours, theirs in zip(first, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_second_derivative_is_refused(device, make_msda_inputs):

@@ -152,6 +152,26 @@ def test_low_precision(form, dtype, device, make_sps_inputs):
         assert (ours.double() - theirs).abs().max().item() <= allowed
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
+@pytest.mark.parametrize("channels", [(8, 8), (32, 64), (64, 32), (128, 128), (24, 136)])
+def test_tensor_cores(channels, dtype, device, make_sps_inputs):
+    """Widths that GPUs with tensor cores multiply there, several tiles; TF32 and float16 hold bfloat16's numbers."""
+    sizes = {"size": (20, 21), "active": 300, "channels": channels, "dilation": (3, 2), "kernel_size": (3, 5)}
+    exact = make_sps_inputs(200, **sizes, dtype=torch.bfloat16, device=device)
+    grad = random_grad(exact)
+    exact = exact.replace_tensors([tensor.double() for tensor in exact.tensors])
+    inputs = exact.replace_tensors([tensor.to(dtype) for tensor in exact.tensors])
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        actual = gradients(sparse_conv2d, inputs, grad.to(dtype))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    tolerance = 3e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    assert all(tensor.dtype == dtype for tensor in actual)
+    assert_all_close([tensor.double() for tensor in actual], gradients(dense_conv2d, exact, grad.double()), tolerance)
+
+
 @FORMS
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
@@ -284,19 +304,19 @@ def test_bits_do_not_depend_on_threads(threads, active, channels, make_sps_input
         assert torch.equal(ours, theirs)
 
 
-def test_deterministic_mode(device, make_sps_inputs):
-    """The CPU is deterministic; on CUDA PyTorch's own mechanism refuses the gradient of features."""
-    inputs = make_sps_inputs(device=device)
+@pytest.mark.parametrize("channels", [(4, 3), (16, 8)])
+def test_deterministic_mode(channels, device, make_sps_inputs, monkeypatch):
+    """The same bits every time, where several cells share a row; and the gradients of the usual mode."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which PyTorch's own products raise
+    inputs = make_sps_inputs(5, active=70, channels=channels, dtype=torch.float32, device=device)
+    expected = gradients(sparse_conv2d, inputs, random_grad(inputs))
     torch.use_deterministic_algorithms(True)
     try:
-        if device == "cpu":
-            first, second = (gradients(sparse_conv2d, inputs, random_grad(inputs)) for _ in range(2))
-            assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, second, strict=True))
-        else:
-            with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
-                gradients(sparse_conv2d, inputs, random_grad(inputs))
+        first, second = (gradients(sparse_conv2d, inputs, random_grad(inputs)) for _ in range(2))
     finally:
         torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, second, strict=True))
+    assert_all_close(first, expected, 3e-5)
 
 
 def test_second_derivative_is_refused(device, make_sps_inputs):

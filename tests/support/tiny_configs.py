@@ -3,6 +3,7 @@
 from typing import Any
 
 from detectron2.config import CfgNode
+from devices import DEVICE
 from tool_loader import load_tool
 
 zoo = load_tool("make_model_zoo")
@@ -11,7 +12,7 @@ NUM_CLASSES = 5
 # A multiple of 16: oneDNN of torch 2.15 writes beyond its memory in the backward pass of a 1x1 convolution of stride 2
 # that reads 8 channels in the channels-last layout, for three images and two threads.
 BACKBONES: dict[str, Any] = {
-    "MODEL.DEVICE": "cpu",
+    "MODEL.DEVICE": DEVICE,
     "MODEL.WEIGHTS": "",
     "MODEL.RESNETS.STEM_OUT_CHANNELS": 16,
     "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,

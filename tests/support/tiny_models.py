@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from detectron2.config import CfgNode
+from devices import DEVICE
 
 from querymask import get_cfg
 
@@ -17,7 +18,7 @@ def tiny_cfg(meta_architecture: str, features: list[str], settings: Mapping[str,
         settings: keys of that node; one that it lacks is an error.
     """
     cfg = get_cfg()
-    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.DEVICE = DEVICE
     cfg.MODEL.META_ARCHITECTURE = meta_architecture
     cfg.MODEL.WEIGHTS = ""
     cfg.MODEL.BACKBONE.NAME = "build_basic_resnet_backbone"

@@ -4,12 +4,13 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from querymask.common.transfer import HostBatch
 
 EPOCH, SAMPLE, STEP, START = range(4)
 """What a random number is for: the order of an epoch, the augmentation of a sample, a training step, initialisation."""
@@ -156,6 +157,9 @@ class TrainLoader:
         batch_size: images of all processes together.
         groups: see :class:`TrainingBatchSampler`.
         repeat_factors: see :func:`repeated_epoch`; None: every image once in an epoch.
+        pin_memory: batches come in pinned memory, from where they are copied to a GPU without waiting; a thread of
+            the loader puts them there if there are workers.
+        pack_masks: bitmasks come as :class:`querymask.common.transfer.PackedMasks`.
     """
 
     def __init__(
@@ -167,9 +171,13 @@ class TrainLoader:
         seed: int = 0,
         groups: Sequence[int] | None = None,
         repeat_factors: torch.Tensor | None = None,
+        pin_memory: bool = False,
+        pack_masks: bool = False,
     ) -> None:
         self.dataset = dataset
         self.mapper = mapper
+        self.pin_memory = pin_memory
+        self.pack_masks = pack_masks
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
@@ -194,9 +202,6 @@ class TrainLoader:
             SeededDataset(self.dataset, self.mapper, self.seed),
             batch_sampler=self._sampler(),
             num_workers=self.num_workers,
-            collate_fn=_identity,
+            collate_fn=HostBatch.packed if self.pack_masks else HostBatch,
+            pin_memory=self.pin_memory and torch.cuda.is_available(),
         )
-
-
-def _identity(batch: list[dict]) -> list[Any]:
-    return batch

@@ -1,6 +1,7 @@
 """One training step: forward, backward, optimiser, and what is kept for the log."""
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -15,6 +16,28 @@ from querymask.common.engine.sampling import STEP, mix_seed, seed_everything
 
 logger = logging.getLogger(__name__)
 
+LARGEST_SCALE = 2.0**16
+"""Of losses, to begin with: float16 ends there."""
+
+
+def initial_loss_scale(loss: torch.Tensor) -> float:
+    """The power of two from which the loss scale of float16 sets out: the largest up to 65536, scaled by which the loss
+    of the first batch is within float16.
+
+    ``GradScaler`` sets out from 65536, which suits a loss of one. Losses that are sums over a batch are thousands, and
+    their gradients hundreds: the scale would have to be halved ten times, of which each costs an iteration.
+
+    Args:
+        loss: of the first batch, a scalar. All processes get the scale of the largest.
+    """
+    largest = loss.detach().float().clone()
+    if comm.get_world_size() > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    value = float(largest)
+    if not math.isfinite(value):
+        return 1.0  # no scale helps: write_metrics says so
+    return LARGEST_SCALE / 2.0 ** math.ceil(math.log2(max(value, 1.0)))
+
 
 class TrainingStep:
     """Runs steps and keeps their losses on the device until :meth:`write_metrics`.
@@ -28,7 +51,7 @@ class TrainingStep:
     Args:
         model: gives a dict of losses (scalars) when it is called with a batch in training mode.
         data_loader: gives batches; ``iter`` must be cheap until the first ``next``.
-        autocast: type of mixed precision, None for none; float16 has a loss scale.
+        autocast: type of mixed precision, None for none; float16 has a loss scale, which fits the first batch's loss.
     """
 
     def __init__(
@@ -48,6 +71,7 @@ class TrainingStep:
         self.device_type = next(model.parameters()).device.type
         self.autocast = autocast
         self.grad_scaler = torch.amp.GradScaler(self.device_type, enabled=autocast == torch.float16)
+        self._scale_is_known = not self.grad_scaler.is_enabled()
         self._batches: Iterator | None = None
         self._pending: list[tuple[int, tuple[str, ...], torch.Tensor]] = []
 
@@ -68,6 +92,8 @@ class TrainingStep:
                 losses = {"total_loss": losses}
             total = sum(losses.values())
         self.optimizer.zero_grad(set_to_none=True)
+        if not self._scale_is_known:
+            self._set_scale(initial_loss_scale(total))
         self.grad_scaler.scale(total).backward()
         self.grad_scaler.unscale_(self.optimizer)  # clipping inside step() must see the true gradients
         self.grad_scaler.step(self.optimizer)
@@ -76,6 +102,10 @@ class TrainingStep:
         self._keep(losses)
         if comm.is_main_process():
             get_event_storage().put_scalar("data_time", data_time)
+
+    def _set_scale(self, scale: float) -> None:
+        self.grad_scaler.load_state_dict({**self.grad_scaler.state_dict(), "scale": scale})
+        self._scale_is_known = True
 
     def close(self) -> None:
         """Stop the workers of the data loader now; left to the garbage collector, that can take five seconds each."""
@@ -129,6 +159,7 @@ class TrainingStep:
         if self.grad_scaler.is_enabled():
             if state.get("grad_scaler"):
                 self.grad_scaler.load_state_dict(state["grad_scaler"])
+                self._scale_is_known = True
             else:
                 logger.info("the checkpoint has no loss scale, as it is not of training in fp16: a new one is found")
         elif state.get("grad_scaler"):

@@ -33,7 +33,7 @@ from querymask.common.engine.class_names import check_class_names, choose_class_
 from querymask.common.engine.sampling import TrainLoader
 from querymask.common.engine.setup import choose_seed, training_dtype
 from querymask.common.engine.step import TrainingStep
-from querymask.common.engine.unused_keys import check_unused_keys
+from querymask.common.engine.unused_keys import METHODS, check_unused_keys
 from querymask.common.evaluation import build_evaluator, results_table
 from querymask.common.evaluation.build import num_queries, results_folder
 from querymask.common.evaluation.class_file import write_class_file
@@ -219,7 +219,11 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
-        """Endless batches of ``SOLVER.IMS_PER_BATCH`` images (of all processes together)."""
+        """Endless batches of ``SOLVER.IMS_PER_BATCH`` images (of all processes together).
+
+        For a GPU they are in pinned memory, and masks are bits, which the project's models read.
+        """
+        on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
         mapper = InstanceMapper(cfg, is_train=True)
         dicts = read_training_set(
             cfg.DATASETS.TRAIN,
@@ -236,6 +240,8 @@ class Trainer(DefaultTrainer):
             seed=cfg.SEED,
             groups=[int(d["width"] > d["height"]) for d in dicts] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
             repeat_factors=_repeat_factors(cfg, dicts),
+            pin_memory=on_gpu,
+            pack_masks=on_gpu and cfg.MODEL.META_ARCHITECTURE in METHODS,
         )
 
     @classmethod

@@ -194,6 +194,10 @@ def _conditions(cfg: CfgNode) -> Iterator[tuple[str, str, bool]]:
         yield "DATALOADER.REPEAT_THRESHOLD", reason, True
     if not cfg.TEST.PRECISE_BN.ENABLED:
         yield "TEST.PRECISE_BN.NUM_ITER", "set TEST.PRECISE_BN.ENABLED True", True
+    if cfg.MODEL.META_ARCHITECTURE not in METHODS:
+        yield "TEST.CUDA_GRAPHS", "only SOLQ, ISDA and ISTR read it", True
+    elif not cfg.TEST.CUDA_GRAPHS.ENABLED:
+        yield "TEST.CUDA_GRAPHS", "TEST.CUDA_GRAPHS.ENABLED is False", False
     if inputs.LSJ.ENABLED:
         for key in ("MIN_SIZE_TRAIN", "MIN_SIZE_TRAIN_SAMPLING", "MAX_SIZE_TRAIN"):
             yield f"INPUT.{key}", "INPUT.LSJ.ENABLED is True", False

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -11,6 +12,7 @@ from querymask.common.data.image_files import ImageReader
 from querymask.common.evaluation.coco import InstanceEvaluator
 from querymask.common.evaluation.pictures import PictureWriter
 from querymask.common.fonts import set_font
+from querymask.common.transfer import instances_to_host
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
@@ -45,7 +47,15 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     set_font(cfg.VIS_FONT)
     reader = ImageReader.from_config(cfg)
     pictures = PictureWriter(dataset_name, folder, cfg.VIS_NUM_IMAGES, cfg.VIS_SCORE_THRESHOLD, reader)
-    return DatasetEvaluators([evaluator, pictures])
+    return HostEvaluators([evaluator, pictures])
+
+
+class HostEvaluators(DatasetEvaluators):
+    """Evaluators of the same predictions, which are copied to the host once."""
+
+    def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
+        outputs = [{**output, "instances": instances_to_host(output["instances"])} for output in outputs]
+        super().process(inputs, outputs)
 
 
 def results_folder(cfg: CfgNode, dataset_name: str) -> str:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pycocotools.mask as mask_util
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
@@ -26,6 +27,7 @@ from querymask.common.evaluation.boundary import BoundaryEval
 from querymask.common.evaluation.lvis import FederatedEval, best_of_images, check_lvis, frequency_groups
 from querymask.common.evaluation.scores import MAX_DETECTIONS, METRICS, evaluate, load_results
 from querymask.common.evaluation.truth import category_ids, dataset_truth, index
+from querymask.common.transfer import instances_to_host
 
 Results = list[dict[str, Any]]
 Scores = dict[str, dict[str, float]]
@@ -98,7 +100,7 @@ class InstanceEvaluator(DatasetEvaluator):
 
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
         for record, output in zip(inputs, outputs, strict=True):
-            instances = output["instances"].to("cpu")
+            instances = instances_to_host(output["instances"])
             self._given |= {what for what in ("boxes", "masks") if instances.has(f"pred_{what}")}
             self._seen.append(record["image_id"])
             self._predictions += _to_results(instances, record["image_id"])
@@ -230,13 +232,16 @@ def tell_limits(name: str, counts: Mapping[Any, int], max_detections: int, num_q
 
 
 def _to_results(instances: Instances, image_id: Any) -> Results:
-    """Detectron2's conversion needs boxes: where there are none, it is given some, and they are taken out again."""
-    if instances.has("pred_boxes"):
-        return instances_to_coco_json(instances, image_id)
-    boxes = Boxes(torch.zeros(len(instances), 4))
-    results = instances_to_coco_json(
-        Instances(instances.image_size, **instances.get_fields(), pred_boxes=boxes), image_id
-    )
-    for result in results:
-        del result["bbox"]
+    """Detectron2's conversion needs boxes, and counts run lengths mask by mask: it is given boxes alone."""
+    fields = dict(instances.get_fields())
+    masks = fields.pop("pred_masks", None)
+    boxes = fields.get("pred_boxes", Boxes(torch.zeros(len(instances), 4)))
+    results = instances_to_coco_json(Instances(instances.image_size, **{**fields, "pred_boxes": boxes}), image_id)
+    if "pred_boxes" not in fields:
+        for result in results:
+            del result["bbox"]
+    if masks is not None and results:
+        columns = masks.to(torch.bool).transpose(1, 2).contiguous().view(torch.uint8)  # (n, W, H)
+        for result, lengths in zip(results, mask_util.encode(columns.numpy().transpose(2, 1, 0)), strict=True):
+            result["segmentation"] = {"size": lengths["size"], "counts": lengths["counts"].decode("utf-8")}
     return results

@@ -35,9 +35,10 @@ def sparse_conv2d(
     Runs the compiled kernels on CPU and CUDA, and its PyTorch form elsewhere or where they are missing. The kernels
     look up the neighbours themselves, gather a tile of them at a time and save no more than their inputs for the
     backward pass. Under autocast features, weight and bias take autocast's type. float16 and bfloat16 are summed in
-    float32. Differentiable once with respect to features, weight and bias. On the CPU the result has the same bits for
-    any number of threads; on CUDA the gradient of ``features`` is summed in no fixed order, which
-    ``torch.use_deterministic_algorithms`` refuses.
+    float32. float32 itself is rounded to TF32 on CUDA where PyTorch's products are
+    (``torch.set_float32_matmul_precision``). Differentiable once with respect to features, weight and bias. On the CPU
+    the result has the same bits for any number of threads; on CUDA the gradient of ``features`` is summed in no fixed
+    order, unless ``torch.use_deterministic_algorithms`` asks for one, which takes more time.
 
     Args:
         features: [N, C_in] in float16, bfloat16, float32 or float64.

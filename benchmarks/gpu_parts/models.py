@@ -1,0 +1,206 @@
+"""Training steps and inference of the four R50 methods: time, memory, and how often the host waits for the device."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import querymask  # before Detectron2, which it makes importable on current libraries
+
+# isort: split
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from istr import make_batch
+from torch import nn
+
+from gpu_parts.device import Waits, count_waits
+from gpu_parts.operators import PRECISIONS
+from gpu_parts.rates import set_tf32
+from gpu_parts.results import Cell, Part
+from gpu_parts.sizes import Sizes
+from querymask.common.engine.step import TrainingStep
+from querymask.common.measuring import median_time, peak_memory
+from querymask.common.solver import build_optimizer
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tools"))
+from make_model_zoo import prepare_for_measurement  # noqa: E402
+
+METHODS = {"solq": "SOLQ", "isda": "ISDA", "istr": "ISTR", "effseg": "EffSeg"}
+INSTANCES = 7  # of an image, as COCO has on average
+COLUMNS = (
+    "model",
+    "precision",
+    "step ms",
+    "images/s",
+    "waits",
+    "peak MiB",
+    "inference ms",
+    "waits ",
+    "peak MiB ",
+    "detections",
+)
+
+
+def config(method: str, sizes: Sizes, graphs: bool = False) -> CfgNode:
+    """Of the method's R50 model, on the device, with random weights; ``graphs``: as CUDA graphs in inference."""
+    cfg = querymask.get_cfg()
+    cfg.merge_from_file(str(ROOT / "projects" / method / "configs" / f"{method}_r50.yaml"))
+    cfg.merge_from_list(["MODEL.DEVICE", "cuda", "MODEL.WEIGHTS", "", "SOLVER.WARMUP_ITERS", 0])
+    cfg.merge_from_list(["TEST.CUDA_GRAPHS.ENABLED", graphs, *sizes.model_settings(method)])
+    return cfg
+
+
+@dataclass
+class Subject:
+    """A model with what it trains on and is asked to find."""
+
+    cfg: CfgNode
+    model: nn.Module
+    batch: list[dict[str, Any]]
+
+    @classmethod
+    def make(cls, method: str, sizes: Sizes, graphs: bool = False) -> "Subject":
+        torch.manual_seed(0)
+        cfg = config(method, sizes, graphs)
+        model = build_model(cfg)
+        prepare_for_measurement(model)
+        classes = cfg.MODEL[cfg.MODEL.META_ARCHITECTURE.upper()].NUM_CLASSES
+        return cls(cfg, model, make_batch(sizes.batch, (sizes.height, sizes.width), INSTANCES, classes))
+
+    def training(self, dtype: torch.dtype | None) -> Callable[[], None]:
+        """A step of the project's own trainer; the weights stay what they are."""
+        optimizer = build_optimizer(self.cfg, self.model)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        step = TrainingStep(self.model, [self.batch] * 10_000, optimizer, 0, dtype)
+
+        def run() -> None:
+            self.model.train()
+            with EventStorage(1) as storage:  # statistics are logged in iteration 0 and seldom after it
+                step.iter = storage.iter
+                step.run_step()
+
+        return run
+
+    def inference(self, dtype: torch.dtype | None) -> Callable[[], list[dict[str, Any]]]:
+        """Detections of the first image."""
+        image = {key: value for key, value in self.batch[0].items() if key != "instances"}
+
+        def run() -> list[dict[str, Any]]:
+            self.model.eval()
+            with torch.no_grad(), torch.autocast("cuda", dtype, enabled=dtype is not None):
+                return self.model([image])
+
+        return run
+
+
+@contextmanager
+def precision(name: str) -> Iterator[torch.dtype | None]:
+    """Inside, products are computed in it; gives the type for autocast."""
+    dtype, tf32 = PRECISIONS[name]
+    before = set_tf32(tf32)
+    try:
+        yield None if dtype == torch.float32 else dtype
+    finally:
+        set_tf32(before)
+
+
+def measure(subject: Subject, dtype: torch.dtype | None, sizes: Sizes) -> tuple[list[Cell], list[tuple[str, Waits]]]:
+    """The cells of ``COLUMNS`` after the second, and the waits of training and inference."""
+    step, step_waits = measure_run(subject.training(dtype), sizes)
+    detect = subject.inference(dtype)
+    detection, detection_waits = measure_run(detect, sizes)
+    found = len(detect()[0]["instances"])
+    cells = [step[0], 1e3 * sizes.batch / step[0], *step[1:], *detection, found]
+    return cells, [("training", step_waits), ("inference", detection_waits)]
+
+
+def measure_run(run: Callable[[], object], sizes: Sizes) -> tuple[tuple[float, int | None, float], Waits]:
+    """Milliseconds, waits and peak MiB; and the waits with their lines."""
+    milliseconds = median_time(run, "cuda", sizes.steps, warmup=min(sizes.steps, 3))
+    waits = count_waits(run, sizes.pretended)
+    return (milliseconds, waits.number, peak_memory(run, "cuda")), waits
+
+
+def run_eager(part: Part, sizes: Sizes) -> None:
+    """As they are."""
+    introduce(part, sizes)
+    row = part.table("Eager", *COLUMNS)
+    found: list[tuple[str, str, str, int]] = []
+    for method, title in METHODS.items():
+        with part.attempt(title, row, title, None):
+            subject = Subject.make(method, sizes)
+            for name in sizes.precisions:
+                if part.is_over(row, title, name):
+                    continue
+                with part.attempt(f"{title}, {name}", row, title, name), precision(name) as dtype:
+                    cells, waits = measure(subject, dtype, sizes)
+                    row(title, name, *cells)
+                    if name == "fp32":
+                        found += [(title, k, line, n) for k, w in waits for line, n in w.lines.items()]
+            del subject
+    line_row = part.table("Where the host waits, in fp32", "model", "", "line", "waits")
+    for cells in found:
+        line_row(*cells)
+
+
+def run_compiled(part: Part, sizes: Sizes) -> None:
+    """The network, from normalised images to what losses and detections are made of, through ``torch.compile``."""
+    introduce(part, sizes)
+    part.note("`torch.compile` of the method `network`; matching, losses and what follows the network stay eager.")
+    row = part.table("Compiled", *COLUMNS, "compilation s")
+    for name in ("bf16", "fp32", "TF32"):
+        for method, title in METHODS.items():
+            if sizes.pretended:
+                row(title, name, "skipped: the device is pretended")
+                continue
+            if part.is_over(row, title, name):
+                continue
+            with part.attempt(f"{title}, {name}", row, title, name), precision(name) as dtype:
+                torch._dynamo.reset()
+                subject = Subject.make(method, sizes)
+                subject.model.network = torch.compile(subject.model.network)
+                seconds = sum(
+                    median_time(run, "cuda", 1, warmup=0) / 1e3
+                    for run in (subject.training(dtype), subject.inference(dtype))
+                )
+                row(title, name, *measure(subject, dtype, sizes)[0], seconds)
+                del subject
+
+
+def run_graphs(part: Part, sizes: Sizes) -> None:
+    """Inference with ``TEST.CUDA_GRAPHS``."""
+    introduce(part, sizes)
+    part.note("Inference with `TEST.CUDA_GRAPHS.ENABLED True`. Training as a graph: not available.")
+    row = part.table("As CUDA graphs", "model", "precision", *COLUMNS[6:])
+    for method, title in METHODS.items():
+        if method == "effseg":
+            row(title, None, "not available: what it computes depends on the number of its regions")
+            continue
+        with part.attempt(title, row, title, None):
+            subject = Subject.make(method, sizes, graphs=True)
+            for name in sizes.precisions:
+                if part.is_over(row, title, name):
+                    continue
+                with part.attempt(f"{title}, {name}", row, title, name), precision(name) as dtype:
+                    detect = subject.inference(dtype)
+                    for _ in range(2):  # an ordinary call, and the capture
+                        detect()
+                    cells, _ = measure_run(detect, sizes)
+                    row(title, name, *cells, len(detect()[0]["instances"]))
+            del subject
+
+
+def introduce(part: Part, sizes: Sizes) -> None:
+    """What the tables show."""
+    part.note(
+        f"Random weights; images of {sizes.height}x{sizes.width} with {INSTANCES} objects each. A step is one of the "
+        f"trainer's with {sizes.batch} images, from images in the host's memory to the changed weights; inference is "
+        f"of one image. Medians of {sizes.steps}. Waits: of the host for the device in one step or image. bf16 and "
+        "fp16 are autocast's. MiB: peak beyond the weights and what the step keeps."
+    )

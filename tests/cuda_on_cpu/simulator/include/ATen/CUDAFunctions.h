@@ -1,0 +1,14 @@
+// The GPU's BLAS, by the CPU's.
+
+#pragma once
+
+#include <ATen/CPUFunctions.h>
+
+namespace at::cuda {
+
+using at::cpu::addmm;
+using at::cpu::addmm_out;
+using at::cpu::mm;
+using at::cpu::mm_out;
+
+} // namespace at::cuda
