@@ -7,6 +7,7 @@ Data flow (n regions, C width, S side of a mask)::
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from detectron2.config import CfgNode
@@ -109,7 +110,11 @@ class RegionBranch(MaskBranch):
         index = pairs.target - to_device(starts, pairs.target.device)[pairs.image]
         regions = self.matched_regions(found, targets, pairs)
         losses = self.head.losses(made, found.canvas.size, regions, RegionTargets(truth, index))
-        return [LossTerm(name, value / normalizers.targets) for name, value in losses.items()]
+        terms = [LossTerm(name, value / normalizers.targets) for name, value in losses.items()]
+        if not len(regions):  # the head has read no map, so that finer levels lack a gradient
+            zero = 0 * sum(parameter.sum() for parameter in self.finer_levels.parameters())
+            terms[0] = replace(terms[0], value=terms[0].value + zero)
+        return terms
 
     def matched_regions(self, found: Predictions, targets: Targets, pairs: Assignment) -> Regions:
         """The matched queries with their predicted boxes and the classes of their targets.
