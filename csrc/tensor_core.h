@@ -33,13 +33,6 @@ __device__ inline void copy_async_16_cached(void* shared, const void* global, bo
                : "memory");
 }
 
-// The same for 4 bytes.
-__device__ inline void copy_async_4(void* shared, const void* global, bool wanted) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared_address(shared)), "l"(global),
-               "r"(wanted ? 4 : 0)
-               : "memory");
-}
-
 // Makes a group of the copies that this thread has started since the last group.
 __device__ inline void copy_async_commit() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");

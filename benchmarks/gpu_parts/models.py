@@ -50,8 +50,9 @@ def config(method: str, sizes: Sizes, graphs: bool = False) -> CfgNode:
     """Of the method's R50 model, on the device, with random weights; ``graphs``: as CUDA graphs in inference."""
     cfg = querymask.get_cfg()
     cfg.merge_from_file(str(ROOT / "projects" / method / "configs" / f"{method}_r50.yaml"))
+    cfg.merge_from_list(sizes.model_settings(method))
     cfg.merge_from_list(["MODEL.DEVICE", "cuda", "MODEL.WEIGHTS", "", "SOLVER.WARMUP_ITERS", 0])
-    cfg.merge_from_list(["TEST.CUDA_GRAPHS.ENABLED", graphs, *sizes.model_settings(method)])
+    cfg.merge_from_list(["TEST.CUDA_GRAPHS.ENABLED", graphs])
     return cfg
 
 

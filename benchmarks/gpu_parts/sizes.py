@@ -1,7 +1,11 @@
 """How much the parts measure: on a card, and in a trial run without one."""
 
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,6 @@ class Sizes:
         active, channels: of sparse maps.
         height, width: of the models' images.
         precisions: of the models.
-        overrides: of the models' configs below ``MODEL``, by method, and of all of them by "".
         loader_batches, workers: that are timed; numbers of processes to try.
         iterations, train_images, val_images: of the training; None: as the config and data set have them.
         box_ap50: that the training must reach; None: any.
@@ -36,7 +39,6 @@ class Sizes:
     height: int = 800
     width: int = 1066
     precisions: tuple[str, ...] = ("fp32", "TF32", "bf16", "fp16")
-    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     loader_batches: int = 40
     workers: tuple[int, ...] = (0, 4, 12)
     iterations: int | None = None
@@ -45,10 +47,21 @@ class Sizes:
     # The same training has 42.4 on a CPU (docs/results/README.md); sums in another order move it by a few points
     box_ap50: float | None = 35.0
 
-    def model_settings(self, method: str) -> list[Any]:
-        """``overrides`` of a method, as keys and values in turn."""
-        chosen = {**self.overrides.get("", {}), **self.overrides.get(method, {})}
-        return [item for key, value in chosen.items() for item in (f"MODEL.{key}", value)]
+    def model_settings(self, method: str, backbone: bool = True) -> list[Any]:
+        """Keys of a method's config and values in turn: in a trial run those that the tests make models small with.
+
+        Args:
+            backbone: with those of backbones, of any kind.
+        """
+        if not self.pretended:
+            return []
+        support = str(ROOT / "tests" / "support")
+        if support not in sys.path:
+            sys.path.append(support)
+        from tiny_configs import BACKBONES, REDUCED
+
+        chosen = {**(BACKBONES if backbone else {}), **REDUCED[method]}
+        return [item for pair in chosen.items() for item in pair]
 
 
 CARD = Sizes()
@@ -65,13 +78,6 @@ TRIAL = Sizes(
     height=64,
     width=96,
     precisions=("fp32", "bf16"),
-    overrides={
-        "": {"RESNETS.STEM_OUT_CHANNELS": 16, "RESNETS.RES2_OUT_CHANNELS": 16, "RESNETS.WIDTH_PER_GROUP": 16},
-        "solq": {"SOLQ.HIDDEN_DIM": 32, "SOLQ.NUM_QUERIES": 6, "SOLQ.ENC_LAYERS": 1, "SOLQ.DIM_FEEDFORWARD": 32},
-        "isda": {"ISDA.HIDDEN_DIM": 64, "ISDA.NUM_QUERIES": 12, "ISDA.ENC_LAYERS": 1, "ISDA.DIM_FEEDFORWARD": 32},
-        "istr": {"FPN.OUT_CHANNELS": 16, "ISTR.HIDDEN_DIM": 16, "ISTR.NUM_QUERIES": 6, "ISTR.DIM_DYNAMIC": 4},
-        "effseg": {"EFFSEG.HIDDEN_DIM": 64, "EFFSEG.DEC_LAYERS": 2, "EFFSEG.REFINEMENTS": 300},
-    },
     loader_batches=2,
     workers=(0,),
     iterations=2,

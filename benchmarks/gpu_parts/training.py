@@ -29,6 +29,7 @@ def config(name: str, sizes: Sizes, output: str) -> CfgNode:
     train, val = (
         dataset(split, number) for split, number in (("train", sizes.train_images), ("val", sizes.val_images))
     )
+    cfg.merge_from_list(sizes.model_settings("solq", backbone=False))
     settings: dict[str, Any] = {
         "DATASETS.TRAIN": (train,),
         "DATASETS.TEST": (val,),
@@ -41,7 +42,8 @@ def config(name: str, sizes: Sizes, output: str) -> CfgNode:
     }
     for key, value in settings.items():
         cfg.merge_from_list([key, value])
-    cfg.merge_from_list(sizes.model_settings("solq"))
+    if sizes.pretended:
+        cfg.merge_from_list(["INPUT.MIN_SIZE_TRAIN", (sizes.height,), "INPUT.DETR_CROP.ENABLED", False])
     if sizes.iterations is not None:
         cfg.merge_from_list(["SOLVER.MAX_ITER", sizes.iterations, "SOLVER.STEPS", ()])
     return cfg

@@ -53,9 +53,9 @@ class Processes:
         """
         if self.count == 1:
             return sample(len(images))
-        own = images.bincount(minlength=num_images)
+        own = (images[:, None] == torch.arange(num_images, device=images.device)).sum(0)  # bincount waits for a GPU
         counts = self._gather(own)  # (processes, images)
-        rows = sample(int(counts.sum()))
+        rows = sample(int(counts.sum()))  # the only wait for a GPU: how many rows there are in all
         dist.broadcast(rows, 0)
         ends = counts.t().flatten().cumsum(0).view(num_images, self.count)  # image i of process p is image (i, p)
         shifts = (ends - counts.t())[:, comm.get_rank()] - (own.cumsum(0) - own)
@@ -75,11 +75,12 @@ class Processes:
         highest = scores.new_full((count,), -torch.inf)
         own = scores.topk(min(count, len(scores))).values
         highest[: len(own)] = own
-        valid = torch.arange(count, device=scores.device) < len(own)  # a score may itself be -inf
-        every, valid = self._gather(highest).flatten(), self._gather(valid.to(scores.dtype)).flatten() > 0
-        order = every.argsort(descending=True, stable=True)
-        order = order[valid[order]][:count]
-        return int((order.div(count, rounding_mode="floor") == comm.get_rank()).sum())
+        places = torch.arange(count, device=scores.device)
+        every, valid = self._gather(torch.stack((highest, (places < len(own)).to(scores.dtype)))).unbind(1)
+        order = every.flatten().argsort(descending=True, stable=True)
+        order = order[valid.flatten()[order].argsort(descending=True, stable=True)]  # a score may itself be -inf
+        chosen = (order.div(count, rounding_mode="floor") == comm.get_rank())[:count] & (places < valid.sum())
+        return int(chosen.sum())  # the only wait for a GPU
 
     def _gather(self, values: Tensor) -> Tensor:
         """(...) of every process -> (processes, ...)."""

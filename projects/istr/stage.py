@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from querymask.common.precision import full_precision
+from querymask.common.precision import full_precision, without_autocast
 from querymask.common.roi_pooling import FeaturePyramid
 
 CENTER_DIVISOR = 2.0
@@ -148,7 +148,10 @@ class RefinementStage(nn.Module):
         images = torch.arange(batch, device=boxes.device)[:, None].expand(-1, number).flatten()
         crops = pyramid.pool(boxes.flatten(0, 1), images, self.pool_size)
 
-        attended = self.self_attn(features, features, features, need_weights=False)[0]
+        # The first stage's queries are sums of maps that nothing has normalised: their products may exceed float16
+        with without_autocast(features.device):
+            queries = full_precision(features)
+            attended = self.self_attn(queries, queries, queries, need_weights=False)[0]
         x = self.norm1(features + self.dropout(attended))
         interaction = self.inst_interact(x.flatten(0, 1), crops).view_as(x)
         x = self.norm2(x + self.dropout(interaction))

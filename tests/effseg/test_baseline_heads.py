@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -187,6 +188,24 @@ def test_autocast(head_class: type[ClassMaskHead]) -> None:
     sum(losses.values()).backward()
     assert masks.dtype == torch.float32 and masks.isfinite().all()
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+
+
+@torch.no_grad()
+def test_last_logits_of_refine_mask_may_exceed_float16() -> None:
+    """Random weights make them hundreds of times as large as the maps, and more than anything before them."""
+    torch.manual_seed(0)
+    head = RefineMaskHead(4 * WIDTH, NUM_CLASSES)
+    maps, regions = [x.repeat(1, 4, 1, 1) for x in make_maps(2, torch.float32)], make_regions(dtype=torch.float32)
+    regions = replace(regions, queries=regions.queries.repeat(1, 4))
+    largest = max(float(x.abs().max()) for x in head.predict_stages(maps, regions))
+    factor = 80000 / largest
+    maps, regions = [factor * x for x in maps], replace(regions, queries=factor * regions.queries)
+    expected = head.predict_stages(maps, regions)
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = head.predict_stages(maps, regions)
+    assert expected[-1].half().isinf().any() and all(x.half().isfinite().all() for x in expected[:-1])
+    for logits, exact in zip(found, expected):
+        assert (logits - exact).norm() < 0.01 * exact.norm()
 
 
 @torch.no_grad()

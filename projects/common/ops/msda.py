@@ -30,8 +30,8 @@ def multi_scale_deformable_attention(
     Runs the compiled kernels on CPU and CUDA, and its PyTorch form elsewhere or where they are missing. Under autocast
     value and weights take autocast's type, the locations stay as they are. The sums are in float32 (float64 for
     float64). Differentiable once with respect to the three tensors. On CUDA the gradient of ``value`` is summed in no
-    fixed order; under ``torch.use_deterministic_algorithms`` it is, from run to run with the same bits, after a sort that
-    takes about 30 bytes of memory for each of the B*Q*M*L*P samples.
+    fixed order; under ``torch.use_deterministic_algorithms`` it is, with the same bits from run to run, after a sort
+    that takes about 30 bytes of memory for each of the B*Q*M*L*P samples.
 
     Args:
         value: [B, S, M, D] in float16, bfloat16, float32 or float64: the levels' tokens, row-major, concatenated.

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
 
-from querymask.common.precision import full_precision
+from querymask.common.precision import full_precision, without_autocast
 from querymask.effseg.heads.class_masks import ClassMaskHead, class_channels, mask_targets
 from querymask.effseg.heads.points import cell_centres, sample_map
 from querymask.effseg.regions import ROI_SIZE, Regions, RegionTargets, pool_regions
@@ -167,7 +167,8 @@ class RefineMaskHead(ClassMaskHead):
             features = stage(features, masks[-1], semantic, regions)
             if number < len(self.stages):
                 features = F.interpolate(features, scale_factor=2, mode="bilinear", align_corners=False)
-        mask = full_precision(self.classifiers[-1](features)[:, 0])
+        with without_autocast(features.device):  # logits are thousands at first: its initial weights are above one
+            mask = self.classifiers[-1](full_precision(features))[:, 0]
         masks.append(resize(mask, 2 * mask.shape[1]))
         return masks
 

@@ -17,9 +17,6 @@ inline void copy_async_16(void* shared, const void* global, bool wanted) {
 inline void copy_async_16_cached(void* shared, const void* global, bool wanted) {
   ::simulated::start_copy(shared, global, 16, wanted);
 }
-inline void copy_async_4(void* shared, const void* global, bool wanted) {
-  ::simulated::start_copy(shared, global, 4, wanted);
-}
 inline void copy_async_commit() {
   ::simulated::commit_copies();
 }
