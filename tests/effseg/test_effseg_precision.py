@@ -40,12 +40,12 @@ def test_detector_under_autocast(make_model: MakeModel, make_batch: MakeBatch, v
     model = make_model(VERSION=version)
     nn.init.normal_(model.detector.box_head[-1].weight, std=0.3)  # boxes unlike their anchors
     batch = make_batch([3, 2], [(256, 512), (200, 400)])
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16):
         output = model.predict(model.preprocess(batch))[1]
         # Near anchors of queries, so that some are matched; at places where no two anchors are equally near
-        shift = torch.tensor([1.3, 0.7, 2.1, -0.4])
+        shift = torch.tensor([1.3, 0.7, 2.1, -0.4], device=model.device)
         boxes = [cxcywh_to_xyxy(anchors[:3]) + shift for anchors in output.query_anchors]
-        labels = [torch.arange(3)] * 2
+        labels = [torch.arange(3, device=model.device)] * 2
         losses, matches = model.criterion(output, boxes, labels)
     tensors = {field.name: getattr(output, field.name) for field in fields(output)}
     assert all(x.dtype in (torch.float32, torch.int64) for x in tensors.values())

@@ -19,7 +19,7 @@ def test_training_under_autocast(make_model: MakeModel, make_batch: MakeBatch, f
     """The losses are float32 and near those of float32, gradients are finite."""
     model, batch = make_model(**form), make_batch([3, 0], [SIZE, (56, 80)])
     expected = model(batch)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(model.device.type, dtype=torch.bfloat16):
         losses = model(batch)
     assert losses.keys() == expected.keys()
     for name, loss in losses.items():
@@ -39,7 +39,7 @@ def test_positions_under_autocast(make_model: MakeModel, make_batch: MakeBatch, 
         images = model.preprocess(batch)
         exact, exact_outputs = model.predict(images)
         targets = model.encode_targets(batch, torch.float32)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(model.device.type, dtype=torch.bfloat16):
             decoded, outputs = model.predict(images)
             low_targets = model.encode_targets(batch, torch.float32)
     for tensor in (decoded.memory, decoded.hidden, outputs.boxes, *decoded.references):
@@ -52,7 +52,7 @@ def test_positions_under_autocast(make_model: MakeModel, make_batch: MakeBatch, 
 
 def test_detection_under_autocast(make_model: MakeModel, make_batch: MakeBatch) -> None:
     model = make_model().eval()
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16):
         (result,) = model(make_batch([0]))
     instances = result["instances"]
     assert instances.scores.dtype == instances.pred_boxes.tensor.dtype == torch.float32
@@ -84,7 +84,7 @@ def test_export(make_model: MakeModel) -> None:
     """The exported program gives what eager execution gives, also on other pixels; that goes on working."""
     network = Network(make_model(ENC_LAYERS=1, DEC_LAYERS=1).eval())
     generator = torch.Generator().manual_seed(0)
-    example, image = torch.randn(2, 1, 3, *SIZE, generator=generator)
+    example, image = torch.randn(2, 1, 3, *SIZE, generator=generator).to(network.model.device)
     program = torch.export.export(network, (example,)).module()
     with torch.no_grad():
         outputs = program(image)
