@@ -17,6 +17,9 @@ SITE = ROOT / "build" / "gpu_site"
 PROBE = """
 import importlib.util, json, torch
 found = {"torch": torch.__version__, "gpu": torch.cuda.is_available(), "extension": "", "devices": []}
+if not found["gpu"]:
+    print(json.dumps(found))
+    raise SystemExit
 spec = importlib.util.find_spec("querymask")
 found["querymask"] = None if spec is None else spec.origin
 if spec is not None:
@@ -45,7 +48,10 @@ def prepare(part: Part, detectron2: Sequence[Path], pretended: bool) -> str | No
     if pretended:
         part.note("The card is pretended: what is installed is used as it is.")
         return None
-    if (found := probe())["querymask"] is None:
+    found = probe()
+    if not found["gpu"]:
+        return "torch sees no GPU here. A trial run without one: --pretend"
+    if found["querymask"] is None:
         SITE.mkdir(parents=True, exist_ok=True)
         if not (SITE / "querymask").exists():
             (SITE / "querymask").symlink_to(ROOT / "projects", target_is_directory=True)
@@ -55,8 +61,6 @@ def prepare(part: Part, detectron2: Sequence[Path], pretended: bool) -> str | No
     row = part.table("Found", "", "")
     row("torch", found["torch"])
     row("Detectron2", found["detectron2"] or f"cannot be imported: {found['missing']}")
-    if not found["gpu"]:
-        return "torch sees no GPU here. A trial run without one: --pretend"
     if "cuda" not in found["devices"]:
         reason = found["extension"] or "it was built without CUDA"
         part.note(f"The kernels are built for this card, because of the extension: {reason}")

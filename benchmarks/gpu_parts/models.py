@@ -123,7 +123,7 @@ def measure(subject: Subject, dtype: torch.dtype | None, sizes: Sizes) -> tuple[
 
 def measure_run(run: Callable[[], object], sizes: Sizes) -> tuple[tuple[float, int | None, float], Waits]:
     """Milliseconds, waits and peak MiB; and the waits with their lines."""
-    milliseconds = median_time(run, "cuda", sizes.steps, warmup=min(sizes.steps, 3))
+    milliseconds = median_time(run, "cuda", sizes.steps, warmup=0 if sizes.pretended else 3)
     waits = count_waits(run, sizes.pretended)
     return (milliseconds, waits.number, peak_memory(run, "cuda")), waits
 

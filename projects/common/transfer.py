@@ -15,9 +15,16 @@ from querymask.common.boxes import unrounded_boxes
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on the device. On a GPU the copy may still be under way, which what is computed from it waits for."""
-    if device.type != "cuda" or values.device.type != "cpu" or torch.jit.is_tracing():
+    if _copies_plainly(values, device):
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
+
+
+def _copies_plainly(values: torch.Tensor, device: torch.device) -> bool:
+    """Whether there is nothing to pin. Nothing that traces needs it, and torch.export stops at it."""
+    if device.type != "cuda" or values.device.type != "cpu":
+        return True
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def numbers_to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -117,7 +124,7 @@ def _bits(device: torch.device) -> torch.Tensor:
 
 def masks_to_device(masks: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Masks (n, H, W) bool on the device; a GPU gets them as bits. See :func:`to_device`."""
-    if device.type != "cuda" or masks.device.type != "cpu" or torch.jit.is_tracing():
+    if _copies_plainly(masks, device):
         return masks.to(device)
     return PackedMasks.pack(masks).unpack(device)
 

@@ -94,7 +94,7 @@ class Builder:
         for path in sorted([*self.csrc.glob("*.h"), *(self.csrc / operator).iterdir()]):
             name = str(path.relative_to(self.csrc))
             if path.suffix in (".h", ".cu") or path.name == "check.cpp":
-                found[name] = translate(self.edit(name, path.read_text()), str(path))
+                found[name] = translate(self.edit(name, path.read_text()), f"csrc/{name}")
         found["tensor_core.h"] = f'#include "{SIMULATOR / "tensor_core.h"}"\n'
         found["operator_sources.h"] = "".join(f'#include "{name}"\n' for name in found if not name.endswith(".h"))
         return found

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
-from kernel_simulation import at_offset, check_close
+from kernel_simulation import at_offset, check_close, check_deterministic
 from torch import Tensor
 
 from querymask.common.ops import multi_scale_deformable_attention_reference
@@ -135,6 +135,16 @@ def crowded(dtype: torch.dtype, channels: int) -> None:
     check_against_twin(shapes, make_inputs(shapes, dtype, queries=70, channels=channels, spread=0.1))
 
 
+def deterministic(shapes: Shapes, dtype: torch.dtype, channels: int) -> None:
+    inputs = make_inputs(shapes, dtype, queries=20, channels=channels, points=3, spread=1.2)
+    check_deterministic(lambda: run_kernels(shapes, inputs))
+    torch.use_deterministic_algorithms(True)
+    try:
+        check_against_twin(shapes, inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def too_many_levels() -> None:
     try:
         random_case([(1, 1)] * 33, torch.float32)
@@ -169,6 +179,8 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         )
     for channels, (name, dtype) in itertools.product([32, 33], DTYPES.items()):
         yield f"crowded-{channels}-{name}", partial(crowded, dtype, channels)
+    for channels, (name, dtype) in itertools.product([7, 32, 71], DTYPES.items()):
+        yield f"deterministic-{channels}-{name}", partial(deterministic, LEVELS[:3], dtype, channels)
     for name, dtype in DTYPES.items():
         for offsets in [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (2, 2, 2, 2), (3, 5, 7, 4)]:
             label = "".join(map(str, offsets))
@@ -180,4 +192,4 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"levels-32-{name}", partial(random_case, many, dtype, batch=1, queries=5, points=3)
     yield "levels-33", too_many_levels
     sizes = {"batch": 1, "queries": 1, "heads": 65537, "channels": 1, "points": 1}
-    yield "heads-65537", partial(random_case, [(1, 1)], torch.float32, **sizes)
+    yield "large-heads-65537", partial(random_case, [(1, 1)], torch.float32, **sizes)

@@ -148,7 +148,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"deterministic-{channels[0]}-{name}", partial(deterministic, dtype, **sizes)
         yield f"one-row-{name}", partial(random_case, dtype, rows=1, active=90, channels=(32, 16))
     yield "chunks-of-cells", partial(random_case, torch.float32, active=17000, channels=(1, 1), kernel_size=(1, 1))
-    yield "chunks-of-columns", partial(random_case, torch.float32, active=300, channels=(7300, 1), rows=9)
+    yield "large-chunks-of-columns", partial(random_case, torch.float32, active=300, channels=(7300, 1), rows=9)
     for channels in ((32, 64), (128, 128), (20, 12)):
         yield f"tf32-{channels[0]}x{channels[1]}", partial(with_tf32, channels=channels, active=70)
     yield "refuses-cell", partial(refuses, cell_outside)

@@ -67,7 +67,7 @@ def test_inference(make_model: MakeModel, make_batch: MakeBatch, form: str) -> N
     for instances, size in zip(found, [(32, 48), (80, 50)], strict=True):
         assert instances.image_size == size and 0 < len(instances) <= 9
         boxes = instances.pred_boxes.tensor
-        assert boxes.min() >= 0 and (boxes[:, 2:] <= torch.tensor([size[1], size[0]])).all()
+        assert boxes.min() >= 0 and (boxes[:, 2:] <= boxes.new_tensor([size[1], size[0]])).all()
         assert (boxes[:, 2:] > boxes[:, :2]).all()
         assert (instances.scores.diff() <= 0).all() and instances.pred_classes.max() < 5
         assert instances.has("pred_masks") == (model.mask_branch is not None)
@@ -82,7 +82,7 @@ def test_autocast(make_model: MakeModel, make_batch: MakeBatch, form: str) -> No
     results = []
     for enabled in (False, True):
         model, batch = make_model(**FORMS[form]), make_batch([3, 2])
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=enabled):
             losses = model(batch)
             with torch.no_grad():
                 found = model.eval()(batch)
@@ -131,7 +131,8 @@ class Network(nn.Module):
 def test_export(make_model: MakeModel, form: str) -> None:
     """The exported program gives what eager execution gives, also on other pixels."""
     network = Network(make_model(**FORMS[form]).eval())
-    example, image = torch.randn(2, 1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    example, image = torch.randn(2, 1, 3, 64, 96, generator=generator).to(network.model.device)
     program = torch.export.export(network, (example,)).module()
     with torch.no_grad():
         outputs = program(image)
@@ -150,7 +151,7 @@ class Recorder(SegmentationHead):
 
     def forward(self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions) -> Tensor:
         self.calls.append((maps, image_size, regions))
-        certain = 0.6 + 0.03 * torch.arange(len(regions), dtype=maps[0].dtype)
+        certain = 0.6 + 0.03 * torch.arange(len(regions), dtype=maps[0].dtype, device=maps[0].device)
         return certain[:, None, None].expand(-1, 4, 4)
 
     def losses(
@@ -189,10 +190,10 @@ def test_regions_at_inference(make_model: MakeModel, make_batch: MakeBatch, per_
         assert all(torch.equal(one[0], all_of[number]) and len(one) == 1 for one, all_of in zip(given, made))
         assert torch.equal(regions.boxes, found.boxes[number, queries])
         assert torch.equal(regions.queries, found.hidden[0, number, queries])
-        assert not per_class or torch.equal(regions.labels, selected.pred_classes)
+        assert not per_class or torch.equal(regions.labels.cpu(), selected.pred_classes.cpu())
         # The score is that of the pair times the certainty of its own region
         size = detections[number].image_size
-        certain = 0.6 + 0.03 * torch.arange(len(queries))
+        certain = 0.6 + 0.03 * torch.arange(len(queries), device=regions.boxes.device)
         probabilities = certain[:, None, None].expand(-1, 4, 4)
         masks, certainty = paste_and_resize(probabilities, regions.boxes, canvas, images.image_sizes[number], size)
         expected = {}
@@ -224,7 +225,7 @@ def test_regions_in_training(make_model: MakeModel, make_batch: MakeBatch) -> No
     for item, masks in zip(batch, targets.masks):
         height, width = item["instances"].image_size
         assert masks.shape[1:] == (80, 96) and masks.dtype == torch.bool
-        assert torch.equal(masks[:, :height, :width], instance_masks(item["instances"]))
+        assert torch.equal(masks[:, :height, :width].cpu(), instance_masks(item["instances"]))
         assert not masks[:, height:].any() and not masks[:, :, width:].any()
     loss.backward()
     assert model.detector.layers[-1].ffn.layer[3].weight.grad is None  # the recorded loss is of boxes and maps

@@ -42,12 +42,12 @@ def test_detector_under_autocast(make_model: MakeModel, make_batch: MakeBatch, v
     detector = model.detector
     nn.init.normal_(detector.box_head[-1].weight, std=0.3)  # boxes unlike their anchors
     batch = make_batch([3, 2], [(256, 512), (200, 400)])
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16):
         found, _ = model.predict(model.preprocess(batch))
         # Near anchors of queries, so that some are matched; at places where no two anchors are equally near
-        shift = torch.tensor([1.3, 0.7, 2.1, -0.4])
+        shift = torch.tensor([1.3, 0.7, 2.1, -0.4], device=model.device)
         boxes = torch.cat([cxcywh_to_xyxy(anchors[:3]) + shift for anchors in found.query_anchors])
-        targets = Targets([3, 3], torch.arange(3).repeat(2), boxes, found.image_sizes)
+        targets = Targets([3, 3], torch.arange(3, device=model.device).repeat(2), boxes, found.image_sizes)
         assignment = detector.match(found, targets, {})
         normalizers = detector.normalizers(targets, assignment)
         losses = weighted(detector.losses(found, targets, assignment, normalizers))

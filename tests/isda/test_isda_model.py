@@ -164,16 +164,16 @@ def test_detections(make_model: MakeModel, make_batch: MakeBatch) -> None:
     batch = make_batch([0, 0], [(64, 96), (60, 70)])
     batch[0].update(height=50, width=120)
     with torch.no_grad():
-        found = [result["instances"] for result in model(batch)]
+        found = [result["instances"].to("cpu") for result in model(batch)]
         predictions, made = model.predict(model.preprocess(batch))
     for b, (size, shape) in enumerate([((64, 96), (50, 120)), ((60, 70), (60, 70))]):
         instances = found[b]
         assert instances.image_size == shape and len(instances) == 9 and not instances.has("pred_boxes")
-        scores = expit(predictions.logits[-1, b].numpy())
+        scores = expit(predictions.logits[-1, b].cpu().numpy())
         ranking = sorted(np.ndindex(scores.shape), key=lambda pair: -scores[pair])[:9]
         for i, (query, label) in enumerate(ranking):
             assert (instances.pred_queries[i].item(), instances.pred_classes[i].item()) == (query, label)
-            kernel, features = made.kernels[-1, b, query].numpy(), made.features[b].numpy()
+            kernel, features = made.kernels[-1, b, query].cpu().numpy(), made.features[b].cpu().numpy()
             map_ = expit(np.einsum("c,chw->hw", kernel, features))
             above = map_ > 0.5
             expected = scores[query, label] * (map_ * above).sum() / (above.sum() + 1e-5)
@@ -251,7 +251,7 @@ def test_bf16_autocast(make_model: MakeModel, make_batch: MakeBatch) -> None:
     """Costs and losses stay in float32 and near those of full precision."""
     model, batch = make_model(), make_batch([3, 1])
     exact = model(batch)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(model.device.type, torch.bfloat16):
         losses = model(batch)
     for name, value in losses.items():
         assert value.dtype == torch.float32
@@ -274,7 +274,7 @@ def test_export(make_model: MakeModel) -> None:
     """The exported program gives what eager execution gives, also on other pixels."""
     network = Network(make_model(ENC_LAYERS=1, DEC_LAYERS=1).eval())
     generator = torch.Generator().manual_seed(0)
-    example, image = torch.randn(2, 1, 3, 64, 96, generator=generator)
+    example, image = torch.randn(2, 1, 3, 64, 96, generator=generator).to(network.model.device)
     program = torch.export.export(network, (example,)).module()
     with torch.no_grad():
         outputs = program(image)

@@ -90,7 +90,7 @@ def test_autocast(make_model: MakeModel, make_batch: MakeBatch, form: str) -> No
     for enabled in (False, True):
         model, batch = make_model(**FORMS[form]), make_batch([2, 1])
         torch.manual_seed(1)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=enabled):
             losses = model(batch)
             with torch.no_grad():
                 found = model.eval()(batch)
@@ -267,7 +267,7 @@ def test_export(make_model: MakeModel) -> None:
     """The exported program gives what eager execution gives, also on other pixels."""
     network = Network(make_model().eval())
     generator = torch.Generator().manual_seed(0)
-    example, image = torch.randn(2, 1, 3, 64, 96, generator=generator)
+    example, image = torch.randn(2, 1, 3, 64, 96, generator=generator).to(network.model.device)
     program = torch.export.export(network, (example,)).module()
     with torch.no_grad():
         outputs = program(image)

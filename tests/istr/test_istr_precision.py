@@ -45,6 +45,6 @@ def test_training_in_float16(
 ) -> None:
     """No step is lost to the loss scale."""
     model = make_model()
-    for stage in model.stages:  # of random weights, they move boxes out of the image
+    for stage in model.detector.stages:  # of random weights, they move boxes out of the image
         nn.init.zeros_(stage.bboxes_delta.weight)
     check_float16_training(model, [make_batch([3], [(64, 96)])], monkeypatch)

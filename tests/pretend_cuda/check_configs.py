@@ -15,6 +15,7 @@ from torch import nn
 
 from querymask.common.engine.step import TrainingStep
 from querymask.common.solver import build_optimizer
+from querymask.common.transfer import numbers_to_device
 
 Batch = list[dict[str, Any]]
 # By config: waits in an iteration of two images, and for an image. A matching needs its costs, a detector with
@@ -82,6 +83,17 @@ def check_config(name: str, make_batch: Callable[..., Batch], autocast: torch.dt
             outputs = model([{"image": image, "height": 100, "width": 150}])
     assert len(outputs[0]["instances"]) > 0
     check(found, image_limit, "an image")
+
+
+class AddConstant(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + numbers_to_device([1.0, 2.0], torch.float32, x.device)
+
+
+def test_constants_from_the_host_are_exported() -> None:
+    x = torch.zeros(2, device="cuda")
+    program = torch.export.export(AddConstant(), (x,)).module()
+    assert program(x).tolist() == AddConstant()(x).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("name", LIMITS)

@@ -60,7 +60,8 @@ def test_training_up_to_the_matching(name: str, make_batch: Callable[..., Batch]
     inputs = model.network_inputs(model.preprocess(make_batch([2, 1], [(64, 96), (80, 50)])))
 
     def step() -> list[torch.Tensor]:
-        outputs = [x for x in tree_leaves([vars(part) for part in model.network(*inputs) if part is not None]) if torch.is_tensor(x)]
+        parts = [vars(part) for part in model.network(*inputs) if part is not None]
+        outputs = [x for x in tree_leaves(parts) if torch.is_tensor(x)]
         total = sum(x.square().mean() for x in outputs if x.requires_grad)
         return [total.detach(), *torch.autograd.grad(total, parameters, allow_unused=True)]
 

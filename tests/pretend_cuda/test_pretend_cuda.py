@@ -18,8 +18,9 @@ pytestmark = pytest.mark.skipif(
     ("file", "tests"),
     [
         ("check_device.py", ""),
+        ("check_graphs.py", ""),
         ("check_configs.py", "solq"),
-        ("check_configs.py", "isda"),
+        ("check_configs.py", "isda or exported"),
         ("check_configs.py", "istr"),
         ("check_configs.py", "effseg"),
     ],

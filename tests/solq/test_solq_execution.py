@@ -21,7 +21,7 @@ def test_training_under_autocast(make_model: MakeModel, make_batch: MakeBatch, f
     """The losses are float32 and near those of float32, gradients are finite."""
     model, batch = make_model(**form), make_batch([3, 0], [SIZE, (56, 80)])
     expected = model(batch)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(model.device.type, dtype=torch.bfloat16):
         losses = model(batch)
     assert losses.keys() == expected.keys()
     for name, loss in losses.items():
@@ -42,7 +42,7 @@ def test_positions_under_autocast(make_model: MakeModel, make_batch: MakeBatch, 
         exact, _ = model.predict(images)
         targets = Targets.from_inputs(batch, model.device, with_masks=True)
         truth = model.mask_branch.encode(targets, exact)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(model.device.type, dtype=torch.bfloat16):
             found, _ = model.predict(images)
             low_truth = model.mask_branch.encode(targets, found)
     for tensor in (found.memory, found.hidden, found.boxes, *found.references):
@@ -55,7 +55,7 @@ def test_positions_under_autocast(make_model: MakeModel, make_batch: MakeBatch, 
 
 def test_detection_under_autocast(make_model: MakeModel, make_batch: MakeBatch) -> None:
     model = make_model().eval()
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16):
         (result,) = model(make_batch([0]))
     instances = result["instances"]
     assert instances.scores.dtype == instances.pred_boxes.tensor.dtype == torch.float32
@@ -87,7 +87,7 @@ def test_export(make_model: MakeModel) -> None:
     """The exported program gives what eager execution gives, also on other pixels; that goes on working."""
     network = Network(make_model(ENC_LAYERS=1, DEC_LAYERS=1).eval())
     generator = torch.Generator().manual_seed(0)
-    example, image = torch.randn(2, 1, 3, *SIZE, generator=generator)
+    example, image = torch.randn(2, 1, 3, *SIZE, generator=generator).to(network.model.device)
     program = torch.export.export(network, (example,)).module()
     with torch.no_grad():
         outputs = program(image)

@@ -91,14 +91,14 @@ def test_no_refinement(make_model: MakeModel, make_batch: MakeBatch, two_stage: 
     model = make_model(BOX_REFINE=False, TWO_STAGE=two_stage).double()
     with torch.no_grad():
         found, _ = model.predict(model.preprocess(make_batch([1])))
-        deltas = model.detector.bbox_embed[0](found.hidden).numpy()
+        deltas = model.detector.bbox_embed[0](found.hidden).cpu().numpy()
         class_head = model.detector.class_embed[0]
         logits = found.hidden @ class_head.weight.T + class_head.bias
-    reference = found.references[0].numpy()
+    reference = found.references[0].cpu().numpy()
     for other in found.references[1:]:
-        assert np.array_equal(other, reference)
+        assert np.array_equal(other.cpu(), reference)
     deltas[..., : reference.shape[-1]] += logit(reference)
-    assert np.allclose(found.boxes, expit(deltas), rtol=0, atol=1e-12)
+    assert np.allclose(found.boxes.cpu(), expit(deltas), rtol=0, atol=1e-12)
     assert torch.allclose(found.logits, logits, rtol=0, atol=1e-12)
 
 
@@ -197,13 +197,13 @@ def test_detections(make_model: MakeModel, make_batch: MakeBatch, paste: str) ->
     batch = make_batch([0, 0], [(64, 96), (60, 70)])
     batch[0].update(height=50, width=120)  # the second image keeps its size
     with torch.no_grad():
-        found = [result["instances"] for result in model(batch)]
+        found = [result["instances"].to("cpu") for result in model(batch)]
         outputs, _ = model.predict(model.preprocess(batch))
-        vectors = model.mask_branch.vector_embed(outputs.hidden[-1]).numpy()
+        vectors = model.mask_branch.vector_embed(outputs.hidden[-1]).cpu().numpy()
     for b, (height, width) in enumerate([(50, 120), (60, 70)]):
         instances = found[b]
         assert instances.image_size == (height, width) and len(instances) == 9
-        scores = expit(outputs.logits[-1, b].numpy())
+        scores = expit(outputs.logits[-1, b].cpu().numpy())
         ranking = sorted(np.ndindex(scores.shape), key=lambda pair: -scores[pair])[:9]
         for i, (query, label) in enumerate(ranking):
             assert (instances.pred_queries[i].item(), instances.pred_classes[i].item()) == (query, label)
@@ -237,17 +237,17 @@ def test_detections_of_other_codings(make_model: MakeModel, make_batch: MakeBatc
         batch = make_batch([0])
         (result,) = model(batch)
         outputs, _ = model.predict(model.preprocess(batch))
-        vectors = model.mask_branch.vector_embed(outputs.hidden[-1, 0]).numpy()
+        vectors = model.mask_branch.vector_embed(outputs.hidden[-1, 0]).cpu().numpy()
     instances = result["instances"]
     for i, query in enumerate(instances.pred_queries.tolist()):
         code, size = vectors[query], model.mask_branch.coding.mask_size
         if form == "pca":
-            state = {key: value.numpy() for key, value in model.mask_branch.coding.state_dict().items()}
+            state = {key: value.cpu().numpy() for key, value in model.mask_branch.coding.state_dict().items()}
             code = expit((code * state["explained_variances"] ** 0.5) @ state["components"] + state["means"])
         elif form == "sparse":
-            code = code @ model.mask_branch.coding.dictionary.numpy()
+            code = code @ model.mask_branch.coding.dictionary.cpu().numpy()
         box = instances.pred_boxes.tensor[i : i + 1]
-        pasted = paste_masks_in_image(torch.from_numpy(code).view(1, size, size), box, (64, 96), 0.5)
+        pasted = paste_masks_in_image(torch.from_numpy(code).view(1, size, size).to(box.device), box, (64, 96), 0.5)
         assert (pasted[0] != instances.pred_masks[i]).sum() <= 1, "but for a pixel at the threshold"
     assert 0.02 < instances.pred_masks.float().mean() < 0.98
 
@@ -271,6 +271,8 @@ def test_statistics_now_and_then(make_model: MakeModel, make_batch: MakeBatch) -
     for iteration, logged in ((0, True), (7, False), (40, True)):
         with EventStorage(start_iter=iteration) as storage:
             model(batch)
+            storage.iter += 1
+            model(batch)  # on a GPU, they are written by the next call
             assert set(storage.latest()) == ({"class_error", "cardinality_error"} if logged else set())
     model(batch)  # outside of a training loop
 
@@ -340,7 +342,7 @@ def test_padding(make_model: MakeModel, make_batch: MakeBatch, patches: bool, no
     if not norm:
         for projection in model.detector.input_proj:
             projection[1] = nn.Identity()
-    model.double()
+    model.to(model.device, torch.float64)
     batch = make_batch([0, 0], [(64, 96), (128, 160)])
     with torch.no_grad():
         alone, _ = model.predict(model.preprocess(batch[:1]))

@@ -120,11 +120,10 @@ def test_detections(make_sqr: MakeModel, make_batch: MakeBatch, crop: bool) -> N
     batch = make_batch([0, 0], [(64, 96), (80, 72)])
     batch[0].update(height=50, width=120)
     with torch.no_grad():
-        found = [result["instances"] for result in model(batch)]
+        found = [result["instances"].to("cpu") for result in model(batch)]
         predictions, context = model.predict(model.preprocess(batch))
-        everything = model.mask_branch.coarse_logits(
-            predictions.hidden[-1].flatten(0, 1), context, torch.tensor([0] * 6 + [1] * 6)
-        )
+        images = torch.tensor([0] * 6 + [1] * 6, device=model.device)
+        everything = model.mask_branch.coarse_logits(predictions.hidden[-1].flatten(0, 1), context, images).cpu()
     large = F.interpolate(everything[:, None], (80, 96), mode="bilinear", align_corners=False)[:, 0].numpy()
     cut_off = 0
     for b, ((height, width), (rows, columns)) in enumerate([((50, 120), (64, 96)), ((80, 72), (80, 72))]):
@@ -194,7 +193,7 @@ def test_initialisation(make_cfg: MakeCfg) -> None:
 def test_autocast(make_sqr: MakeModel, make_batch: MakeBatch) -> None:
     model, batch = make_sqr(), make_batch([3, 0], [(64, 96), (56, 80)])
     expected = model(batch)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(model.device.type, dtype=torch.bfloat16):
         losses = model(batch)
         (result, _) = model.eval()(batch)
     for name in ("loss_mask", "loss_dice"):
