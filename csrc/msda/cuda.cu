@@ -68,10 +68,6 @@ Geometry make_geometry(const Sizes& sizes, at::IntArrayRef spatial_shapes, int v
   return geometry;
 }
 
-dim3 grid_of(const Geometry& geometry) {
-  return dim3(geometry.blocks, static_cast<unsigned>(std::min<int64_t>(geometry.B * geometry.M, 65535)));
-}
-
 // What kernels are compiled for: the type that counts the elements of an image, the channels of a thread, and the threads
 // of a query and head, or 0 where only the call tells.
 template <typename Offset_, int kVector_, int kGroup_>

@@ -53,7 +53,7 @@ def scripts(folder: str) -> set[str]:
 
 
 def test_every_script_is_run_by_a_test() -> None:
-    tested_elsewhere = {"gpu"}  # in test_gpu.py
+    tested_elsewhere = {"gpu", "sps_instructions"}  # in files of their names
     assert scripts("benchmarks") == set(BENCHMARKS) | tested_elsewhere, "give a new benchmark tiny sizes in the table"
     assert scripts("tools") == set(TOOLS), "name the test that runs a new tool in the table above"
     for name, file in TOOLS.items():

@@ -99,7 +99,7 @@ def test_masks_get_finer_in_the_picture() -> None:
 
 def test_cells_and_masks_are_those_of_inference(model: nn.Module, item: dict[str, Any]) -> None:
     with torch.no_grad():
-        found = model([item])[0]["instances"]
+        found = model([item])[0]["instances"].to("cpu")
     queries = list(dict.fromkeys(found.pred_queries.tolist()))
     assert queries, "the tiny model detects nothing: this test would prove nothing"
     refined = refinement(model, item, score_threshold=0.0)

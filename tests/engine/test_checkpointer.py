@@ -88,7 +88,7 @@ def test_whole_checkpoint_is_loaded_from_each_place(
     cfg: CfgNode, state: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     path = tmp_path / "a.pth"
-    arrays = {key: value.numpy() for key, value in state.items()}
+    arrays = {key: value.cpu().numpy() for key, value in state.items()}
     for content in ({"model": state}, state, {"state_dict": state, "epoch": 3}, {"model": arrays}):
         torch.save(content, path)
         if content.get("model") is arrays:

@@ -20,7 +20,7 @@ from querymask.common.transfer import numbers_to_device
 Batch = list[dict[str, Any]]
 # By config: waits in an iteration of two images, and for an image. A matching needs its costs, a detector with
 # non-maximum suppression what is left, a region head the sizes of what it selects.
-SET_MATCHING, FQDET, REGION_HEAD = (1, 1), (3, 2), (6, 4)
+SET_MATCHING, FQDET, REGION_HEAD = (1, 1), (2, 2), (4, 4)
 LIMITS = {
     "solq/solq_r50": SET_MATCHING,
     "solq/solq_r50_two_stage": SET_MATCHING,

@@ -14,20 +14,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize(
-    ("file", "tests"),
-    [
-        ("check_device.py", ""),
-        ("check_graphs.py", ""),
-        ("check_configs.py", "solq"),
-        ("check_configs.py", "isda or exported"),
-        ("check_configs.py", "istr"),
-        ("check_configs.py", "effseg"),
-    ],
-)
-def test_on_the_pretended_device(file: str, tests: str) -> None:
+# Few processes: each of them takes longer to import what it needs than most tests take
+@pytest.mark.parametrize("files", [["check_device.py", "check_graphs.py"], ["check_configs.py"]], ids="+".join)
+def test_on_the_pretended_device(files: list[str]) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "pretend_plugin", "-p", "no:cacheprovider", "-q", "--tb=short"]
-    command += ["-o", "python_files=check_*.py", str(HERE / file), "-k", tests]
+    command += ["-o", "python_files=check_*.py", *(str(HERE / file) for file in files)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True, timeout=900)

@@ -101,7 +101,7 @@ def test_losses(make_sqr: MakeModel, make_batch: MakeBatch) -> None:
             image, query = assignment.image[pair : pair + 1], assignment.query[pair : pair + 1]
             small = model.mask_branch.coarse_logits(step.found.hidden[-1, image, query], step.made, image)
             large = F.interpolate(small[None], (80, 96), mode="bilinear", align_corners=False)
-            x = large[0, 0].numpy()
+            x = large[0, 0].cpu().numpy()
             p, miss, hit = expit(x), np.logaddexp(0, -x), np.logaddexp(0, x)  # -log(p) and -log(1 - p)
             own = batch[image]["instances"].gt_masks.tensor[assignment.target[pair] - (2 if image else 0)]
             t = np.zeros((80, 96))

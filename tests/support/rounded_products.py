@@ -162,6 +162,7 @@ def precision_errors(
         model: in float32, without dropout.
         batches: model inputs with instances.
     """
+    model.cpu()  # it is that processor's autocast and operators that are compared
     choices, rounding = Choices(), RoundedProducts()
     choices.install(monkeypatch)
     exact_model = deepcopy(model).double()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import DEVICE
 from tool_loader import load_tool
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +64,7 @@ def test_parameters_by_part(capsys: pytest.CaptureFixture[str]) -> None:
 TINY = """
 _BASE_: {base}
 MODEL:
-  DEVICE: cpu
+  DEVICE: {device}
   RESNETS: {{DEPTH: 18, RES2_OUT_CHANNELS: 64}}
   SOLQ: {{NUM_QUERIES: 5, NUM_CLASSES: 6, HIDDEN_DIM: 64, NUM_HEADS: 2, ENC_LAYERS: 1, DEC_LAYERS: 2,
           DIM_FEEDFORWARD: 16, MASK_SIZE: 16, VECTOR_LENGTH: 20, VECTOR_HIDDEN_DIM: 24}}
@@ -76,7 +77,7 @@ DATASETS: {{TEST: [{dataset}]}}
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
-    path.write_text(TINY.format(base=CONFIGS / "Base-SOLQ.yaml", dataset="shapes_val"))
+    path.write_text(TINY.format(device=DEVICE, base=CONFIGS / "Base-SOLQ.yaml", dataset="shapes_val"))
     return path
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
+from devices import DEVICE
 from PIL import Image
 from tool_loader import load_tool
 
@@ -24,7 +25,7 @@ CONFIG = """
 _BASE_: {base}
 MODEL:
   WEIGHTS: ""
-  DEVICE: cpu
+  DEVICE: {device}
   RESNETS: {{STEM_OUT_CHANNELS: 16, RES2_OUT_CHANNELS: 16}}
   FPN: {{OUT_CHANNELS: 16}}
   ISTR: {{NUM_QUERIES: 4, NUM_STAGES: 2, HIDDEN_DIM: 16, NUM_HEADS: 2, DIM_FEEDFORWARD: 8, DIM_DYNAMIC: 4}}
@@ -45,7 +46,7 @@ def registered(tmp_path: Path) -> Iterator[None]:
 
 def config(tmp_path: Path) -> str:
     path = tmp_path / "tiny.yaml"
-    path.write_text(CONFIG.format(base=ROOT / "projects" / "istr" / "configs" / "istr_shapes.yaml"))
+    path.write_text(CONFIG.format(device=DEVICE, base=ROOT / "projects" / "istr" / "configs" / "istr_shapes.yaml"))
     return str(path)
 
 

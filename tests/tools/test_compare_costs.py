@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import DEVICE
 from tool_loader import load_tool
 
 from querymask import get_cfg
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 TINY = """
 _BASE_: {base}
 MODEL:
-  DEVICE: cpu
+  DEVICE: {device}
   WEIGHTS: ""
   BACKBONE: {{NAME: build_basic_resnet_backbone}}
   RESNETS: {{DEPTH: 18, STEM_OUT_CHANNELS: 16, RES2_OUT_CHANNELS: 16}}
@@ -32,7 +33,7 @@ def tiny(tmp_path: Path) -> Any:
 
     def write(head: str, name: str = "tiny") -> Path:
         path = tmp_path / f"{name}.yaml"
-        path.write_text(TINY.format(base=ROOT / "projects/effseg/configs/Base-EffSeg.yaml", head=head))
+        path.write_text(TINY.format(device=DEVICE, base=ROOT / "projects/effseg/configs/Base-EffSeg.yaml", head=head))
         return path
 
     return write

@@ -12,6 +12,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances
+from devices import DEVICE
 from PIL import Image
 from torch import nn
 
@@ -48,7 +49,7 @@ def config(tmp_path: Path) -> Callable[[str], str]:
     def write(method: str) -> str:
         path = tmp_path / f"{method}.yaml"
         base = ROOT / "projects" / method / "configs" / f"{method}_shapes.yaml"
-        path.write_text(f'_BASE_: {base}\nMODEL:\n  WEIGHTS: ""\n  DEVICE: cpu\n  {TINY[method]}\n')
+        path.write_text(f'_BASE_: {base}\nMODEL:\n  WEIGHTS: ""\n  DEVICE: {DEVICE}\n  {TINY[method]}\n')
         return str(path)
 
     return write

@@ -12,6 +12,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.structures import BoxMode
+from devices import DEVICE
 from tool_loader import load_tool
 
 from querymask.common.data.mask_crops import MaskCrops
@@ -223,7 +224,7 @@ def test_autoencoder(tmp_path: Path) -> None:
     tool = load_tool("train_mask_autoencoder")
     output = tmp_path / "smt.pth"
     arguments = ["--train", NAME, "--test", NAME, "--mask-size", "16", "--length", "8", "--batch-size", "16"]
-    arguments += ["--epochs", "20", "--device", "cpu"]
+    arguments += ["--epochs", "20", "--device", DEVICE]
     best = tool.main([*arguments, "--output", str(output)])
     coding = build_mask_coding("autoencoder", 16, 8, section="MODEL.ISTR", basis=str(output)).eval()
     quality = fitting.reconstruction_quality(coding, MaskCrops([NAME], 16))
