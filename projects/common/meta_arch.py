@@ -76,7 +76,6 @@ class QuerySegmenter(nn.Module):
             self.requires_grad_(False)
             if mask_branch is not None:
                 mask_branch.requires_grad_(True)
-        self._register_load_state_dict_pre_hook(self.rename_moved)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -240,7 +239,12 @@ class QuerySegmenter(nn.Module):
         storage.put_scalars(smoothing_hint=False, **dict(zip(LOGGED, values.read().tolist(), strict=True)))
         storage.iter = now
 
-    def rename_moved(self, state: dict[str, Any], prefix: str = "", *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # A hook would hold the model, which then is freed by the garbage collector only
+        self.rename_moved(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def rename_moved(self, state: dict[str, Any], prefix: str = "") -> None:
         """Let the names of an older checkpoint be those of today, in place.
 
         Args:

@@ -1,5 +1,7 @@
 """Every detector with every mask branch: a training step, inference, and what cannot go together."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -178,3 +180,20 @@ def test_unknown_branch() -> None:
     cfg.MODEL.MASK_BRANCH.NAME = "VectorBrunch"
     with pytest.raises(ValueError, match=r"MODEL\.MASK_BRANCH\.NAME is 'VectorBrunch': choose one of CodeBranch, "):
         build_model(cfg)
+
+
+@pytest.mark.parametrize(
+    ("detector", "branch"), [("SOLQ", "DCT vectors"), ("ISDA", "kernels"), ("ISTR", "codes"), ("EffSeg", "EffSeg")]
+)
+def test_a_dropped_model_is_freed_at_once(make_batch: MakeBatch, detector: str, branch: str) -> None:
+    """No reference cycle holds it until the garbage collector comes, which counts objects, not their gigabytes."""
+    model = build_model(pair_cfg(detector, branch)).train()
+    sum(model(make_batch([2], [(64, 64)])).values()).backward()
+    gc.collect()
+    gc.disable()
+    try:
+        parameters = [weakref.ref(parameter) for parameter in model.parameters()]
+        del model
+        assert not any(parameter() is not None for parameter in parameters)
+    finally:
+        gc.enable()
