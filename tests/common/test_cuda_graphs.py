@@ -37,7 +37,7 @@ def test_inference(name: str, recorded: list[RecordedGraph], make_batch: MakeBat
     """Images of several sizes, in an order in which each is run, captured and replayed, some padded to one size."""
     torch.manual_seed(0)
     eager = build_model(tiny_config(METHODS[name])).eval()
-    give_basis(getattr(eager, "coding", None))
+    give_basis(getattr(eager.mask_branch, "coding", None))
     graphed = copy.deepcopy(eager)
     graphed.graphs = CudaGraphs(8)
     sizes = [(64, 96), (60, 90), (64, 96), (48, 80), (60, 90), (64, 96), (60, 90)]

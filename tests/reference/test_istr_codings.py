@@ -37,7 +37,7 @@ def pca_coding(length: int, size: int) -> PCAMaskCoding:
         f"mask_encoding.{name}": official_value(f"mask_encoding.{name}", value.shape)
         for name, value in coding.state_dict().items()
     }
-    coding.load_state_dict({key.removeprefix("coding."): value for key, value in convert(state, None)[0].items()})
+    coding.load_state_dict({key.removeprefix("mask_branch.coding."): value for key, value in convert(state, None)[0].items()})
     return coding
 
 
@@ -145,7 +145,7 @@ def test_istr_v2_codings(name: str) -> None:
         names[key] = ".".join([f"mask_{part[0].upper()}", part, *inside])
     state = {names[key]: official_value(names[key], value.shape) for key, value in autoencoder.state_dict().items()}
     converted, _ = convert(state, None)
-    autoencoder.load_state_dict({key.removeprefix("coding."): value for key, value in converted.items()})
+    autoencoder.load_state_dict({key.removeprefix("mask_branch.coding."): value for key, value in converted.items()})
     with torch.no_grad():
         vectors = autoencoder.encode(crops)
         context = 50 * torch.from_numpy(fixture().weight("case.roi", (len(crops), 32, size // 4, size // 4)))

@@ -67,7 +67,7 @@ def test_each_stage_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """The first stage finds nothing and the second everything."""
     entries = iter(DatasetCatalog.get(NAME))
 
-    def detect(self: ISTR, outputs: Any, sizes: list[tuple[int, int]], stage: int) -> list[Instances]:
+    def detect(self: ISTR, found: Any, made: Any, sizes: list[tuple[int, int]], stage: int) -> list[Instances]:
         if stage == 0:
             found = truth_of({"annotations": []}, sizes[0])
         else:

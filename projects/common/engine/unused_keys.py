@@ -95,7 +95,7 @@ WORDS = {
         "suppression": "nothing is suppressed: every object has one query",
     },
     "ISDA": {
-        "mask_switch": "",  # the data's masks follow MODEL.MASK_ON
+        "mask_switch": "MODEL.MASK_BRANCH.NAME",
         "anchors": "reference points take the place of anchors",
         "suppression": "nothing is suppressed: every object has one query",
     },
@@ -149,8 +149,6 @@ def _never_read(cfg: CfgNode, changed: dict[str, Any]) -> Iterator[tuple[str, st
     detectron2_keys = dict(leaves(get_detectron2_cfg()))
     for key in changed:
         if name not in METHODS and any(_within(key, read) for read in OTHERS_READ):
-            continue
-        if name == "ISDA" and key == "MODEL.MASK_ON":
             continue
         if key in detectron2_keys and not any(_within(key, read) for read in READ):
             sections = [section for section in INSTEAD if _within(key, section)]
