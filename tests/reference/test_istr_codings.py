@@ -37,7 +37,9 @@ def pca_coding(length: int, size: int) -> PCAMaskCoding:
         f"mask_encoding.{name}": official_value(f"mask_encoding.{name}", value.shape)
         for name, value in coding.state_dict().items()
     }
-    coding.load_state_dict({key.removeprefix("mask_branch.coding."): value for key, value in convert(state, None)[0].items()})
+    coding.load_state_dict(
+        {key.removeprefix("mask_branch.coding."): value for key, value in convert(state, None)[0].items()}
+    )
     return coding
 
 
