@@ -69,7 +69,7 @@ class ConvolutionMaskHead(nn.Module):
     def __init__(self, width: int, length: int, pool_size: int, with_context: bool) -> None:
         super().__init__()
         if pool_size % 4:
-            raise ValueError(f"MODEL.ISTR.MASK_POOL_SIZE is {pool_size}: it must be a multiple of 4")
+            raise ValueError(f"MODEL.MASK_BRANCH.CODE.POOL_SIZE is {pool_size}: it must be a multiple of 4")
         self.pool_size = pool_size
         modules: list[nn.Module] = []
         for _ in range(2):

@@ -14,6 +14,7 @@ from tool_loader import load_tool
 
 from querymask.common.flops import count_parameters
 from querymask.common.mask_coding import fill_missing_bases
+from querymask.common.meta_arch import mask_branch_name, uses_masks
 from querymask.common.solver import build_lr_scheduler, build_optimizer
 
 zoo = load_tool("make_model_zoo")
@@ -108,10 +109,12 @@ def expected_losses(cfg: CfgNode) -> set[str]:
     names = {kind + suffix for kind in ("loss_ce", "loss_bbox", "loss_giou") for suffix in suffixes}
     if solq.TWO_STAGE:
         names |= {"loss_ce_enc", "loss_bbox_enc", "loss_giou_enc"}
-    if solq.MASK_ON and solq.MASK_BRANCH == "sqr":
+    branch = mask_branch_name(cfg)
+    if branch == "SQRBranch":
         names |= {"loss_mask", "loss_dice"}
-    elif solq.MASK_ON:
-        names |= {f"loss_vector{suffix}" for suffix in suffixes[min(solq.VECTOR_START_LAYER, last) :]}
+    elif branch == "VectorBranch":
+        first = min(cfg.MODEL.MASK_BRANCH.VECTOR.START_LAYER, last)
+        names |= {f"loss_vector{suffix}" for suffix in suffixes[first:]}
     return names
 
 
@@ -132,8 +135,8 @@ def test_inference(name: str) -> None:
         assert torch.isfinite(instances.pred_boxes.tensor).all()
         assert (instances.scores.diff() <= 0).all() and instances.scores.min() > 0
         assert instances.pred_classes.max() < solq.NUM_CLASSES
-        assert instances.has("pred_masks") == cfg.MODEL.SOLQ.MASK_ON
-        if cfg.MODEL.SOLQ.MASK_ON:
+        assert instances.has("pred_masks") == uses_masks(cfg)
+        if uses_masks(cfg):
             assert instances.pred_masks.dtype == torch.bool
             assert instances.pred_masks.shape == (count, item["height"], item["width"])
 
@@ -203,22 +206,22 @@ def test_published_optimiser() -> None:
 
 
 def test_names_of_ablations_say_their_setting() -> None:
-    solq = {name: leaf.config().MODEL.SOLQ for name, leaf in LEAVES.items() if name.startswith("ablations/")}
+    nodes = {name: leaf.config().MODEL for name, leaf in LEAVES.items() if name.startswith("ablations/")}
     settings = {
-        "loss_weight": lambda node: node.VECTOR_WEIGHT,
-        "stages": lambda node: node.DEC_LAYERS - node.VECTOR_START_LAYER,
-        "mask_size": lambda node: node.MASK_SIZE,
-        "vector_length": lambda node: node.VECTOR_LENGTH,
+        "loss_weight": lambda node: node.MASK_BRANCH.VECTOR.WEIGHT,
+        "stages": lambda node: node.SOLQ.DEC_LAYERS - node.MASK_BRANCH.VECTOR.START_LAYER,
+        "mask_size": lambda node: node.MASK_CODING.SIZE,
+        "vector_length": lambda node: node.MASK_CODING.LENGTH,
     }
     rows = {kind: [] for kind in settings}
-    for name, node in solq.items():
-        assert (node.NUM_FEATURE_LEVELS, node.IN_FEATURES) == (1, ["res5"]), name
+    for name, node in nodes.items():
+        assert (node.SOLQ.NUM_FEATURE_LEVELS, node.SOLQ.IN_FEATURES) == (1, ["res5"]), name
         kind, _, value = name.removeprefix("ablations/").rpartition("_")
         if kind in settings:
             assert settings[kind](node) == float(value), name
             rows[kind].append(float(value))
         if kind == "loss_weight":
-            assert node.VECTOR_START_LAYER == 5, name
+            assert node.MASK_BRANCH.VECTOR.START_LAYER == 5, name
     assert {kind: sorted(values) for kind, values in rows.items()} == {
         "loss_weight": [0.3, 0.7, 3, 4],
         "stages": [1, 2, 3, 4, 5, 6],
@@ -231,22 +234,23 @@ def test_codings_of_the_ablations() -> None:
     """Table 3a: coding, side of the mask, length of the vector, loss."""
     rows = {}
     for kind in ("dct", "pca", "flatten", "sparse"):
-        solq = LEAVES[f"ablations/coding_{kind}"].config().MODEL.SOLQ
-        rows[solq.MASK_CODING] = (solq.MASK_SIZE, solq.VECTOR_LENGTH, solq.VECTOR_LOSS, solq.PASTE)
+        model = LEAVES[f"ablations/coding_{kind}"].config().MODEL
+        coding, vector = model.MASK_CODING, model.MASK_BRANCH.VECTOR
+        rows[coding.NAME] = (coding.SIZE, coding.LENGTH, vector.LOSS, vector.PASTE)
     assert rows == {
         "dct": (128, 256, "l1", "binary"),
         "pca": (28, 60, "l2_dice", "soft"),
         "flatten": (28, 784, "l2_dice", "soft"),
         "sparse": (28, 256, "l1", "soft"),
     }
-    assert not LEAVES["ablations/coding_none"].config().MODEL.SOLQ.MASK_ON
+    assert not uses_masks(LEAVES["ablations/coding_none"].config())
 
 
 def test_backbone_as_torchvision_has_it() -> None:
     for name, leaf in COCO_LEAVES.items():
         cfg = leaf.config()
         if cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone":
-            if not cfg.MODEL.SOLQ.FREEZE_DETECTOR:  # that starts from a whole detector
+            if not cfg.MODEL.MASK_BRANCH.FREEZE_DETECTOR:  # that starts from a whole detector
                 assert "torchvision/R-" in cfg.MODEL.WEIGHTS, name
                 assert cfg.MODEL.WEIGHTS.endswith(f"R-{cfg.MODEL.RESNETS.DEPTH}.pkl"), name
             assert not cfg.MODEL.RESNETS.STRIDE_IN_1X1, name

@@ -6,6 +6,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.config import get_cfg as get_detectron2_cfg
+from detectron2.modeling import META_ARCH_REGISTRY
 
 import querymask
 from querymask.common.mask_branch import MASK_BRANCH_REGISTRY
@@ -225,13 +226,13 @@ def _backbone_conditions(cfg: CfgNode) -> Iterator[tuple[str, str, bool]]:
 
 
 def _mask_conditions(cfg: CfgNode) -> Iterator[tuple[str, str, bool]]:
-    """As ``_conditions``, for what belongs to other mask branches than the model's; base files may set it."""
-    name = mask_branch_name(cfg)
-    read = MASK_BRANCH_REGISTRY.get(name).sections if name in MASK_BRANCH_REGISTRY else ()
-    sections = [f"MASK_BRANCH.{key}" for key, value in cfg.MODEL.MASK_BRANCH.items() if isinstance(value, CfgNode)]
-    for section in (*sections, "MASK_CODING"):
-        if section not in read:
-            yield f"MODEL.{section}", f"the mask branch is {name}", False
+    """As ``_conditions``, for the sections of mask branches; base files set those that the method's own one reads."""
+    name, branches = mask_branch_name(cfg), dict(MASK_BRANCH_REGISTRY)
+    read = branches[name].sections if name in branches else ()
+    own = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE).own_mask_branch.sections
+    for section in sorted({section for branch in branches.values() for section in branch.sections} - set(read)):
+        readers = " or ".join(sorted(key for key, branch in branches.items() if section in branch.sections))
+        yield f"MODEL.{section}", f"only MODEL.MASK_BRANCH.NAME {readers} reads it", section not in own
 
 
 def _within(key: str, section: str) -> bool:
