@@ -26,8 +26,8 @@ from querymask.common.precision import full_precision
 from querymask.common.predictions import Assignment, LossTerm, Normalizers, Predictions, Targets, loss_terms
 from querymask.common.transfer import instances_to_device
 
-LOSSES = ("l1", "l2_dice")
-LOSS_REDUCTIONS = ("mean", "local_mean", "sum")
+VECTOR_LOSSES = ("l1", "l2_dice")
+VECTOR_LOSS_REDUCTIONS = ("mean", "local_mean", "sum")
 _DICE_EPS = 1e-5
 
 
@@ -64,8 +64,8 @@ class VectorBranch(MaskBranch):
         binarize_before_paste: bool = True,
     ) -> None:
         for key, value, choices in (
-            ("LOSS", loss, LOSSES),
-            ("LOSS_REDUCTION", reduction, LOSS_REDUCTIONS),
+            ("LOSS", loss, VECTOR_LOSSES),
+            ("LOSS_REDUCTION", reduction, VECTOR_LOSS_REDUCTIONS),
         ):
             if value not in choices:
                 raise ValueError(f"MODEL.MASK_BRANCH.VECTOR.{key} is {value!r}: choose one of {choices}")

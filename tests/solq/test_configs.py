@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from tiny_configs import tiny_config
 from tool_loader import load_tool
 
+from querymask import get_cfg
+from querymask.common.engine.unused_keys import leaves
 from querymask.common.flops import count_parameters
 from querymask.common.mask_coding import fill_missing_bases
 from querymask.common.meta_arch import mask_branch_name, uses_masks
@@ -277,6 +280,33 @@ def test_model_zoo_is_in_step() -> None:
     assert page == zoo.render(zoo.find_leaves(), zoo.read_gflops(page)), "run tools/make_model_zoo.py"
     for leaf in LEAVES.values():
         assert page.count(f"/configs/{leaf.name}.yaml)") == 1, f"{leaf.name} must have one row"
+
+
+@pytest.mark.parametrize("method", ["solq", "isda", "istr", "effseg"])
+def test_ablations_in_the_methods_page_are_in_step(method: str) -> None:
+    page = (zoo.ROOT / "projects" / method / "README.md").read_text()
+    own = [leaf for leaf in zoo.find_leaves() if leaf.method == method]
+    assert page == zoo.render_ablations(page, own), "run tools/make_model_zoo.py --keep-gflops"
+    assert page.count("](configs/ablations/") >= sum(leaf.name.startswith("ablations/") for leaf in own) > 1
+
+
+def test_configs_set_nothing_that_their_bases_give() -> None:
+    defaults = dict(leaves(get_cfg()))
+    for path in sorted((zoo.ROOT / "projects").glob("*/configs/**/*.yaml")):
+        own = yaml.safe_load(path.read_text())
+        if "_BASE_" not in own:
+            continue
+        bases = own.pop("_BASE_")
+        given = dict(defaults)
+        for base in [bases] if isinstance(bases, str) else bases:
+            given |= decoded(CfgNode.load_yaml_with_base(str(path.parent / base)))
+        repeated = [key for key, value in decoded(own).items() if value == given[key]]
+        assert not repeated, f"{path}: {repeated}"
+
+
+def decoded(settings: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys with their values, which YAML holds as strings where they are tuples."""
+    return {key: CfgNode._decode_cfg_value(value) for key, value in leaves(CfgNode(settings))}
 
 
 def test_configs_with_an_incomplete_head_are_refused(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def shrunk(cfg: CfgNode, state: dict[str, Tensor]) -> dict[str, Tensor]:
 def tiny(tmp_path: Path) -> tuple[Path, Path, dict[str, Tensor]]:
     """A small config of the release's form, a file under the release's names, and what it is in the model's."""
     path = tmp_path / "tiny.yaml"
-    path.write_text(TINY.format(base=CONFIGS / "Base-EffSeg-v2.yaml"))
+    path.write_text(TINY.format(base=CONFIGS / "effseg_v2_r50.yaml"))
     cfg = get_cfg()
     cfg.merge_from_file(str(path))
     torch.manual_seed(0)
