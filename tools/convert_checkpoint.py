@@ -33,6 +33,7 @@ from querymask.common.checkpoint import (
     write_checkpoint,
 )
 from querymask.common.engine import num_classes_key
+from querymask.common.meta_arch import mask_branch_name
 
 SHOWN_KEYS = 12
 SHOWN_CONFIGS = 5
@@ -155,7 +156,9 @@ def refusal(args: argparse.Namespace, cfg: CfgNode, description: str, settings: 
 
 
 def lookup(cfg: CfgNode, key: str) -> Any:
-    """The value of a dotted config key, with tuples as lists."""
+    """The value of a dotted config key, with tuples as lists; a method's own mask branch has its name, too."""
+    if key == "MODEL.MASK_BRANCH.NAME":
+        return mask_branch_name(cfg)
     value: Any = cfg
     for name in key.split("."):
         value = value[name]

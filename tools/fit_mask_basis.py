@@ -3,7 +3,7 @@
     python tools/fit_mask_basis.py --train coco_2017_train --test coco_2017_val --output weights/pca_28_60.npz
     python tools/fit_mask_basis.py --method sparse --train coco_2017_train --output weights/sparse_28_256.npz
 
-Writes the basis, for MASK_BASIS of the config, with its statistics, and draws beside it the first components or atoms,
+Writes the basis, for MODEL.MASK_CODING.BASIS, with its statistics, and draws beside it the first components or atoms,
 for PCA also the energy curve. An interrupted PCA goes on when it is started again. The dictionary of the sparse coding
 needs scikit-learn, the extra "sparse". See projects/istr/README.md and projects/solq/README.md.
 """

@@ -1,4 +1,4 @@
-"""Write docs/model_zoo.md: one row per config, from the config itself.
+"""Write docs/model_zoo.md, one row per config, and the methods' tables of ablations, from the configs.
 
     python tools/make_model_zoo.py [--keep-gflops]
 
@@ -23,12 +23,14 @@ import querymask  # before Detectron2, which it makes importable on current libr
 
 # isort: split
 import torch
+import yaml
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from tabulate import tabulate
 from torch import nn
 
+from querymask.common.engine.unused_keys import leaves as keys_of
 from querymask.common.flops import count_parameters, measure
 from querymask.common.mask_coding import fill_missing_bases
 from querymask.effseg.effseg import EffSeg
@@ -90,6 +92,9 @@ RELEASES = {
 }
 """What the fact ``Weights`` of a config can begin with; the rest says which file it is."""
 
+ABLATIONS = ("<!-- Written by tools/make_model_zoo.py -->", "<!-- Until here -->")
+"""What encloses the table of ablations in a method's page."""
+
 USAGE = """## Training and evaluation
 
 For any row, with the data in place ([data.md](data.md)):
@@ -127,8 +132,8 @@ uv run tools/convert_checkpoint.py --config-file projects/solq/configs/solq_swin
 
   ISTR's Swin-L starts from the file for 384 pixels and window 12, `swin_large_patch4_window12_384_22k.pth`, in the same
   way.
-- ISTR's PCA and autoencoder, SOLQ's PCA and sparse coding need a basis to be trained from a backbone: `MASK_BASIS`,
-  see [ISTR's page](../projects/istr/README.md) and [SOLQ's](../projects/solq/README.md).
+- ISTR's PCA and autoencoder, SOLQ's PCA and sparse coding need a basis to be trained from a backbone,
+  `MODEL.MASK_CODING.BASIS`: see [ISTR's page](../projects/istr/README.md) and [SOLQ's](../projects/solq/README.md).
 """
 
 
@@ -152,9 +157,14 @@ class Leaf:
 
     def config(self) -> CfgNode:
         """The config, to be changed freely."""
-        cfg = querymask.get_cfg()
-        cfg.merge_from_file(str(self.path))
-        return cfg
+        return read_config(self.path)
+
+
+def read_config(path: Path) -> CfgNode:
+    """The config of a file."""
+    cfg = querymask.get_cfg()
+    cfg.merge_from_file(str(path))
+    return cfg
 
 
 def find_leaves(projects: Path = ROOT / "projects") -> list[Leaf]:
@@ -297,6 +307,37 @@ def render(leaves: Sequence[Leaf], gflops: Mapping[str, str]) -> str:
     return "\n".join([*parts, USAGE.replace("{releases}", render_releases())])
 
 
+def render_ablations(page: str, leaves: Sequence[Leaf]) -> str:
+    """A method's page with the table of its ablations: what they change of the base that they share.
+
+    Args:
+        page: its text, with the comments between which the table stands.
+        leaves: of the method, in the order of the rows.
+    """
+    ablations = [leaf for leaf in leaves if leaf.name.startswith("ablations/")]
+    (base,) = {first_base(leaf.path) for leaf in ablations}
+    folder = ROOT / "projects" / leaves[0].method
+    shared = dict(keys_of(read_config(base)))
+    link = f"[{base.stem}]({base.relative_to(folder).as_posix()})"
+    rows = [("Config", f"Instead of what {link} has", "Paper"), ("---",) * 3]
+    for leaf in ablations:
+        own = {key: value for key, value in keys_of(leaf.config()) if value != shared[key] and key != "OUTPUT_DIR"}
+        changes = ", ".join(f"`{key.removeprefix('MODEL.')} {value}`" for key, value in own.items())
+        paper = leaf.facts.get("Paper", MISSING).replace(" | ", "<br>")
+        rows.append((f"[{leaf.path.stem}]({leaf.path.relative_to(folder).as_posix()})", changes or "nothing", paper))
+    table = "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+    before, after = page.split(ABLATIONS[0])[0], page.split(ABLATIONS[1])[1]
+    return f"{before}{ABLATIONS[0]}\n{table}{ABLATIONS[1]}{after}"
+
+
+def first_base(path: Path) -> Path:
+    """The first file named Base... from which a config inherits."""
+    while not path.name.startswith("Base"):
+        bases = yaml.safe_load(path.read_text())["_BASE_"]
+        path = (path.parent / (bases if isinstance(bases, str) else bases[0])).resolve()
+    return path
+
+
 def _heading(method: str) -> str:
     """The name of a method as its own page has it."""
     return (ROOT / "projects" / method / "README.md").read_text().partition("\n")[0].lstrip("# ")
@@ -320,6 +361,9 @@ def main() -> None:
         print(f"{name}: {cell} GFLOPs", flush=True)
         gflops[name] = cell
     OUTPUT.write_text(render(leaves, gflops))
+    for method in dict.fromkeys(leaf.method for leaf in leaves):
+        page = ROOT / "projects" / method / "README.md"
+        page.write_text(render_ablations(page.read_text(), [leaf for leaf in leaves if leaf.method == method]))
     print(f"{OUTPUT}: {len(leaves)} configs")
 
 

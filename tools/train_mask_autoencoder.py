@@ -2,7 +2,7 @@
 
     python tools/train_mask_autoencoder.py --train coco_2017_train --test coco_2017_val --output weights/smt.pth
 
-Writes the weights with the best IoU on the test data, for MASK_BASIS of a config with MASK_CODING "autoencoder". An
+Writes the weights with the best IoU on the test data, for MODEL.MASK_CODING.BASIS with NAME "autoencoder". An
 interrupted run goes on at the last full epoch. Training is that of ISTR's second release: Adam, dice loss, 30 epochs.
 """
 

@@ -1,10 +1,12 @@
 """Config keys that all methods share."""
 
+from collections.abc import Mapping
+
 from detectron2.config import CfgNode
 
 
 def add_common_config(cfg: CfgNode) -> None:
-    """Add the keys that are not of one method: input, solver, evaluation and Swin, in place."""
+    """Add the keys that are not of one method, in place: input, solver, evaluation, masks and Swin."""
     # Every method works on RGB images in [0, 1], normalised with ImageNet's statistics; Detectron2 works on 0..255.
     cfg.INPUT.FORMAT = "RGB"
     cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
@@ -97,9 +99,25 @@ def add_common_config(cfg: CfgNode) -> None:
     # has them is looked for
     cfg.VIS_FONT = ""
 
-    # How queries become masks: the name of a registered mask branch, "none" for boxes only; "": the method's own
+    # How queries become masks. A branch has a section of its own below this one
     cfg.MODEL.MASK_BRANCH = CfgNode()
+    # A registered mask branch, "none" for boxes only; "": the method's own
     cfg.MODEL.MASK_BRANCH.NAME = ""
+    # Train the mask branch alone, on the backbone and detector of MODEL.WEIGHTS
+    cfg.MODEL.MASK_BRANCH.FREEZE_DETECTOR = False
+
+    # How masks become vectors, for the branches that predict these (VectorBranch, CodeBranch)
+    cfg.MODEL.MASK_CODING = CfgNode()
+    # "dct", "pca", "sparse", "autoencoder" (SMT), "flatten" (pixels), "flatten_logits"
+    cfg.MODEL.MASK_CODING.NAME = "dct"
+    # Side of the coded mask, length of its vector
+    cfg.MODEL.MASK_CODING.SIZE = 128
+    cfg.MODEL.MASK_CODING.LENGTH = 256
+    # File with the basis of "pca" or "sparse" (tools/fit_mask_basis.py) or the weights of "autoencoder"
+    # (tools/train_mask_autoencoder.py); "": it comes with the checkpoint of MODEL.WEIGHTS
+    cfg.MODEL.MASK_CODING.BASIS = ""
+    # "pca": noise on the labels, drawn anew for every target vector (releases; the papers have none)
+    cfg.MODEL.MASK_CODING.LABEL_NOISE = True
 
     # Names of the classes, in order; training fills them in from its data set, and checkpoints keep them
     cfg.MODEL.CLASS_NAMES = []
@@ -114,3 +132,13 @@ def add_common_config(cfg: CfgNode) -> None:
     cfg.MODEL.SWIN.DROP_PATH_RATE = 0.2
     # Stages 0 (stride 4) to 3 (stride 32) whose normalised outputs are used, named "stage0".."stage3"
     cfg.MODEL.SWIN.OUT_FEATURES = ["stage1", "stage2", "stage3"]
+
+
+def register_renamed_keys(cfg: CfgNode, renamed: Mapping[str, str | tuple[str, str]]) -> None:
+    """Have an old key in a config file or on the command line name the one that took its place.
+
+    Args:
+        renamed: old key -> new key, or that and what became of the values where they changed.
+    """
+    for old, new in renamed.items():
+        cfg.register_renamed_key(old, *([new] if isinstance(new, str) else new))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from querymask.common.images import Canvas
 from querymask.common.predictions import Assignment, LossTerm, Normalizers, Predictions, Targets
+from querymask.common.processes import TOGETHER, Processes
 
 DETECTOR_REGISTRY = Registry("DETECTOR")
 DETECTOR_REGISTRY.__doc__ = "Classes whose ``from_config(cfg, shapes)`` builds a :class:`Detector`."
@@ -23,9 +24,11 @@ class Detector(nn.Module):
     Attributes:
         width: C of hidden states and pyramid.
         num_layers: N, the layers of hidden states at inference.
+        num_classes: K, without one for "no object".
         strides: of the pyramid's levels, in pixels.
         size_divisibility: sides of a batch must be multiples of it; 0: any.
         has_boxes: queries have boxes.
+        processes: whose images are one batch, where losses are sums over it.
         static_matching: the assignment does not depend on costs, to which a mask branch might add.
         masks_follow: a mask branch gets what is selected.
         capturable: ``forward`` neither waits for a GPU nor copies to it, so a CUDA graph can repeat it.
@@ -33,9 +36,11 @@ class Detector(nn.Module):
 
     width: int
     num_layers: int
+    num_classes: int
     strides: tuple[int, ...]
     size_divisibility: int = 0
     has_boxes: bool = True
+    processes: Processes = TOGETHER
     static_matching: bool = False
     masks_follow: bool = False
     capturable: bool = True

@@ -24,11 +24,13 @@ class MaskBranch(nn.Module):
     ``losses`` of the assigned queries. At inference ``forward``, then ``add_masks`` for the chosen queries of an image.
 
     Attributes:
+        sections: of the config below ``MODEL`` that the branch reads.
         size_divisibility: sides of a batch must be multiples of it; 0: any.
         finishes: ``add_masks`` leaves out what is empty, and orders what remains.
         capturable: ``forward`` neither waits for a GPU nor copies to it, so a CUDA graph can repeat it.
     """
 
+    sections: tuple[str, ...] = ()
     size_divisibility: int = 0
     finishes: bool = False
     capturable: bool = True

@@ -15,7 +15,7 @@ def instance_masks(instances: Instances) -> torch.Tensor:
     if not instances.has("gt_masks"):
         raise ValueError(
             "instances have no gt_masks, which the mask branch needs: let the mapper give them, or switch the branch "
-            "off (for SOLQ: MODEL.SOLQ.MASK_ON False; for EffSeg: MODEL.EFFSEG.MASK_HEAD none)"
+            "off: MODEL.MASK_BRANCH.NAME none"
         )
     masks = instances.gt_masks
     if isinstance(masks, PackedMasks):

@@ -41,10 +41,12 @@ class QuerySegmenter(nn.Module):
 
     Attributes:
         detector_type: of the method.
+        own_mask_branch: of the method, where ``MODEL.MASK_BRANCH.NAME`` says nothing.
         moved: names in checkpoints from before the parts had names: patterns, and what today has in their place.
     """
 
     detector_type: type[Detector]
+    own_mask_branch: type[MaskBranch]
     moved: Sequence[tuple[str, str]] = ()
 
     @configurable
@@ -73,9 +75,8 @@ class QuerySegmenter(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self._unwritten: tuple[int, HostCopy] | None = None
         if freeze_detector:
-            self.requires_grad_(False)
-            if mask_branch is not None:
-                mask_branch.requires_grad_(True)
+            backbone.requires_grad_(False)
+            detector.requires_grad_(False)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -94,24 +95,25 @@ class QuerySegmenter(nn.Module):
             raise ValueError(
                 f"{cls.detector_type.__name__} has no boxes, so without masks it finds nothing: choose a mask branch"
             )
+        if cfg.MODEL.MASK_BRANCH.FREEZE_DETECTOR and branch is None:
+            raise ValueError(
+                "MODEL.MASK_BRANCH.FREEZE_DETECTOR leaves nothing to train where MODEL.MASK_BRANCH.NAME is none: set "
+                "it False"
+            )
         return {
             "backbone": backbone,
             "detector": detector,
             "mask_branch": branch,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
+            "freeze_detector": cfg.MODEL.MASK_BRANCH.FREEZE_DETECTOR,
             **graph_arguments(cfg, [detector] if branch is None else [detector, branch]),
         }
 
     @classmethod
     def mask_branch_name(cls, cfg: CfgNode) -> str:
         """Name of the mask branch in the registry, or "none"."""
-        return cfg.MODEL.MASK_BRANCH.NAME or cls.own_mask_branch(cfg)
-
-    @classmethod
-    def own_mask_branch(cls, cfg: CfgNode) -> str:
-        """That of the method, where ``MODEL.MASK_BRANCH.NAME`` says nothing."""
-        raise NotImplementedError
+        return cfg.MODEL.MASK_BRANCH.NAME or cls.own_mask_branch.__name__
 
     @property
     def device(self) -> torch.device:
@@ -292,9 +294,13 @@ def feature_shapes(shapes: Mapping[str, ShapeSpec], names: Sequence[str]) -> lis
     return [shapes[name] for name in names]
 
 
+def mask_branch_name(cfg: CfgNode) -> str:
+    """Name of the model's mask branch, "none" for boxes only; "" of other models than the project's."""
+    architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    return architecture.mask_branch_name(cfg) if issubclass(architecture, QuerySegmenter) else ""
+
+
 def uses_masks(cfg: CfgNode) -> bool:
     """Whether the model makes masks; of other models than the project's, what ``MODEL.MASK_ON`` says."""
-    architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    if issubclass(architecture, QuerySegmenter):
-        return architecture.mask_branch_name(cfg) != "none"
-    return cfg.MODEL.MASK_ON
+    name = mask_branch_name(cfg)
+    return name != "none" if name else cfg.MODEL.MASK_ON

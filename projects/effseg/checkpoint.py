@@ -26,6 +26,7 @@ from querymask.common.checkpoint.formats import (
     own_format,
     resnet_rules,
     resnet_settings,
+    without_masks,
 )
 
 MOVED = (
@@ -77,12 +78,12 @@ _BODY_RULES: list[Rule] = [
     Rename(r"^core\.body\.fpn_convs\.(\d+)\.conv\.", r"detector.neck.outputs.\1."),
 ]
 
-# A key that only files with this segmentation head have -> MODEL.EFFSEG.MASK_HEAD. PointRend's has all of Mask R-CNN's.
-_MASK_HEADS = (
-    (r"\.heads\.2\.fuse_td\.", "effseg"),
-    (r"\.heads\.2\.point_head\.", "pointrend"),
-    (r"\.heads\.2\.mask_head\.semantic_convs\.", "refine_mask"),
-    (r"\.heads\.2\.mask_head\.conv_logits\.", "mask_rcnn"),
+# A key that only files with this segmentation head have -> MODEL.MASK_BRANCH.NAME. PointRend's has all of Mask R-CNN's.
+_BRANCHES = (
+    (r"\.heads\.2\.fuse_td\.", "EffSegBranch"),
+    (r"\.heads\.2\.point_head\.", "PointRendBranch"),
+    (r"\.heads\.2\.mask_head\.semantic_convs\.", "RefineMaskBranch"),
+    (r"\.heads\.2\.mask_head\.conv_logits\.", "MaskRCNNBranch"),
 )
 # The class head (in FQDet a network of its own), and the layers of segmentation heads with a mask or an input for each
 # class: the last layers of Mask R-CNN's and PointRend's, those of RefineMask's stages, PointRend's point layers
@@ -130,7 +131,7 @@ def convert(
             last one for "no object".
         drop_classes: leave out the class head and the other layers that depend on the number of classes, for training
             on another data set.
-        detector_only: leave the segmentation head out (``MODEL.EFFSEG.MASK_HEAD none``).
+        detector_only: leave the segmentation head out (``MODEL.MASK_BRANCH.NAME none``).
 
     Returns:
         the model's state dict, and the report of what was renamed and dropped.
@@ -141,7 +142,7 @@ def convert(
     state = {key: torch.as_tensor(value) for key, value in state.items()}
     rules = [
         *_BODY_RULES,
-        *([drop_mask_branch(rf"{_HEADS}heads\.2\.")] if detector_only else _head_rules(_mask_head(state))),
+        *([drop_mask_branch(rf"{_HEADS}heads\.2\.")] if detector_only else _head_rules(_branch(state))),
         *_DETECTOR_RULES,
         Rename(r"^(?=(selector|transitions|anchor_encoder|layers|class_head|box_head)\.)", "detector."),
     ]
@@ -168,25 +169,25 @@ def settings(state: State) -> dict[str, Any]:
         "MODEL.EFFSEG.HIDDEN_DIM": width,
         "MODEL.EFFSEG.DEC_LAYERS": len(layers),
         "MODEL.EFFSEG.DIM_FEEDFORWARD": hidden,
-        "MODEL.EFFSEG.MASK_HEAD": _mask_head(state),
+        "MODEL.MASK_BRANCH.NAME": _branch(state),
     }
 
 
-def _head_rules(mask_head: str) -> list[Rule]:
-    """From the release's names of a segmentation head, which begin with heads.gvd.heads.2, to ``mask_head``."""
-    if mask_head == "none":
+def _head_rules(branch: str) -> list[Rule]:
+    """From the release's names of a segmentation head, which begin with heads.gvd.heads.2, to those of a branch."""
+    if branch == "none":
         return []
-    if mask_head == "effseg":
+    if branch == "EffSegBranch":
         from querymask.effseg.heads.checkpoint_effseg import EFFSEG_HEAD_RULES
 
         return EFFSEG_HEAD_RULES
     from querymask.effseg.heads.checkpoint_baselines import BASELINE_HEAD_RULES
 
-    return BASELINE_HEAD_RULES[mask_head]
+    return BASELINE_HEAD_RULES[branch]
 
 
-def _mask_head(state: State) -> str:
-    for pattern, name in _MASK_HEADS:
+def _branch(state: State) -> str:
+    for pattern, name in _BRANCHES:
         if any(re.search(pattern, key) for key in state):
             return name
     return "none"
@@ -203,12 +204,12 @@ def describe(state: State) -> str:
     found = settings(state)
     detector = {1: "FQDet", 2: "FQDetV2"}[found["MODEL.EFFSEG.VERSION"]]
     head = {
-        "effseg": f"EffSeg on {detector}",
-        "mask_rcnn": f"Mask R-CNN++ on {detector}",
-        "pointrend": f"PointRend++ on {detector}",
-        "refine_mask": f"RefineMask++ on {detector}",
+        "EffSegBranch": f"EffSeg on {detector}",
+        "MaskRCNNBranch": f"Mask R-CNN++ on {detector}",
+        "PointRendBranch": f"PointRend++ on {detector}",
+        "RefineMaskBranch": f"RefineMask++ on {detector}",
         "none": detector,
-    }[found["MODEL.EFFSEG.MASK_HEAD"]]
+    }[found["MODEL.MASK_BRANCH.NAME"]]
     parts = [
         f"R{found['MODEL.RESNETS.DEPTH']}",
         f"{found['MODEL.EFFSEG.DEC_LAYERS']} layers",
@@ -227,7 +228,7 @@ def _convert_release(state: State, options: Options) -> tuple[State, Report]:
 def _release_settings(state: State, options: Options) -> dict[str, Any]:
     found = settings(state)
     if options.detector_only:
-        found["MODEL.EFFSEG.MASK_HEAD"] = "none"
+        found = without_masks(found)
     if not options.drop_classes:
         found["MODEL.EFFSEG.NUM_CLASSES"] = _num_classes(state)
     return found

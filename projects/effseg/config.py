@@ -1,10 +1,37 @@
-"""Config keys of EffSeg, and of FQDet, its detector without a segmentation head."""
+"""Config keys of EffSeg: its detector, FQDet, and its mask branches, each around a segmentation head."""
 
 from detectron2.config import CfgNode
 
+from querymask.common.config import register_renamed_keys
+
+RENAMED = {
+    "MODEL.EFFSEG.MASK_HEAD": (
+        "MODEL.MASK_BRANCH.NAME",
+        "MASK_HEAD effseg is NAME EffSegBranch, mask_rcnn MaskRCNNBranch, pointrend PointRendBranch, refine_mask "
+        "RefineMaskBranch, none none",
+    ),
+    "MODEL.EFFSEG.MAX_TRAIN_REGIONS": "MODEL.MASK_BRANCH.REGION.MAX_TRAIN_REGIONS",
+    "MODEL.EFFSEG.MASK_EXPORT": "MODEL.MASK_BRANCH.REGION.EXPORT",
+    "MODEL.EFFSEG.PROCESSING": "MODEL.MASK_BRANCH.EFFSEG.PROCESSING",
+    "MODEL.EFFSEG.REFINEMENTS": "MODEL.MASK_BRANCH.EFFSEG.REFINEMENTS",
+    "MODEL.EFFSEG.NUM_FCN_CONVS": "MODEL.MASK_BRANCH.EFFSEG.NUM_FCN_CONVS",
+    "MODEL.EFFSEG.DILATIONS": "MODEL.MASK_BRANCH.EFFSEG.DILATIONS",
+    "MODEL.EFFSEG.USE_POSITION": "MODEL.MASK_BRANCH.EFFSEG.USE_POSITION",
+    "MODEL.EFFSEG.SEG_WEIGHTS": "MODEL.MASK_BRANCH.EFFSEG.SEG_WEIGHTS",
+    "MODEL.EFFSEG.REF_WEIGHTS": "MODEL.MASK_BRANCH.EFFSEG.REF_WEIGHTS",
+    "MODEL.EFFSEG.POINT_SUBDIVISIONS": "MODEL.MASK_BRANCH.POINTREND.SUBDIVISIONS",
+}
+"""Old keys, as in :func:`register_renamed_keys`."""
+
 
 def add_effseg_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.EFFSEG`` to a Detectron2 config, in place. The defaults are the paper's R50 model."""
+    """Add ``MODEL.EFFSEG`` and the sections of mask branches in place. The defaults are the paper's R50 model."""
+    _add_detector(cfg)
+    _add_mask_branches(cfg)
+    register_renamed_keys(cfg, RENAMED)
+
+
+def _add_detector(cfg: CfgNode) -> None:
     cfg.MODEL.EFFSEG = CfgNode()
     # The only key for the number of classes; must equal the data set's
     cfg.MODEL.EFFSEG.NUM_CLASSES = 80
@@ -38,40 +65,43 @@ def add_effseg_config(cfg: CfgNode) -> None:
     cfg.MODEL.EFFSEG.CLASS_WEIGHT = None
     cfg.MODEL.EFFSEG.BOX_WEIGHT = None
 
-    # Losses are sums over a batch, MAX_TRAIN_REGIONS and REFINEMENTS are limits of one. "global": that of all processes
-    # together, so that gradients do not depend on their number; "local": that of each process, whose gradients are
-    # averaged (release)
+    # Losses are sums over a batch, and MAX_TRAIN_REGIONS and REFINEMENTS of its mask branches are limits of one.
+    # "global": that of all processes together, so that gradients do not depend on their number; "local": that of each
+    # process, whose gradients are averaged (release)
     cfg.MODEL.EFFSEG.LOSS_REDUCTION = "global"
 
     # Inference: a pair of query and class is left out if its IoU with a better pair of the class is higher
     cfg.MODEL.EFFSEG.NMS_THRESHOLD = 0.5
 
+
+def _add_mask_branches(cfg: CfgNode) -> None:
+    # What EffSegBranch, EffSeg's own, MaskRCNNBranch, PointRendBranch and RefineMaskBranch share
+    cfg.MODEL.MASK_BRANCH.REGION = CfgNode()
+    # Training: at most this many matched queries of a batch get masks, a random choice of them (0: all, as published);
+    # bounds memory and time
+    cfg.MODEL.MASK_BRANCH.REGION.MAX_TRAIN_REGIONS = 0
     # Inference: masks of the original image. "any": the binary mask at the network's size is resized, and any positive
     # bilinear weight on foreground makes foreground, so that masks grow (release); "paste": probabilities are pasted at
     # the original size
-    cfg.MODEL.EFFSEG.MASK_EXPORT = "any"
+    cfg.MODEL.MASK_BRANCH.REGION.EXPORT = "any"
 
-    # Segmentation head: "effseg", "mask_rcnn", "pointrend", "refine_mask", or "none", which leaves the detector
-    cfg.MODEL.EFFSEG.MASK_HEAD = "effseg"
-
-    # Training: at most this many matched queries of a batch get masks, a random choice of them (0: all, as published);
-    # bounds memory and time
-    cfg.MODEL.EFFSEG.MAX_TRAIN_REGIONS = 0
-
-    # Head "effseg". Processing module of every stage (Table 5)
-    cfg.MODEL.EFFSEG.PROCESSING = "sfm"
+    # EffSegBranch
+    cfg.MODEL.MASK_BRANCH.EFFSEG = CfgNode()
+    # Processing module of every stage (Table 5)
+    cfg.MODEL.MASK_BRANCH.EFFSEG.PROCESSING = "sfm"
     # Active features that are refined in a stage: at most this many, those of all regions of a head call together
-    cfg.MODEL.EFFSEG.REFINEMENTS = 10000
+    cfg.MODEL.MASK_BRANCH.EFFSEG.REFINEMENTS = 10000
     # 3x3 convolutions before stage 0
-    cfg.MODEL.EFFSEG.NUM_FCN_CONVS = 4
+    cfg.MODEL.MASK_BRANCH.EFFSEG.NUM_FCN_CONVS = 4
     # Dilations of the parallel convolutions of the processing module "sfm"
-    cfg.MODEL.EFFSEG.DILATIONS = [1, 3, 5]
+    cfg.MODEL.MASK_BRANCH.EFFSEG.DILATIONS = [1, 3, 5]
     # Sine encoding of the position within the region (release; not in the paper's text)
-    cfg.MODEL.EFFSEG.USE_POSITION = True
+    cfg.MODEL.MASK_BRANCH.EFFSEG.USE_POSITION = True
     # Loss weights of segmentation and refinement, stage by stage
-    cfg.MODEL.EFFSEG.SEG_WEIGHTS = [0.25, 0.375, 0.375, 0.5]
-    cfg.MODEL.EFFSEG.REF_WEIGHTS = [0.25, 0.25, 0.25, 0.25]
+    cfg.MODEL.MASK_BRANCH.EFFSEG.SEG_WEIGHTS = [0.25, 0.375, 0.375, 0.5]
+    cfg.MODEL.MASK_BRANCH.EFFSEG.REF_WEIGHTS = [0.25, 0.25, 0.25, 0.25]
 
-    # Head "pointrend": subdivisions of the 28x28 mask. The release has 3, which gives 224x224; the paper's text says
-    # 112x112, which are 2
-    cfg.MODEL.EFFSEG.POINT_SUBDIVISIONS = 3
+    # PointRendBranch
+    cfg.MODEL.MASK_BRANCH.POINTREND = CfgNode()
+    # Subdivisions of the 28x28 mask. The release has 3, which gives 224x224; the paper's text says 112x112, which are 2
+    cfg.MODEL.MASK_BRANCH.POINTREND.SUBDIVISIONS = 3

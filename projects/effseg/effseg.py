@@ -10,15 +10,12 @@ Data flow (B images, Q queries, C width, K classes, n regions, S side of a mask)
 Without a mask branch this is FQDet.
 """
 
-from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from querymask.common.meta_arch import QuerySegmenter
 from querymask.effseg.checkpoint import MOVED
 from querymask.effseg.fqdet import FQDet
-from querymask.effseg.region_branch import EffSegBranch, MaskRCNNBranch, PointRendBranch, RefineMaskBranch
-
-BRANCHES = {x.head_name: x.__name__ for x in (EffSegBranch, MaskRCNNBranch, PointRendBranch, RefineMaskBranch)}
+from querymask.effseg.region_branch import EffSegBranch
 
 
 @META_ARCH_REGISTRY.register()
@@ -26,12 +23,5 @@ class EffSeg(QuerySegmenter):
     """The meta-architecture."""
 
     detector_type = FQDet
+    own_mask_branch = EffSegBranch
     moved = MOVED
-
-    @classmethod
-    def own_mask_branch(cls, cfg: CfgNode) -> str:
-        """That of the head which ``MODEL.EFFSEG.MASK_HEAD`` names."""
-        name = cfg.MODEL.EFFSEG.MASK_HEAD
-        if name not in BRANCHES and name != "none":
-            raise ValueError(f"MODEL.EFFSEG.MASK_HEAD is {name!r}: choose one of none, {', '.join(BRANCHES)}")
-        return BRANCHES.get(name, name)

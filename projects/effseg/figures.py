@@ -56,7 +56,7 @@ def refinement(model: nn.Module, item: dict[str, Any], score_threshold: float = 
     if not isinstance(head, EffSegHead):
         raise ValueError(
             f"only EffSeg's head refines in stages, this model has {type(head).__name__ if head else 'no such head'}: "
-            "set MODEL.EFFSEG.MASK_HEAD effseg"
+            "set MODEL.MASK_BRANCH.NAME EffSegBranch"
         )
     images = model.preprocess([item])
     height, width = images.image_sizes[0]

@@ -6,6 +6,7 @@ Data flow (n regions, C width, S side of a mask)::
     inference: pairs of query and class, or their queries -> probabilities (n, S, S) -> pasted, scored, thresholded
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -22,8 +23,10 @@ from querymask.common.masks import pad_masks
 from querymask.common.predictions import Assignment, LossTerm, Normalizers, Predictions, Targets
 from querymask.common.processes import Processes
 from querymask.common.transfer import instances_to_device, to_device
-from querymask.effseg.fqdet.detector import loss_processes
-from querymask.effseg.heads.build import build_mask_head
+from querymask.effseg.heads.effseg import EffSegHead
+from querymask.effseg.heads.mask_rcnn import MaskRCNNHead
+from querymask.effseg.heads.pointrend import PointRendHead
+from querymask.effseg.heads.refine_mask import RefineMaskHead
 from querymask.effseg.masks import EXPORTS, paste_and_resize
 from querymask.effseg.regions import NUM_MAPS, Regions, RegionTargets, SegmentationHead
 
@@ -32,7 +35,7 @@ STRIDES = tuple(4 * 2**level for level in range(NUM_MAPS))
 
 
 class RegionBranch(MaskBranch):
-    """Masks of regions; subclasses name the head.
+    """Masks of regions; subclasses have the heads.
 
     Args:
         head: masks of regions.
@@ -42,7 +45,7 @@ class RegionBranch(MaskBranch):
         mask_export: how masks get the original image's size, one of ``masks.EXPORTS``.
     """
 
-    head_name: str
+    sections = ("MASK_BRANCH.REGION",)
     finishes = True
     capturable = False
 
@@ -56,7 +59,7 @@ class RegionBranch(MaskBranch):
     ) -> None:
         super().__init__()
         if mask_export not in EXPORTS:
-            raise ValueError(f"MODEL.EFFSEG.MASK_EXPORT is {mask_export!r}: choose one of {', '.join(EXPORTS)}")
+            raise ValueError(f"MODEL.MASK_BRANCH.REGION.EXPORT is {mask_export!r}: choose one of {', '.join(EXPORTS)}")
         self.finer_levels = finer_levels
         self.head = head
         self.processes = head.processes = processes
@@ -65,8 +68,8 @@ class RegionBranch(MaskBranch):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, detector: Detector, shapes: Mapping[str, ShapeSpec]) -> "RegionBranch":
-        """What ``MODEL.EFFSEG`` describes, for any detector with boxes."""
-        effseg = cfg.MODEL.EFFSEG
+        """What ``MODEL.MASK_BRANCH`` describes, for any detector with boxes."""
+        region = cfg.MODEL.MASK_BRANCH.REGION
         if not detector.has_boxes:
             raise ValueError(
                 f"{cls.__name__} segments regions, and {type(detector).__name__} has no boxes: choose another "
@@ -77,15 +80,15 @@ class RegionBranch(MaskBranch):
             raise ValueError(
                 f"segmentation heads read maps of the strides {list(STRIDES)}, the levels 2 to 5, but the pyramid has "
                 f"{finer_levels.strides}: begin MODEL.EFFSEG.LEVELS with these levels, have the backbone give a map "
-                "for each, or set MODEL.EFFSEG.MASK_HEAD none"
+                "for each, or set MODEL.MASK_BRANCH.NAME none"
             )
-        return cls(
-            build_mask_head(cls.head_name, effseg, detector.width, effseg.NUM_CLASSES),
-            finer_levels,
-            loss_processes(effseg.LOSS_REDUCTION),
-            effseg.MAX_TRAIN_REGIONS,
-            effseg.MASK_EXPORT,
-        )
+        head = cls.build_head(cfg, detector.width, detector.num_classes)
+        return cls(head, finer_levels, detector.processes, region.MAX_TRAIN_REGIONS, region.EXPORT)
+
+    @staticmethod
+    @abstractmethod
+    def build_head(cfg: CfgNode, width: int, num_classes: int) -> SegmentationHead:
+        """The head, for maps and queries of ``width`` channels."""
 
     def forward(self, found: Predictions) -> list[Tensor]:
         """The maps (B, C, H_l, W_l) of the strides that heads read."""
@@ -195,25 +198,51 @@ def limit_pairs(pairs: Assignment, number: int, num_images: int, processes: Proc
 class EffSegBranch(RegionBranch):
     """EffSeg's refinement head (``heads/effseg.py``)."""
 
-    head_name = "effseg"
+    sections = ("MASK_BRANCH.REGION", "MASK_BRANCH.EFFSEG")
+
+    @staticmethod
+    def build_head(cfg: CfgNode, width: int, num_classes: int) -> EffSegHead:
+        """See :class:`RegionBranch`."""
+        effseg = cfg.MODEL.MASK_BRANCH.EFFSEG
+        return EffSegHead(
+            width,
+            processing=effseg.PROCESSING,
+            refinements=effseg.REFINEMENTS,
+            num_fcn_convs=effseg.NUM_FCN_CONVS,
+            dilations=tuple(effseg.DILATIONS),
+            seg_weights=tuple(effseg.SEG_WEIGHTS),
+            ref_weights=tuple(effseg.REF_WEIGHTS),
+            use_position=effseg.USE_POSITION,
+        )
 
 
 @MASK_BRANCH_REGISTRY.register()
 class MaskRCNNBranch(RegionBranch):
     """The head of Mask R-CNN++ (``heads/mask_rcnn.py``)."""
 
-    head_name = "mask_rcnn"
+    @staticmethod
+    def build_head(cfg: CfgNode, width: int, num_classes: int) -> MaskRCNNHead:
+        """See :class:`RegionBranch`."""
+        return MaskRCNNHead(width, num_classes)
 
 
 @MASK_BRANCH_REGISTRY.register()
 class PointRendBranch(RegionBranch):
     """The head of PointRend++ (``heads/pointrend.py``)."""
 
-    head_name = "pointrend"
+    sections = ("MASK_BRANCH.REGION", "MASK_BRANCH.POINTREND")
+
+    @staticmethod
+    def build_head(cfg: CfgNode, width: int, num_classes: int) -> PointRendHead:
+        """See :class:`RegionBranch`."""
+        return PointRendHead(width, num_classes, subdivisions=cfg.MODEL.MASK_BRANCH.POINTREND.SUBDIVISIONS)
 
 
 @MASK_BRANCH_REGISTRY.register()
 class RefineMaskBranch(RegionBranch):
     """The head of RefineMask++ (``heads/refine_mask.py``)."""
 
-    head_name = "refine_mask"
+    @staticmethod
+    def build_head(cfg: CfgNode, width: int, num_classes: int) -> RefineMaskHead:
+        """See :class:`RegionBranch`."""
+        return RefineMaskHead(width, num_classes)

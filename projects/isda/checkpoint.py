@@ -201,13 +201,13 @@ def settings(state: State) -> dict[str, Any]:
         "MODEL.ISDA.ENC_LAYERS": _count(state, r"\.encoder\.layers\.(\d+)\."),
         "MODEL.ISDA.DEC_LAYERS": _count(state, r"\.decoder\.layers\.(\d+)\."),
         "MODEL.ISDA.DIM_FEEDFORWARD": state[transformer + "encoder.layers.0.ffns.0.layers.0.0.bias"].shape[0],
-        "MODEL.ISDA.KERNEL_FCS": kernel_layers - 1,
-        "MODEL.ISDA.MASK_STRIDE": 8 if branches == 3 else 4 if first_units == 1 else 2,
-        "MODEL.ISDA.MASK_FEATURE_DIM": coarsest.shape[0],
-        "MODEL.ISDA.MASK_POSITIONS": coarsest.shape[1] == width + 2,
+        "MODEL.MASK_BRANCH.KERNEL.NUM_FCS": kernel_layers - 1,
+        "MODEL.MASK_BRANCH.KERNEL.MASK_STRIDE": 8 if branches == 3 else 4 if first_units == 1 else 2,
+        "MODEL.MASK_BRANCH.KERNEL.MASK_FEATURE_DIM": coarsest.shape[0],
+        "MODEL.MASK_BRANCH.KERNEL.MASK_POSITIONS": coarsest.shape[1] == width + 2,
     }
     if kernel_length == width:  # which of the two other forms a file has, no shape tells
-        result["MODEL.ISDA.KERNEL_POSITIONS"] = "none"
+        result["MODEL.MASK_BRANCH.KERNEL.POSITIONS"] = "none"
     return result
 
 
@@ -217,9 +217,9 @@ def describe(state: State) -> str:
     parts = [
         f"R{found['MODEL.RESNETS.DEPTH']}",
         f"width {found['MODEL.ISDA.HIDDEN_DIM']}",
-        f"mask features at 1/{found['MODEL.ISDA.MASK_STRIDE']}",
-        f"{'with' if found['MODEL.ISDA.MASK_POSITIONS'] else 'without'} coordinate channels",
-        f"kernels {'without' if 'MODEL.ISDA.KERNEL_POSITIONS' in found else 'with'} positions",
+        f"mask features at 1/{found['MODEL.MASK_BRANCH.KERNEL.MASK_STRIDE']}",
+        f"{'with' if found['MODEL.MASK_BRANCH.KERNEL.MASK_POSITIONS'] else 'without'} coordinate channels",
+        f"kernels {'without' if 'MODEL.MASK_BRANCH.KERNEL.POSITIONS' in found else 'with'} positions",
         f"{state['bbox_head.cls_branches.0.bias'].shape[0]} class rows",
     ]
     return f"ISDA ({', '.join(parts)})"

@@ -88,6 +88,7 @@ class BoxFreeDETR(SetDetector):
         self.transformer = transformer
         self.width = width = transformer.embed_dim
         self.num_layers = len(transformer.decoder.layers)
+        self.num_classes = num_classes
         self.size_divisibility = coarse[-1].stride
         strides = [shape.stride for shape in coarse]
         self.strides = (fine.stride, *strides) if use_fine else tuple(strides)
@@ -111,7 +112,7 @@ class BoxFreeDETR(SetDetector):
             num_levels=isda.NUM_FEATURE_LEVELS,
             num_queries=isda.NUM_QUERIES,
             num_classes=isda.NUM_CLASSES,
-            use_fine=isda.MASK_STRIDE <= fine.stride,
+            use_fine=cfg.MODEL.MASK_BRANCH.KERNEL.MASK_STRIDE <= fine.stride,
             criterion=ClassCriterion(isda.COST_CLASS, isda.CLASS_WEIGHT, isda.FOCAL_ALPHA),
             detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
         )

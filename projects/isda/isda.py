@@ -7,7 +7,6 @@ Data flow (B images, L levels, Q queries, C width, N decoder layers)::
       -> KernelBranch (kernels.py): mask features (B, C, H / 4, W / 4), kernels (N, B, Q, C), masks
 """
 
-from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from querymask.common.meta_arch import QuerySegmenter
@@ -21,9 +20,5 @@ class ISDA(QuerySegmenter):
     """The meta-architecture."""
 
     detector_type = BoxFreeDETR
+    own_mask_branch = KernelBranch
     moved = MOVED
-
-    @classmethod
-    def own_mask_branch(cls, cfg: CfgNode) -> str:
-        """ISDA has one."""
-        return KernelBranch.__name__

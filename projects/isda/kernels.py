@@ -73,6 +73,8 @@ class KernelBranch(MaskBranch):
         mask_threshold: foreground of the final masks.
     """
 
+    sections = ("MASK_BRANCH.KERNEL",)
+
     def __init__(
         self,
         *,
@@ -91,12 +93,12 @@ class KernelBranch(MaskBranch):
         mask_threshold: float = 0.5,
     ) -> None:
         for key, value, choices in (
-            ("KERNEL_POSITIONS", kernel_positions, KERNEL_POSITIONS),
+            ("POSITIONS", kernel_positions, KERNEL_POSITIONS),
             ("MASK_STRIDE", mask_stride, MASK_STRIDES),
-            ("MASK_LOSS", mask_loss, MASK_LOSSES),
+            ("LOSS", mask_loss, MASK_LOSSES),
         ):
             if value not in choices:
-                raise ValueError(f"MODEL.ISDA.{key} is {value!r}: choose one of {choices}")
+                raise ValueError(f"MODEL.MASK_BRANCH.KERNEL.{key} is {value!r}: choose one of {choices}")
         super().__init__()
         self.kernel_positions = kernel_positions
         self.mask_stride = mask_stride
@@ -113,22 +115,22 @@ class KernelBranch(MaskBranch):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, detector: Detector, shapes: Mapping[str, ShapeSpec]) -> "KernelBranch":
-        """What ``MODEL.ISDA`` describes, for any detector. Where matching asks no cost, the masks have none."""
-        isda = cfg.MODEL.ISDA
+        """What ``MODEL.MASK_BRANCH.KERNEL`` describes, for any detector; no cost where its matching asks none."""
+        kernel = cfg.MODEL.MASK_BRANCH.KERNEL
         return cls(
             width=detector.width,
             strides=detector.strides,
             shapes=shapes,
-            kernel_fcs=isda.KERNEL_FCS,
-            kernel_positions=isda.KERNEL_POSITIONS,
-            mask_stride=isda.MASK_STRIDE,
-            mask_feature_dim=isda.MASK_FEATURE_DIM,
-            mask_positions=isda.MASK_POSITIONS,
-            cost=0.0 if detector.static_matching else isda.COST_MASK,
-            weight=isda.MASK_WEIGHT,
-            mask_loss=isda.MASK_LOSS,
-            maskness_threshold=isda.MASKNESS_THRESHOLD,
-            mask_threshold=isda.MASK_THRESHOLD,
+            kernel_fcs=kernel.NUM_FCS,
+            kernel_positions=kernel.POSITIONS,
+            mask_stride=kernel.MASK_STRIDE,
+            mask_feature_dim=kernel.MASK_FEATURE_DIM,
+            mask_positions=kernel.MASK_POSITIONS,
+            cost=0.0 if detector.static_matching else kernel.COST_WEIGHT,
+            weight=kernel.WEIGHT,
+            mask_loss=kernel.LOSS,
+            maskness_threshold=kernel.MASKNESS_THRESHOLD,
+            mask_threshold=kernel.MASK_THRESHOLD,
         )
 
     def forward(self, found: Predictions) -> Kernels:

@@ -28,6 +28,7 @@ from querymask.common.checkpoint.formats import (
     own_format,
     swin_rules,
     swin_settings,
+    without_masks,
 )
 
 _BODY = "backbone.bottom_up."
@@ -57,7 +58,7 @@ def convert(
         state: the release's tensors by key.
         class_ids: not used: published heads have one row for each of COCO's 80 classes, in the model's order.
         drop_classes: leave the class heads out, for training on another data set.
-        detector_only: leave the mask branch out (``MODEL.ISTR.MASK_ON False``).
+        detector_only: leave the mask branch out (``MODEL.MASK_BRANCH.NAME none``).
 
     Returns:
         the model's state dict, and the report of what was used, renamed and dropped.
@@ -120,35 +121,35 @@ def _mask_settings(state: State) -> dict[str, Any]:
         last = state[_FIRST + "mask_module.6.weight"]
         length, head, scored = last.shape[0], "convolution", 2
     result = {
-        "MODEL.ISTR.MASK_ON": True,
-        "MODEL.ISTR.MASK_HEAD": head,
-        "MODEL.ISTR.VECTOR_LENGTH": length,
+        "MODEL.MASK_BRANCH.NAME": "CodeBranch",
+        "MODEL.MASK_BRANCH.CODE.HEAD": head,
+        "MODEL.MASK_CODING.LENGTH": length,
         "MODEL.ISTR.FIRST_SCORED_STAGE": scored,
     }
     if head == "convolution":
-        result["MODEL.ISTR.MASK_POOL_SIZE"] = 4 * last.shape[-1]
+        result["MODEL.MASK_BRANCH.CODE.POOL_SIZE"] = 4 * last.shape[-1]
     if "mask_encoding.means" in state:
-        result["MODEL.ISTR.MASK_CODING"] = "pca"
-        result["MODEL.ISTR.MASK_SIZE"] = round(state["mask_encoding.means"].shape[0] ** 0.5)
+        result["MODEL.MASK_CODING.NAME"] = "pca"
+        result["MODEL.MASK_CODING.SIZE"] = round(state["mask_encoding.means"].shape[0] ** 0.5)
     elif "mask_E.encoder.0.weight" in state:
-        result["MODEL.ISTR.MASK_CODING"] = "autoencoder"
-        result["MODEL.ISTR.MASK_SIZE"] = 16 * state["mask_E.encoder.12.weight"].shape[-1]
+        result["MODEL.MASK_CODING.NAME"] = "autoencoder"
+        result["MODEL.MASK_CODING.SIZE"] = 16 * state["mask_E.encoder.12.weight"].shape[-1]
     else:
-        result["MODEL.ISTR.MASK_CODING"] = "dct"
+        result["MODEL.MASK_CODING.NAME"] = "dct"
     return result
 
 
 def describe(state: State) -> str:
     """What a file of a release holds, in a line."""
     found = settings(state)
-    release = "ISTR" if found["MODEL.ISTR.MASK_HEAD"] == "vector" else "ISTR's second release"
+    release = "ISTR" if found["MODEL.MASK_BRANCH.CODE.HEAD"] == "vector" else "ISTR's second release"
     swin = found.get("MODEL.SWIN.EMBED_DIM")
     parts = [
         f"Swin of width {swin}" if swin else f"R{found['MODEL.RESNETS.DEPTH']}",
         f"{found['MODEL.ISTR.NUM_STAGES']} stages",
         f"{found['MODEL.ISTR.NUM_QUERIES']} queries",
         f"{state[_FIRST + 'class_logits.bias'].shape[0]} classes",
-        f"{found['MODEL.ISTR.MASK_CODING']} mask vectors of {found['MODEL.ISTR.VECTOR_LENGTH']}",
+        f"{found['MODEL.MASK_CODING.NAME']} mask vectors of {found['MODEL.MASK_CODING.LENGTH']}",
     ]
     return f"{release} ({', '.join(parts)})"
 
@@ -163,9 +164,7 @@ def _convert_release(state: State, options: Options) -> tuple[State, Report]:
 def _release_settings(state: State, options: Options) -> dict[str, Any]:
     found = settings(state)
     if options.detector_only:
-        kept = {"MODEL.ISTR.FIRST_SCORED_STAGE", "MODEL.ISTR.MASK_ON"}
-        found = {key: value for key, value in found.items() if key in kept or key not in _mask_settings(state)}
-        found["MODEL.ISTR.MASK_ON"] = False
+        found = without_masks(found)
     if not options.drop_classes:
         found["MODEL.ISTR.NUM_CLASSES"] = state[_FIRST + "class_logits.bias"].shape[0]
     return found

@@ -20,7 +20,7 @@ from querymask.common.coded_masks import CodedTargets, encode_targets
 from querymask.common.detector import Detector
 from querymask.common.losses import dice_loss
 from querymask.common.mask_branch import MASK_BRANCH_REGISTRY, MaskBranch
-from querymask.common.mask_coding import AutoencoderMaskCoding, MaskCoding, build_mask_coding
+from querymask.common.mask_coding import AutoencoderMaskCoding, MaskCoding, coding_from_config
 from querymask.common.masks import crop_masks, paste_masks
 from querymask.common.matching import pad_targets
 from querymask.common.precision import full_precision, without_autocast
@@ -53,6 +53,8 @@ class CodeBranch(MaskBranch):
         num_trained_layers: layers, from the last one on, that have losses.
     """
 
+    sections = ("MASK_BRANCH.CODE", "MASK_CODING")
+
     def __init__(
         self,
         heads: Sequence[nn.Module],
@@ -67,12 +69,12 @@ class CodeBranch(MaskBranch):
         num_trained_layers: int | None = None,
     ) -> None:
         for key, value, choices in (
-            ("MASK_COST", mask_cost, MASK_COSTS),
-            ("VECTOR_LOSS", vector_loss, VECTOR_LOSSES),
-            ("MASK_TARGET", mask_target, MASK_TARGETS),
+            ("COST", mask_cost, MASK_COSTS),
+            ("LOSS", vector_loss, VECTOR_LOSSES),
+            ("TARGET", mask_target, MASK_TARGETS),
         ):
             if value not in choices:
-                raise ValueError(f"MODEL.ISTR.{key} is {value!r}: choose one of {', '.join(choices)}")
+                raise ValueError(f"MODEL.MASK_BRANCH.CODE.{key} is {value!r}: choose one of {', '.join(choices)}")
         check_mask_cost(mask_cost, coding)
         super().__init__()
         self.heads = nn.ModuleList(heads)
@@ -91,39 +93,32 @@ class CodeBranch(MaskBranch):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, detector: Detector, shapes: Mapping[str, ShapeSpec]) -> "CodeBranch":
-        """What ``MODEL.ISTR`` describes, for any detector with boxes."""
-        istr = cfg.MODEL.ISTR
+        """What ``MODEL.MASK_BRANCH.CODE`` describes, for any detector with boxes."""
+        code = cfg.MODEL.MASK_BRANCH.CODE
         if not detector.has_boxes:
             raise ValueError(
                 f"CodeBranch codes the mask within a box, and {type(detector).__name__} has no boxes: choose another "
                 "MODEL.MASK_BRANCH.NAME"
             )
-        if detector.static_matching and istr.MASK_COST != "none":
+        if detector.static_matching and code.COST != "none":
             raise ValueError(
                 f"the matching of {type(detector).__name__} follows from its anchors alone, so masks cannot have a "
-                "cost: set MODEL.ISTR.MASK_COST none"
+                "cost: set MODEL.MASK_BRANCH.CODE.COST none"
             )
-        coding = build_mask_coding(
-            istr.MASK_CODING,
-            istr.MASK_SIZE,
-            istr.VECTOR_LENGTH,
-            section="MODEL.ISTR",
-            basis=istr.MASK_BASIS,
-            label_noise=istr.LABEL_NOISE,
-        )
+        coding = coding_from_config(cfg)
         heads = [
-            build_mask_head(istr.MASK_HEAD, coding, detector.width, istr.HEAD_LAYERS, istr.MASK_POOL_SIZE)
+            build_mask_head(code.HEAD, coding, detector.width, code.HEAD_LAYERS, code.POOL_SIZE)
             for _ in range(detector.num_layers)
         ]
         return cls(
             heads,
             coding,
-            cost=istr.COST_MASK,
-            weights={"loss_vector": istr.VECTOR_WEIGHT, "loss_dice": istr.DICE_WEIGHT},
-            mask_cost=istr.MASK_COST,
-            vector_loss=istr.VECTOR_LOSS,
-            mask_target=istr.MASK_TARGET,
-            paste_threshold=istr.PASTE_THRESHOLD,
+            cost=code.COST_WEIGHT,
+            weights={"loss_vector": code.WEIGHT, "loss_dice": code.DICE_WEIGHT},
+            mask_cost=code.COST,
+            vector_loss=code.LOSS,
+            mask_target=code.TARGET,
+            paste_threshold=code.PASTE_THRESHOLD,
             num_trained_layers=detector.num_trained_layers,
         )
 
@@ -299,6 +294,6 @@ def check_mask_cost(mask_cost: str, coding: MaskCoding) -> None:
     """
     if mask_cost == "dice" and isinstance(coding, AutoencoderMaskCoding):
         raise ValueError(
-            "MODEL.ISTR.MASK_COST 'dice' would decode the masks of all queries by the autoencoder's network: choose "
-            "'cosine', 'l1' or 'none', or another MASK_CODING"
+            "MODEL.MASK_BRANCH.CODE.COST 'dice' would decode the masks of all queries by the autoencoder's network: "
+            "choose 'cosine', 'l1' or 'none', or another MODEL.MASK_CODING.NAME"
         )

@@ -1,10 +1,40 @@
-"""Config keys of ISTR."""
+"""Config keys of ISTR: its detector and its mask branch."""
 
 from detectron2.config import CfgNode
 
+from querymask.common.config import register_renamed_keys
+
+RENAMED = {
+    "MODEL.ISTR.MASK_ON": ("MODEL.MASK_BRANCH.NAME", "MASK_ON False is NAME none; True is what NAME '' does"),
+    "MODEL.ISTR.MASK_CODING": "MODEL.MASK_CODING.NAME",
+    "MODEL.ISTR.MASK_SIZE": "MODEL.MASK_CODING.SIZE",
+    "MODEL.ISTR.VECTOR_LENGTH": "MODEL.MASK_CODING.LENGTH",
+    "MODEL.ISTR.MASK_BASIS": "MODEL.MASK_CODING.BASIS",
+    "MODEL.ISTR.LABEL_NOISE": "MODEL.MASK_CODING.LABEL_NOISE",
+    "MODEL.ISTR.MASK_HEAD": "MODEL.MASK_BRANCH.CODE.HEAD",
+    "MODEL.ISTR.MASK_POOL_SIZE": "MODEL.MASK_BRANCH.CODE.POOL_SIZE",
+    "MODEL.ISTR.MASK_TARGET": "MODEL.MASK_BRANCH.CODE.TARGET",
+    "MODEL.ISTR.MASK_COST": "MODEL.MASK_BRANCH.CODE.COST",
+    "MODEL.ISTR.COST_MASK": "MODEL.MASK_BRANCH.CODE.COST_WEIGHT",
+    "MODEL.ISTR.VECTOR_LOSS": "MODEL.MASK_BRANCH.CODE.LOSS",
+    "MODEL.ISTR.VECTOR_WEIGHT": "MODEL.MASK_BRANCH.CODE.WEIGHT",
+    "MODEL.ISTR.DICE_WEIGHT": "MODEL.MASK_BRANCH.CODE.DICE_WEIGHT",
+    "MODEL.ISTR.PASTE_THRESHOLD": "MODEL.MASK_BRANCH.CODE.PASTE_THRESHOLD",
+}
+"""Old keys, as in :func:`register_renamed_keys`. ``MODEL.ISTR.HEAD_LAYERS`` was the mask head's, too."""
+
 
 def add_istr_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.ISTR`` to a Detectron2 config, in place. The defaults are the paper's R50 model as released."""
+    """Add the sections ``MODEL.ISTR`` and ``CODE`` in place.
+
+    With ``MODEL.MASK_CODING`` as in ``configs/Base-ISTR.yaml``, the defaults are the paper's R50 model as released.
+    """
+    _add_detector(cfg)
+    _add_code_branch(cfg)
+    register_renamed_keys(cfg, RENAMED)
+
+
+def _add_detector(cfg: CfgNode) -> None:
     cfg.MODEL.ISTR = CfgNode()
     # The only key for the number of classes; must equal the data set's
     cfg.MODEL.ISTR.NUM_CLASSES = 80
@@ -34,47 +64,20 @@ def add_istr_config(cfg: CfgNode) -> None:
     cfg.MODEL.ISTR.ATTENTION = "dynamic"
     # Inner width of the dynamic layers
     cfg.MODEL.ISTR.DIM_DYNAMIC = 64
-    # Layers before the last one of the class, box and vector heads
+    # Layers before the last one of the class and box heads
     cfg.MODEL.ISTR.HEAD_LAYERS = 3
     # "sigmoid" scores with focal loss (release), or "softmax" with a no-object class and cross-entropy (equation 6)
     cfg.MODEL.ISTR.CLASSIFIER = "sigmoid"
-
-    # Mask branch; without it the model is a detector
-    cfg.MODEL.ISTR.MASK_ON = True
-    # Mask coding: "pca", "dct", "sparse", "autoencoder" (SMT), "flatten" (pixels), "flatten_logits"; side of the coded
-    # mask, length of its vector
-    cfg.MODEL.ISTR.MASK_CODING = "pca"
-    cfg.MODEL.ISTR.MASK_SIZE = 28
-    cfg.MODEL.ISTR.VECTOR_LENGTH = 60
-    # File with the basis of "pca" or "sparse" (tools/fit_mask_basis.py) or the weights of "autoencoder"
-    # (tools/train_mask_autoencoder.py); "": it comes with the checkpoint of MODEL.WEIGHTS
-    cfg.MODEL.ISTR.MASK_BASIS = ""
-    # "pca": noise on the labels, drawn anew for every target vector (release; the paper has none)
-    cfg.MODEL.ISTR.LABEL_NOISE = True
-    # What predicts the vector: "vector" head on the query (paper), "convolution" over a larger crop at the refined box
-    # (second release), or "pixel", the head of Mask R-CNN, for "flatten_logits" (Table 1a)
-    cfg.MODEL.ISTR.MASK_HEAD = "vector"
-    # Bins a side of the crops of the "convolution" and "pixel" heads
-    cfg.MODEL.ISTR.MASK_POOL_SIZE = 28
-    # Box at which the target of the mask losses is cut out: "ground_truth", or the matched "predicted" one
-    cfg.MODEL.ISTR.MASK_TARGET = "ground_truth"
 
     # Matching costs
     cfg.MODEL.ISTR.COST_CLASS = 2.0
     cfg.MODEL.ISTR.COST_BBOX = 5.0
     cfg.MODEL.ISTR.COST_GIOU = 2.0
-    cfg.MODEL.ISTR.COST_MASK = 2.0
-    # Kind of the mask cost (Table 1b): "cosine" or "l1" of the vectors, "dice" of the masks, or "none"
-    cfg.MODEL.ISTR.MASK_COST = "cosine"
 
     # Losses
     cfg.MODEL.ISTR.CLASS_WEIGHT = 2.0
     cfg.MODEL.ISTR.BBOX_WEIGHT = 5.0
     cfg.MODEL.ISTR.GIOU_WEIGHT = 2.0
-    cfg.MODEL.ISTR.VECTOR_WEIGHT = 2.0
-    cfg.MODEL.ISTR.DICE_WEIGHT = 2.0
-    # Distance of vectors: "l2" (squares) or "smooth_l1"
-    cfg.MODEL.ISTR.VECTOR_LOSS = "l2"
     cfg.MODEL.ISTR.FOCAL_ALPHA = 0.25
     # Weight of the no-object class of the "softmax" classifier
     cfg.MODEL.ISTR.NO_OBJECT_WEIGHT = 0.1
@@ -83,5 +86,30 @@ def add_istr_config(cfg: CfgNode) -> None:
 
     # Inference: scores are those of the mean logits from this stage on; -1: of the last stage alone
     cfg.MODEL.ISTR.FIRST_SCORED_STAGE = -1
-    # Foreground of a pasted mask is what reaches it
-    cfg.MODEL.ISTR.PASTE_THRESHOLD = 0.5
+
+
+def _add_code_branch(cfg: CfgNode) -> None:
+    # CodeBranch, ISTR's own: mask vectors that are predicted, matched and regressed, layer by layer
+    cfg.MODEL.MASK_BRANCH.CODE = CfgNode()
+    # What predicts the vector: "vector" head on the query (paper), "convolution" over a larger crop at the refined box
+    # (second release), or "pixel", the head of Mask R-CNN, for the coding "flatten_logits" (Table 1a)
+    cfg.MODEL.MASK_BRANCH.CODE.HEAD = "vector"
+    # Layers before the last one of the "vector" head
+    cfg.MODEL.MASK_BRANCH.CODE.HEAD_LAYERS = 3
+    # Bins a side of the crops of the "convolution" and "pixel" heads
+    cfg.MODEL.MASK_BRANCH.CODE.POOL_SIZE = 28
+    # Box at which the target of the mask losses is cut out: "ground_truth", or the matched "predicted" one
+    cfg.MODEL.MASK_BRANCH.CODE.TARGET = "ground_truth"
+
+    # Matching cost (Table 1b): "cosine" or "l1" of the vectors, "dice" of the masks, or "none"
+    cfg.MODEL.MASK_BRANCH.CODE.COST = "cosine"
+    cfg.MODEL.MASK_BRANCH.CODE.COST_WEIGHT = 2.0
+
+    # Distance of vectors: "l2" (squares) or "smooth_l1"
+    cfg.MODEL.MASK_BRANCH.CODE.LOSS = "l2"
+    cfg.MODEL.MASK_BRANCH.CODE.WEIGHT = 2.0
+    # Of the dice loss of the decoded masks
+    cfg.MODEL.MASK_BRANCH.CODE.DICE_WEIGHT = 2.0
+
+    # Inference: foreground of a pasted mask is what reaches it
+    cfg.MODEL.MASK_BRANCH.CODE.PASTE_THRESHOLD = 0.5

@@ -80,6 +80,7 @@ class RecurrentBoxes(SetDetector):
         self.width = width = stages[0].linear1.in_features
         self.strides = pyramid_strides(shapes, self.in_features, width)
         self.num_layers = len(stages)
+        self.num_classes = stages[0].class_logits.out_features - (criterion.classifier == "softmax")
         self.num_queries = num_queries
         self.use_image_feature = use_image_feature
         self.query_pooling = query_pooling

@@ -7,7 +7,6 @@ Data flow (B images, Q queries, C width, N stages, K entries of a mask vector)::
       -> CodeBranch (codes.py): mask codes (., K) of all, matched or selected queries, decoded and pasted
 """
 
-from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from querymask.common.meta_arch import QuerySegmenter
@@ -21,9 +20,5 @@ class ISTR(QuerySegmenter):
     """The meta-architecture."""
 
     detector_type = RecurrentBoxes
+    own_mask_branch = CodeBranch
     moved = MOVED
-
-    @classmethod
-    def own_mask_branch(cls, cfg: CfgNode) -> str:
-        """What ``MODEL.ISTR`` says."""
-        return CodeBranch.__name__ if cfg.MODEL.ISTR.MASK_ON else "none"

@@ -69,7 +69,7 @@ class ConvolutionMaskHead(nn.Module):
     def __init__(self, width: int, length: int, pool_size: int, with_context: bool) -> None:
         super().__init__()
         if pool_size % 4:
-            raise ValueError(f"MODEL.ISTR.MASK_POOL_SIZE is {pool_size}: it must be a multiple of 4")
+            raise ValueError(f"MODEL.MASK_BRANCH.CODE.POOL_SIZE is {pool_size}: it must be a multiple of 4")
         self.pool_size = pool_size
         modules: list[nn.Module] = []
         for _ in range(2):
@@ -124,7 +124,7 @@ def _double_convolution(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 def build_mask_head(kind: str, coding: MaskCoding, width: int, num_head_layers: int, pool_size: int) -> nn.Module:
-    """The head that ``MODEL.ISTR.MASK_HEAD`` names.
+    """The head that ``MODEL.MASK_BRANCH.CODE.HEAD`` names.
 
     Raises:
         ValueError: the kind is unknown, or does not go with the coding or the sizes.
@@ -135,15 +135,15 @@ def build_mask_head(kind: str, coding: MaskCoding, width: int, num_head_layers: 
     if kind == "convolution":
         if with_context and coding.mask_size != 4 * pool_size:
             raise ValueError(
-                f"MODEL.ISTR.MASK_POOL_SIZE is {pool_size}: the autoencoder of {coding.mask_size}x{coding.mask_size} "
-                f"masks needs {coding.mask_size // 4}"
+                f"MODEL.MASK_BRANCH.CODE.POOL_SIZE is {pool_size}: the autoencoder of "
+                f"{coding.mask_size}x{coding.mask_size} masks needs {coding.mask_size // 4}"
             )
         return ConvolutionMaskHead(width, coding.length, pool_size, with_context)
     if kind == "pixel":
         if not (isinstance(coding, FlattenMaskCoding) and coding.logits) or coding.mask_size != 2 * pool_size:
             raise ValueError(
-                f"MODEL.ISTR.MASK_HEAD 'pixel' predicts the logits of {2 * pool_size}x{2 * pool_size} masks (twice "
-                "MASK_POOL_SIZE): set MASK_CODING 'flatten_logits', and MASK_SIZE and VECTOR_LENGTH to match"
+                f"MODEL.MASK_BRANCH.CODE.HEAD 'pixel' predicts the logits of {2 * pool_size}x{2 * pool_size} masks "
+                "(twice POOL_SIZE): set MODEL.MASK_CODING.NAME 'flatten_logits', and its SIZE and LENGTH to match"
             )
         return PixelMaskHead(width, pool_size)
-    raise ValueError(f"MODEL.ISTR.MASK_HEAD is {kind!r}: choose one of {', '.join(MASK_HEADS)}")
+    raise ValueError(f"MODEL.MASK_BRANCH.CODE.HEAD is {kind!r}: choose one of {', '.join(MASK_HEADS)}")

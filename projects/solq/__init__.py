@@ -3,5 +3,6 @@
 from querymask.solq import checkpoint
 from querymask.solq.config import add_solq_config
 from querymask.solq.solq import SOLQ
+from querymask.solq.sqr import SQRBranch
 
-__all__ = ["SOLQ", "add_solq_config", "checkpoint"]
+__all__ = ["SOLQ", "SQRBranch", "add_solq_config", "checkpoint"]

@@ -36,6 +36,7 @@ from querymask.common.checkpoint.formats import (
     resnet_settings,
     swin_rules,
     swin_settings,
+    without_masks,
 )
 
 _BODY = "backbone.0.body."
@@ -72,7 +73,7 @@ def convert(
         class_ids: rows of the class head to keep, in the order of the model's classes. Published heads have 91 rows,
             one for each raw COCO category id. None keeps all rows.
         drop_classes: leave the class head out, for training on another data set.
-        detector_only: leave the mask branch out: what remains is a Deformable DETR (``MODEL.SOLQ.MASK_ON False``).
+        detector_only: leave the mask branch out: what remains is a Deformable DETR (``MODEL.MASK_BRANCH.NAME none``).
 
     Returns:
         the model's state dict, and the report of what was used, renamed and dropped.
@@ -153,18 +154,16 @@ def settings(state: State) -> dict[str, Any]:
         "MODEL.SOLQ.DIM_FEEDFORWARD": state["transformer.encoder.layers.0.linear1.bias"].shape[0],
         "MODEL.SOLQ.BOX_REFINE": _has_refinement(state),
         "MODEL.SOLQ.TWO_STAGE": "transformer.enc_output.weight" in state,
-        "MODEL.SOLQ.MASK_ON": sqr or vectors,
+        "MODEL.MASK_BRANCH.NAME": "SQRBranch" if sqr else "VectorBranch" if vectors else "none",
     }
     if "query_embed.weight" in state:
         result["MODEL.SOLQ.NUM_QUERIES"] = state["query_embed.weight"].shape[0]
-    if sqr or vectors:
-        result["MODEL.SOLQ.MASK_BRANCH"] = "sqr" if sqr else "vector"
     if vectors:
-        result["MODEL.SOLQ.MASK_CODING"] = "pca" if pca else "dct"
+        result["MODEL.MASK_CODING.NAME"] = "pca" if pca else "dct"
         if pca:
-            result["MODEL.SOLQ.MASK_SIZE"] = round(state["processor_pca.means"].shape[0] ** 0.5)
-        result["MODEL.SOLQ.VECTOR_HIDDEN_DIM"] = state["vector_embed.0.layers.0.bias"].shape[0]
-        result["MODEL.SOLQ.VECTOR_LENGTH"] = state["vector_embed.0.layers.2.bias"].shape[0]
+            result["MODEL.MASK_CODING.SIZE"] = round(state["processor_pca.means"].shape[0] ** 0.5)
+        result["MODEL.MASK_BRANCH.VECTOR.HIDDEN_DIM"] = state["vector_embed.0.layers.0.bias"].shape[0]
+        result["MODEL.MASK_CODING.LENGTH"] = state["vector_embed.0.layers.2.bias"].shape[0]
     return result
 
 
@@ -177,7 +176,7 @@ def describe(state: State) -> str:
     elif _is_pca(state):
         name = "SOLQ with PCA mask coding"
     else:
-        name = "SOLQ" if found["MODEL.SOLQ.MASK_ON"] else "Deformable DETR"
+        name = "Deformable DETR" if found["MODEL.MASK_BRANCH.NAME"] == "none" else "SOLQ"
     parts = [
         f"Swin of width {found['MODEL.SWIN.EMBED_DIM']}" if _is_swin(state) else f"R{found['MODEL.RESNETS.DEPTH']}",
         f"width {found['MODEL.SOLQ.HIDDEN_DIM']}",
@@ -186,8 +185,8 @@ def describe(state: State) -> str:
         "two-stage" if found["MODEL.SOLQ.TWO_STAGE"] else "one-stage",
         f"{detector['class_embed.0.bias'].shape[0]} class rows",
     ]
-    if "MODEL.SOLQ.VECTOR_LENGTH" in found:
-        parts.append(f"mask vectors of {found['MODEL.SOLQ.VECTOR_LENGTH']}")
+    if "MODEL.MASK_CODING.LENGTH" in found:
+        parts.append(f"mask vectors of {found['MODEL.MASK_CODING.LENGTH']}")
     return f"{name} ({', '.join(parts)})"
 
 
@@ -201,9 +200,7 @@ def _convert_release(state: State, options: Options) -> tuple[State, Report]:
 def _release_settings(state: State, options: Options) -> dict[str, Any]:
     found = settings(state)
     if options.detector_only:
-        branch = ("MASK_BRANCH", "MASK_CODING", "MASK_SIZE", "VECTOR_HIDDEN_DIM", "VECTOR_LENGTH")
-        found = {key: value for key, value in found.items() if key.rpartition(".")[2] not in branch}
-        found["MODEL.SOLQ.MASK_ON"] = False
+        found = without_masks(found)
     if not options.drop_classes:
         rows = _detector(state)["class_embed.0.bias"].shape[0]
         found["MODEL.SOLQ.NUM_CLASSES"] = rows if options.class_ids is None else len(options.class_ids)

@@ -74,6 +74,7 @@ class DeformableDETR(SetDetector):
         self.detections_per_image = detections_per_image
         self.width = width = transformer.embed_dim
         self.num_layers = len(transformer.decoder.layers)
+        self.num_classes = num_classes
         self.strides = pyramid_strides([shape.stride for shape in own], num_levels)
 
         two_stage = transformer.num_proposals > 0

@@ -34,7 +34,7 @@ def detections_by_coefficients(
     """
     branch = model.mask_branch
     if not isinstance(branch, VectorBranch):
-        raise ValueError("this model has no mask vectors: set MODEL.SOLQ.MASK_ON True, MODEL.SOLQ.MASK_BRANCH vector")
+        raise ValueError("this model has no mask vectors: set MODEL.MASK_BRANCH.NAME VectorBranch")
     found, made = model.predict(model.preprocess([item]))
     length = branch.coding.length
     results = {}

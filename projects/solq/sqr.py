@@ -165,6 +165,8 @@ class SQRBranch(MaskBranch):
         crop_masks: cut masks off at their boxes, as the paper says; the release does not.
     """
 
+    sections = ("MASK_BRANCH.SQR",)
+
     def __init__(
         self,
         *,
@@ -193,21 +195,21 @@ class SQRBranch(MaskBranch):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, detector: Detector, shapes: Mapping[str, ShapeSpec]) -> "SQRBranch":
-        """What ``MODEL.SOLQ`` describes, on a Deformable DETR."""
+        """What ``MODEL.MASK_BRANCH.SQR`` describes, on a Deformable DETR with the attention heads of its own."""
         if not isinstance(detector, DeformableDETR):
             raise ValueError(
                 f"SQRBranch reads the memory of a Deformable DETR's encoder, which {type(detector).__name__} does not "
                 "have: choose another MODEL.MASK_BRANCH.NAME"
             )
-        solq = cfg.MODEL.SOLQ
+        sqr = cfg.MODEL.MASK_BRANCH.SQR
         return cls(
             width=detector.width,
-            num_heads=solq.NUM_HEADS,
+            num_heads=cfg.MODEL.SOLQ.NUM_HEADS,
             in_features=detector.in_features,
             feature_channels=[shapes[name].channels for name in detector.in_features],
-            weights={"loss_mask": solq.SQR_MASK_WEIGHT, "loss_dice": solq.SQR_DICE_WEIGHT},
-            focal_alpha=solq.FOCAL_ALPHA,
-            crop_masks=solq.SQR_CROP_MASKS,
+            weights={"loss_mask": sqr.MASK_WEIGHT, "loss_dice": sqr.DICE_WEIGHT},
+            focal_alpha=cfg.MODEL.SOLQ.FOCAL_ALPHA,
+            crop_masks=sqr.CROP_MASKS,
         )
 
     def forward(self, found: DETRPredictions) -> MaskContext:

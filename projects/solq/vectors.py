@@ -20,13 +20,12 @@ from querymask.common.detector import Detector
 from querymask.common.layers import MLP
 from querymask.common.losses import dice_loss
 from querymask.common.mask_branch import MASK_BRANCH_REGISTRY, MaskBranch
-from querymask.common.mask_coding import MaskCoding, binarize_at_half_range, build_mask_coding
+from querymask.common.mask_coding import AutoencoderMaskCoding, MaskCoding, binarize_at_half_range, coding_from_config
 from querymask.common.masks import paste_masks
 from querymask.common.precision import full_precision
 from querymask.common.predictions import Assignment, LossTerm, Normalizers, Predictions, Targets, loss_terms
 from querymask.common.transfer import instances_to_device
 
-CODINGS = ("dct", "pca", "sparse", "flatten", "flatten_logits")
 VECTOR_LOSSES = ("l1", "l2_dice")
 VECTOR_LOSS_REDUCTIONS = ("mean", "local_mean", "sum")
 _DICE_EPS = 1e-5
@@ -50,6 +49,8 @@ class VectorBranch(MaskBranch):
             and threshold once (fast SOLQ).
     """
 
+    sections = ("MASK_BRANCH.VECTOR", "MASK_CODING")
+
     def __init__(
         self,
         *,
@@ -63,15 +64,20 @@ class VectorBranch(MaskBranch):
         binarize_before_paste: bool = True,
     ) -> None:
         for key, value, choices in (
-            ("VECTOR_LOSS", loss, VECTOR_LOSSES),
-            ("VECTOR_LOSS_REDUCTION", reduction, VECTOR_LOSS_REDUCTIONS),
+            ("LOSS", loss, VECTOR_LOSSES),
+            ("LOSS_REDUCTION", reduction, VECTOR_LOSS_REDUCTIONS),
         ):
             if value not in choices:
-                raise ValueError(f"MODEL.SOLQ.{key} is {value!r}: choose one of {choices}")
+                raise ValueError(f"MODEL.MASK_BRANCH.VECTOR.{key} is {value!r}: choose one of {choices}")
         if loss == "l2_dice" and reduction != "mean":
             raise ValueError(
-                f"MODEL.SOLQ.VECTOR_LOSS_REDUCTION is {reduction!r}, but VECTOR_LOSS 'l2_dice' has one form only: "
-                "set it 'mean'"
+                f"MODEL.MASK_BRANCH.VECTOR.LOSS_REDUCTION is {reduction!r}, but LOSS 'l2_dice' has one form only: set "
+                "it 'mean'"
+            )
+        if isinstance(coding, AutoencoderMaskCoding):  # its decoder learns, and would need a loss of its own
+            raise ValueError(
+                "VectorBranch does not train the autoencoder of MODEL.MASK_CODING.NAME 'autoencoder': choose another "
+                "coding, or MODEL.MASK_BRANCH.NAME CodeBranch"
             )
         super().__init__()
         self.coding = coding
@@ -88,24 +94,24 @@ class VectorBranch(MaskBranch):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, detector: Detector, shapes: Mapping[str, ShapeSpec]) -> "VectorBranch":
-        """What ``MODEL.SOLQ`` describes, for any detector with boxes."""
-        solq = cfg.MODEL.SOLQ
+        """What ``MODEL.MASK_BRANCH.VECTOR`` describes, for any detector with boxes."""
+        vector = cfg.MODEL.MASK_BRANCH.VECTOR
         if not detector.has_boxes:
             raise ValueError(
                 f"VectorBranch codes the mask within a box, and {type(detector).__name__} has no boxes: choose another "
                 "MODEL.MASK_BRANCH.NAME"
             )
-        if solq.PASTE not in ("binary", "soft"):
-            raise ValueError(f"MODEL.SOLQ.PASTE is {solq.PASTE!r}: choose 'binary' or 'soft'")
+        if vector.PASTE not in ("binary", "soft"):
+            raise ValueError(f"MODEL.MASK_BRANCH.VECTOR.PASTE is {vector.PASTE!r}: choose 'binary' or 'soft'")
         return cls(
             width=detector.width,
-            hidden_dim=solq.VECTOR_HIDDEN_DIM,
-            coding=build_coding(solq),
-            weight=solq.VECTOR_WEIGHT,
-            start_layer=solq.VECTOR_START_LAYER,
-            loss=solq.VECTOR_LOSS,
-            reduction=solq.VECTOR_LOSS_REDUCTION,
-            binarize_before_paste=solq.PASTE == "binary",
+            hidden_dim=vector.HIDDEN_DIM,
+            coding=coding_from_config(cfg),
+            weight=vector.WEIGHT,
+            start_layer=vector.START_LAYER,
+            loss=vector.LOSS,
+            reduction=vector.LOSS_REDUCTION,
+            binarize_before_paste=vector.PASTE == "binary",
         )
 
     def encode(self, targets: Targets, found: Predictions) -> CodedTargets:
@@ -162,21 +168,3 @@ class VectorBranch(MaskBranch):
         boxes = detections.pred_boxes.tensor
         detections.pred_masks = paste_masks(maps, boxes, *detections.image_size, threshold=0.5)
         return detections
-
-
-def build_coding(solq: CfgNode) -> MaskCoding:
-    """The coding that ``MODEL.SOLQ.MASK_CODING`` names.
-
-    Raises:
-        ValueError: it is none that SOLQ can have, or another value does not go with it.
-    """
-    if solq.MASK_CODING not in CODINGS:  # the autoencoder, whose decoder learns, would need a loss of its own
-        raise ValueError(f"MODEL.SOLQ.MASK_CODING is {solq.MASK_CODING!r}: choose one of {', '.join(CODINGS)}")
-    return build_mask_coding(
-        solq.MASK_CODING,
-        solq.MASK_SIZE,
-        solq.VECTOR_LENGTH,
-        section="MODEL.SOLQ",
-        basis=solq.MASK_BASIS,
-        label_noise=solq.LABEL_NOISE,
-    )

@@ -58,38 +58,38 @@ DETECTORS: dict[str, dict[str, Any]] = {
         "DIM_FEEDFORWARD": 24,
     },
 }
-VECTORS = {"MODEL.SOLQ.MASK_SIZE": 16, "MODEL.SOLQ.VECTOR_LENGTH": 20, "MODEL.SOLQ.VECTOR_HIDDEN_DIM": 24}
-CODES = {"MODEL.ISTR.MASK_SIZE": 16, "MODEL.ISTR.VECTOR_LENGTH": 20, "MODEL.ISTR.HEAD_LAYERS": 1}
+VECTORS = {"MODEL.MASK_CODING.SIZE": 16, "MODEL.MASK_CODING.LENGTH": 20, "MODEL.MASK_BRANCH.VECTOR.HIDDEN_DIM": 24}
+CODES = {"MODEL.MASK_CODING.SIZE": 16, "MODEL.MASK_CODING.LENGTH": 20, "MODEL.MASK_BRANCH.CODE.HEAD_LAYERS": 1}
 BRANCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "DCT vectors": ("VectorBranch", VECTORS),
-    "PCA vectors": ("VectorBranch", {**VECTORS, "MODEL.SOLQ.MASK_CODING": "pca"}),
+    "PCA vectors": ("VectorBranch", {**VECTORS, "MODEL.MASK_CODING.NAME": "pca"}),
     "flattened vectors": (
         "VectorBranch",
-        {**VECTORS, "MODEL.SOLQ.MASK_CODING": "flatten", "MODEL.SOLQ.MASK_SIZE": 8, "MODEL.SOLQ.VECTOR_LENGTH": 64},
+        {**VECTORS, "MODEL.MASK_CODING.NAME": "flatten", "MODEL.MASK_CODING.SIZE": 8, "MODEL.MASK_CODING.LENGTH": 64},
     ),
-    "sparse vectors": ("VectorBranch", {**VECTORS, "MODEL.SOLQ.MASK_CODING": "sparse"}),
-    "codes": ("CodeBranch", {**CODES, "MODEL.ISTR.MASK_CODING": "dct"}),
+    "sparse vectors": ("VectorBranch", {**VECTORS, "MODEL.MASK_CODING.NAME": "sparse"}),
+    "codes": ("CodeBranch", {**CODES, "MODEL.MASK_CODING.NAME": "dct"}),
     "codes of a convolution": (
         "CodeBranch",
         {
             **CODES,
-            "MODEL.ISTR.MASK_CODING": "dct",
-            "MODEL.ISTR.MASK_HEAD": "convolution",
-            "MODEL.ISTR.MASK_POOL_SIZE": 8,
+            "MODEL.MASK_CODING.NAME": "dct",
+            "MODEL.MASK_BRANCH.CODE.HEAD": "convolution",
+            "MODEL.MASK_BRANCH.CODE.POOL_SIZE": 8,
         },
     ),
     "autoencoder": (
         "CodeBranch",
         {
             **CODES,
-            "MODEL.ISTR.MASK_CODING": "autoencoder",
-            "MODEL.ISTR.MASK_HEAD": "convolution",
-            "MODEL.ISTR.MASK_SIZE": 32,
-            "MODEL.ISTR.MASK_POOL_SIZE": 8,
+            "MODEL.MASK_CODING.NAME": "autoencoder",
+            "MODEL.MASK_BRANCH.CODE.HEAD": "convolution",
+            "MODEL.MASK_CODING.SIZE": 32,
+            "MODEL.MASK_BRANCH.CODE.POOL_SIZE": 8,
         },
     ),
-    "kernels": ("KernelBranch", {"MODEL.ISDA.MASK_FEATURE_DIM": 32}),
-    "EffSeg": ("EffSegBranch", {"MODEL.EFFSEG.REFINEMENTS": 300}),
+    "kernels": ("KernelBranch", {"MODEL.MASK_BRANCH.KERNEL.MASK_FEATURE_DIM": 32}),
+    "EffSeg": ("EffSegBranch", {"MODEL.MASK_BRANCH.EFFSEG.REFINEMENTS": 300}),
     "Mask R-CNN++": ("MaskRCNNBranch", {}),
     "PointRend++": ("PointRendBranch", {}),
     "RefineMask++": ("RefineMaskBranch", {}),
@@ -119,10 +119,8 @@ def pair_cfg(detector: str, branch: str) -> CfgNode:
     cfg.MODEL.MASK_BRANCH.NAME = name
     for key, value in settings.items():
         cfg.merge_from_list([key, value])
-    for section in ("SOLQ", "ISDA", "ISTR", "EFFSEG"):
-        cfg.MODEL[section].NUM_CLASSES = 5
     if detector == "EffSeg":
-        cfg.MODEL.ISTR.MASK_COST = "none"
+        cfg.MODEL.MASK_BRANCH.CODE.COST = "none"
     return cfg
 
 
@@ -170,9 +168,23 @@ def test_every_branch_is_tried() -> None:
 
 def test_a_cost_of_masks_needs_a_matching_by_costs() -> None:
     cfg = pair_cfg("EffSeg", "codes")
-    cfg.MODEL.ISTR.MASK_COST = "cosine"
-    with pytest.raises(ValueError, match="set MODEL.ISTR.MASK_COST none"):
+    cfg.MODEL.MASK_BRANCH.CODE.COST = "cosine"
+    with pytest.raises(ValueError, match="set MODEL.MASK_BRANCH.CODE.COST none"):
         build_model(cfg)
+
+
+@pytest.mark.parametrize(("detector", "branch"), [("ISTR", "codes"), ("EffSeg", "kernels")])
+def test_frozen_detector(detector: str, branch: str) -> None:
+    """The mask branch alone is trained, and of it what is trained without."""
+    cfg = pair_cfg(detector, branch)
+    cfg.MODEL.ISTR.DEEP_SUPERVISION = False  # of CodeBranch's heads, the last one alone has losses
+    joint = build_model(cfg)
+    cfg.MODEL.MASK_BRANCH.FREEZE_DETECTOR = True
+    trained = {name for name, parameter in build_model(cfg).named_parameters() if parameter.requires_grad}
+    assert trained == {
+        name for name, p in joint.named_parameters() if p.requires_grad and name.startswith("mask_branch.")
+    }
+    assert trained
 
 
 def test_unknown_branch() -> None:

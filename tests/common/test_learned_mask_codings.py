@@ -92,7 +92,7 @@ def test_pixels(logits: bool) -> None:
 def test_without_a_basis(coding: PCAMaskCoding | AutoencoderMaskCoding) -> None:
     with pytest.raises(MissingBasisError, match="has no basis yet"):
         coding.encode(random_masks(1, 16))
-    with pytest.raises(MissingBasisError, match="MASK_BASIS"):
+    with pytest.raises(MissingBasisError, match="MODEL.MASK_CODING.BASIS"):
         coding.decode(torch.zeros(1, 5))
     coding.load_state_dict({key: torch.ones_like(value) for key, value in coding.state_dict().items()})
     assert torch.isfinite(coding.eval().decode(torch.zeros(1, 5))).all()
@@ -130,12 +130,12 @@ def test_autocast_does_not_change_codes() -> None:
 
 def test_build_errors() -> None:
     for message, arguments in {
-        "MODEL.X.MASK_CODING is 'wavelet': choose one of pca, dct, sparse": ("wavelet", 8, 5),
-        "64 entries: set VECTOR_LENGTH to that, not 5": ("flatten", 8, 5),
+        "MODEL.MASK_CODING.NAME is 'wavelet': choose one of pca, dct, sparse": ("wavelet", 8, 5),
+        "64 entries: set LENGTH to that, not 5": ("flatten", 8, 5),
         "8x8 mask has 64 DCT coefficients, not 65": ("dct", 8, 65),
     }.items():
         with pytest.raises(ValueError, match=re.escape(message)):
-            build_mask_coding(*arguments, section="MODEL.X")
+            build_mask_coding(*arguments)
 
 
 def test_placeholders() -> None:

@@ -64,7 +64,7 @@ def test_bitmasks_pass_through() -> None:
 
 def test_missing_masks() -> None:
     instances = Instances((HEIGHT, WIDTH), gt_classes=torch.zeros(1))
-    with pytest.raises(ValueError, match="no gt_masks.*MASK_ON"):
+    with pytest.raises(ValueError, match="no gt_masks.*MASK_BRANCH.NAME none"):
         instance_masks(instances)
 
 

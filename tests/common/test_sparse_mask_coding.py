@@ -100,7 +100,7 @@ def test_dictionary_is_frozen_and_in_the_checkpoint() -> None:
     coding.decode(vectors).square().sum().backward()
     assert vectors.grad.all()
     other = SparseMaskCoding(SIZE, 12).double()
-    with pytest.raises(MissingBasisError, match="fit_mask_basis.py.*MASK_BASIS"):
+    with pytest.raises(MissingBasisError, match="fit_mask_basis.py.*MODEL.MASK_CODING.BASIS"):
         other.encode(random_masks(1))
     other.load_state_dict(coding.state_dict())
     assert torch.equal(other.encode(random_masks(2)), coding.encode(random_masks(2)))
@@ -124,11 +124,11 @@ def test_autocast_does_not_change_codes() -> None:
 def test_files(tmp_path: Path) -> None:
     path = tmp_path / "dictionary.npz"
     random_basis(12).save(path, statistics="a note")
-    coding = build_mask_coding("sparse", SIZE, 12, section="MODEL.X", basis=str(path))
+    coding = build_mask_coding("sparse", SIZE, 12, basis=str(path))
     expected = SparseMaskCoding(SIZE, 12, random_basis(12))
     assert torch.equal(coding.encode(random_masks(2)), expected.encode(random_masks(2)))
     with pytest.raises(ValueError, match=r"shape \(12, 64\), but vectors of 13 for masks of 8x8 need \(13, 64\)"):
-        build_mask_coding("sparse", SIZE, 13, section="MODEL.X", basis=str(path))
+        build_mask_coding("sparse", SIZE, 13, basis=str(path))
     np.savez(tmp_path / "pca.npz", components_c=np.zeros((1, 5, 64)))
     for name in ("pca.npz", "absent.npz"):
         with pytest.raises(ValueError, match=f"{name} is not a dictionary of masks"):

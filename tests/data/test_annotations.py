@@ -334,7 +334,10 @@ def test_training_needs_instances(registered: Callable[..., str], log: pytest.Lo
         (each(iscrowd=1), "4 of 4 annotations are crowd regions, which are not trained on. Set iscrowd to 0"),
         (lambda c: c.update(annotations=[]), "1 images have no annotations"),
         (lambda c: c.update(images=[], annotations=[]), "it has no images"),
-        (each(segmentation=None), r"4 of 4 annotations, first in .*a.png.* have no segmentation.*MASK_ON False"),
+        (
+            each(segmentation=None),
+            r"4 of 4 annotations, first in .*a.png.* have no segmentation.*MASK_BRANCH.NAME none",
+        ),
         (one(segmentation=[]), "1 of 4 annotations"),
     ):
         with pytest.raises(AnnotationError, match=message):

@@ -75,7 +75,7 @@ def test_from_config(entry):
     assert (mapper.num_classes, mapper.max_instances) == (2, 3)
     cfg.INPUT.FORMAT = "BGR"
     assert InstanceMapper(cfg)(entry)["image"].flip(0).equal(output["image"])
-    cfg.MODEL.SOLQ.MASK_ON = False
+    cfg.MODEL.MASK_BRANCH.NAME = "none"
     assert not InstanceMapper(cfg)(entry)["instances"].has("gt_masks")
     assert "instances" not in InstanceMapper(cfg, False)(entry)
     cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"  # no section of its own: Detectron2's key decides
@@ -283,8 +283,11 @@ FAULTS = {
     "cut-off file": (broken_file, "cannot be decoded.*Replace it"),
     "no image": (no_image, "cannot be decoded.*Replace it"),
     "no annotations": (lambda e: e.pop("annotations"), "no 'annotations'.*empty list"),
-    "no segmentation": (lambda e: e["annotations"][0].pop("segmentation"), "no segmentation.*MASK_ON False"),
-    "empty segmentation": (lambda e: e["annotations"][0].update(segmentation=[]), "no segmentation.*MASK_ON False"),
+    "no segmentation": (lambda e: e["annotations"][0].pop("segmentation"), "no segmentation.*MASK_BRANCH.NAME none"),
+    "empty segmentation": (
+        lambda e: e["annotations"][0].update(segmentation=[]),
+        "no segmentation.*MASK_BRANCH.NAME none",
+    ),
     "class too high": (lambda e: e["annotations"][0].update(category_id=3), "category 3.*0 to 2.*NUM_CLASSES"),
     "class negative": (lambda e: e["annotations"][0].update(category_id=-1), "category -1.*0 to 2.*NUM_CLASSES"),
     "size of mask": (
@@ -342,7 +345,6 @@ def test_skip_empty(entry):
     """Only where it is asked for, and only in training."""
     cfg = get_cfg()
     cfg.MODEL.META_ARCHITECTURE = "ISDA"
-    cfg.MODEL.MASK_ON = True
     empty = {**entry, "annotations": []}
     assert len(InstanceMapper(cfg, True)(empty)["instances"]) == 0
     cfg.INPUT.REPLACE_EMPTY = True

@@ -13,7 +13,7 @@ from torch import nn
 
 @pytest.fixture
 def make_cfg() -> Callable[..., CfgNode]:
-    """Function (keys of MODEL.EFFSEG) that gives the config of a tiny detector without a segmentation head."""
+    """Function (keys as in `tiny_cfg`) that gives the config of a tiny detector without a segmentation head."""
 
     def make(**overrides: Any) -> CfgNode:
         settings = {
@@ -26,8 +26,8 @@ def make_cfg() -> Callable[..., CfgNode]:
             "DIM_FEEDFORWARD": 24,
             "ENC_LAYERS": 1,
             "ENC_DIM_FEEDFORWARD": 24,
-            "REFINEMENTS": 300,
-            "MASK_HEAD": "none",
+            "EFFSEG_REFINEMENTS": 300,
+            "BRANCH": "none",
             **overrides,
         }
         return tiny_cfg("EffSeg", ["res2", "res3", "res4", "res5"], settings)
@@ -37,7 +37,7 @@ def make_cfg() -> Callable[..., CfgNode]:
 
 @pytest.fixture
 def make_model(make_cfg: Callable[..., CfgNode]) -> Callable[..., nn.Module]:
-    """Function (keys of MODEL.EFFSEG) that gives a model in training mode."""
+    """Function (keys as in `tiny_cfg`) that gives a model in training mode."""
 
     def make(**overrides: Any) -> nn.Module:
         torch.manual_seed(0)

@@ -11,6 +11,7 @@ from tiny_configs import tiny_config
 from tool_loader import load_tool
 
 from querymask.common.flops import count_parameters
+from querymask.common.meta_arch import mask_branch_name
 from querymask.common.solver import build_lr_scheduler, build_optimizer, parameter_groups
 
 zoo = load_tool("make_model_zoo")
@@ -63,7 +64,7 @@ def test_published_size(name: str) -> None:
     counts = trained(name)
     assert counts.pop("") == TRAINED[name]
     version = {"detector": DETECTOR_V2} if cfg.MODEL.EFFSEG.VERSION == 2 else {}
-    assert counts == PARTS | version | {"head": HEADS[cfg.MODEL.EFFSEG.MASK_HEAD]}
+    assert counts == PARTS | version | {"head": HEADS[mask_branch_name(cfg)]}
 
 
 @pytest.mark.parametrize("name", ROUNDED)
@@ -95,7 +96,7 @@ def test_training_step_and_inference(name: str, make_batch: Callable[..., list[d
 
     sizes = [(64, 96), (80, 50)]
     losses = model(make_batch([3, 0], sizes))
-    assert set(losses) == DETECTOR_LOSSES | LOSSES[cfg.MODEL.EFFSEG.MASK_HEAD]
+    assert set(losses) == DETECTOR_LOSSES | LOSSES[mask_branch_name(cfg)]
     assert all(torch.isfinite(loss) and loss > 0 for loss in losses.values())
     sum(losses.values()).backward()
     optimizer.step()
@@ -114,7 +115,7 @@ def test_training_step_and_inference(name: str, make_batch: Callable[..., list[d
     assert any(len(instances) for instances in results)
     for instances, size in zip(results, sizes, strict=True):
         assert len(instances) <= 9
-        if cfg.MODEL.EFFSEG.MASK_HEAD != "none":
+        if mask_branch_name(cfg) != "none":
             assert instances.pred_masks.shape == (len(instances), *size)
 
 
@@ -139,15 +140,16 @@ def test_published_schedule(name: str) -> None:
     assert (cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) == (1333, 800, 1333)
     assert cfg.MODEL.WEIGHTS.endswith("torchvision/R-50.pkl")
     assert not cfg.MODEL.RESNETS.STRIDE_IN_1X1 and cfg.MODEL.RESNETS.NORM == "FrozenBN"
-    assert cfg.MODEL.EFFSEG.MAX_TRAIN_REGIONS == 0
+    assert cfg.MODEL.MASK_BRANCH.REGION.MAX_TRAIN_REGIONS == 0
 
 
 def test_detectors() -> None:
     """What neither the number of parameters nor a small run shows."""
     for name in set(LEAVES) - SHAPES:
-        effseg, v2 = LEAVES[name].config().MODEL.EFFSEG, "_v2_" in name
+        cfg, v2 = LEAVES[name].config(), "_v2_" in name
+        effseg, head = cfg.MODEL.EFFSEG, cfg.MODEL.MASK_BRANCH.EFFSEG
         assert (effseg.VERSION, effseg.NUM_QUERIES, effseg.NMS_THRESHOLD) == ((2, 600, 0.65) if v2 else (1, 300, 0.5))
-        assert effseg.REFINEMENTS == 10_000 and list(effseg.DILATIONS) == [1, 3, 5]
+        assert head.REFINEMENTS == 10_000 and list(head.DILATIONS) == [1, 3, 5]
 
 
 @pytest.mark.parametrize(
@@ -178,10 +180,10 @@ def test_published_optimiser(name: str) -> None:
     layers = effseg.DEC_LAYERS + (effseg.ENC_LAYERS if effseg.NECK == "deform_encoder" else 0)
     assert sum("sampling_offsets" in name for name in found) == 2 * layers  # weight and bias of each
     convolution = {rate for name, rate in found.items() if ".offset." in name}
-    assert convolution == ({1e-4} if effseg.PROCESSING == "deform_conv" else set())
+    assert convolution == ({1e-4} if cfg.MODEL.MASK_BRANCH.EFFSEG.PROCESSING == "deform_conv" else set())
 
 
-# Entries of MODEL.EFFSEG that the row has, where they differ from the paper's model
+# Of MODEL.MASK_BRANCH.EFFSEG
 PROCESSING = ("mlp", "conv", "deform_conv", "sfm", "dense_sfm")
 
 
@@ -190,6 +192,6 @@ def test_rows_differ_in_their_setting_alone() -> None:
     assert rows == {f"ablations/processing_{processing}" for processing in PROCESSING}
     for processing in PROCESSING:
         base, cfg = LEAVES["effseg_r50"].config(), LEAVES[f"ablations/processing_{processing}"].config()
-        assert cfg.MODEL.EFFSEG.PROCESSING == processing
-        base.MODEL.EFFSEG.PROCESSING = processing
+        assert cfg.MODEL.MASK_BRANCH.EFFSEG.PROCESSING == processing
+        base.MODEL.MASK_BRANCH.EFFSEG.PROCESSING = processing
         assert (cfg.MODEL, cfg.SOLVER, cfg.INPUT) == (base.MODEL, base.SOLVER, base.INPUT)

@@ -24,7 +24,7 @@ def item() -> dict[str, Any]:
 
 @pytest.fixture
 def model(make_model: Callable[..., nn.Module]) -> nn.Module:
-    return make_model(MASK_HEAD="effseg", NUM_QUERIES=20).eval()
+    return make_model(BRANCH="EffSegBranch", NUM_QUERIES=20).eval()
 
 
 def tinted(picture: np.ndarray, index: int) -> np.ndarray:
@@ -138,7 +138,7 @@ def test_view(model: nn.Module, item: dict[str, Any]) -> None:
 
 
 def test_models_without_the_head(make_model: Callable[..., nn.Module], item: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="this model has no such head: set MODEL.EFFSEG.MASK_HEAD effseg"):
+    with pytest.raises(ValueError, match="this model has no such head: set MODEL.MASK_BRANCH.NAME EffSegBranch"):
         refinement(make_model(), item)
     with pytest.raises(ValueError, match="this model has MaskRCNNHead"):
-        refinement(make_model(MASK_HEAD="mask_rcnn"), item)
+        refinement(make_model(BRANCH="MaskRCNNBranch"), item)

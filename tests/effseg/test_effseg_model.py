@@ -23,12 +23,12 @@ MakeBatch = Callable[..., list[dict[str, Any]]]
 
 DETECTOR_LOSSES = {"loss_selection", "loss_class", "loss_box"}
 FORMS = {
-    "paper": {"MASK_HEAD": "effseg"},
-    "release": {"MASK_HEAD": "effseg", "VERSION": 2},
-    "deformable encoder": {"MASK_HEAD": "effseg", "NECK": "deform_encoder"},
-    "Mask R-CNN": {"MASK_HEAD": "mask_rcnn"},
-    "PointRend": {"MASK_HEAD": "pointrend", "VERSION": 2},
-    "RefineMask": {"MASK_HEAD": "refine_mask"},
+    "paper": {"BRANCH": "EffSegBranch"},
+    "release": {"BRANCH": "EffSegBranch", "VERSION": 2},
+    "deformable encoder": {"BRANCH": "EffSegBranch", "NECK": "deform_encoder"},
+    "Mask R-CNN": {"BRANCH": "MaskRCNNBranch"},
+    "PointRend": {"BRANCH": "PointRendBranch", "VERSION": 2},
+    "RefineMask": {"BRANCH": "RefineMaskBranch"},
     "no masks": {},
     "no masks, release": {"VERSION": 2},
     "coarse levels": {"IN_FEATURES": ["res3", "res4", "res5"], "LEVELS": [3, 4, 5, 6, 7], "NUM_QUERIES": 200},
@@ -36,7 +36,7 @@ FORMS = {
         "IN_FEATURES": ["res3", "res4", "res5"],
         "LEVELS": [3, 4, 5],
         "NUM_QUERIES": 200,
-        "MASK_HEAD": "mask_rcnn",
+        "BRANCH": "MaskRCNNBranch",
     },
 }
 
@@ -127,7 +127,7 @@ class Network(nn.Module):
         return found.logits, found.boxes, self.model.mask_branch.head(made, size, regions)
 
 
-@pytest.mark.parametrize("form", [form for form, settings in FORMS.items() if "MASK_HEAD" in settings])
+@pytest.mark.parametrize("form", [form for form, settings in FORMS.items() if "BRANCH" in settings])
 def test_export(make_model: MakeModel, form: str) -> None:
     """The exported program gives what eager execution gives, also on other pixels."""
     network = Network(make_model(**FORMS[form]).eval())
@@ -163,7 +163,7 @@ class Recorder(SegmentationHead):
 
 def make_recording(make_model: MakeModel, per_class: bool, **overrides: Any) -> tuple[nn.Module, Recorder]:
     """A model with a recorder as its head."""
-    model = make_model(MASK_HEAD="effseg", **overrides)
+    model = make_model(BRANCH="EffSegBranch", **overrides)
     model.mask_branch.head = head = Recorder(per_class)
     return model, head
 
@@ -258,7 +258,7 @@ def test_no_regions(make_model: MakeModel, make_batch: MakeBatch) -> None:
     "overrides, message",
     [
         ({"NECK": "tpn"}, "NECK is 'tpn': choose 'fpn' or 'deform_encoder'"),
-        ({"MASK_HEAD": "sparse"}, "MASK_HEAD is 'sparse': choose one of none, effseg, mask_rcnn"),
+        ({"BRANCH": "sparse"}, "NAME is 'sparse': choose one of CodeBranch, EffSegBranch"),
         ({"LEVELS": [3, 4, 5, 6]}, r"LEVELS is \[3, 4, 5, 6\], but the backbone's maps .* are of the levels \[2, 3, 4"),
         ({"LEVELS": [2, 3, 4]}, "the pyramid has these and the ones that follow them"),
         ({"IN_FEATURES": []}, "the pyramid has these and the ones that follow them"),
@@ -266,10 +266,10 @@ def test_no_regions(make_model: MakeModel, make_batch: MakeBatch) -> None:
         ({"VERSION": 3}, "versions 1 and 2, not 3"),
         ({"LOSS_REDUCTION": "mean"}, "LOSS_REDUCTION is 'mean': choose one of global, local"),
         (
-            {"IN_FEATURES": ["res3", "res4"], "LEVELS": [3, 4], "MASK_HEAD": "mask_rcnn"},
+            {"IN_FEATURES": ["res3", "res4"], "LEVELS": [3, 4], "BRANCH": "MaskRCNNBranch"},
             r"read maps of the strides \[4, 8, 16, 32\], the levels 2 to 5, but the pyramid has \[4, 8, 16\]: begin",
         ),
-        ({"MASK_HEAD": "effseg", "MASK_EXPORT": "all"}, "MASK_EXPORT is 'all': choose one of any, paste"),
+        ({"BRANCH": "EffSegBranch", "REGION_EXPORT": "all"}, "REGION.EXPORT is 'all': choose one of any, paste"),
     ],
 )
 def test_errors(make_cfg: MakeCfg, overrides: dict[str, Any], message: str) -> None:
@@ -278,7 +278,7 @@ def test_errors(make_cfg: MakeCfg, overrides: dict[str, Any], message: str) -> N
 
 
 def test_no_map_for_the_finest_level(make_cfg: MakeCfg) -> None:
-    cfg = make_cfg(IN_FEATURES=["res3", "res4", "res5"], LEVELS=[3, 4, 5], MASK_HEAD="mask_rcnn")
+    cfg = make_cfg(IN_FEATURES=["res3", "res4", "res5"], LEVELS=[3, 4, 5], BRANCH="MaskRCNNBranch")
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res4", "res5"]
     with pytest.raises(ValueError, match="the masks need a map of stride 4, but the detector's pyramid begins with 8"):
         build_model(cfg)
@@ -325,10 +325,10 @@ def test_limited_pairs() -> None:
 
 
 def test_limited_regions(make_model: MakeModel, make_batch: MakeBatch) -> None:
-    """MAX_TRAIN_REGIONS bounds what the head gets, and leaves the detector's losses as they are."""
+    """REGION.MAX_TRAIN_REGIONS bounds what the head gets, and leaves the detector's losses as they are."""
     losses, given = [], []
     for number in (0, 2):
-        model, head = make_recording(make_model, per_class=False, MAX_TRAIN_REGIONS=number)
+        model, head = make_recording(make_model, per_class=False, REGION_MAX_TRAIN_REGIONS=number)
         losses.append(model(make_batch([3, 2])))
         given.append(head.calls[0][2:])
     (every, targets), (chosen, chosen_targets) = given

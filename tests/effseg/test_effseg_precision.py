@@ -70,11 +70,11 @@ def test_detector_under_autocast(make_model: MakeModel, make_batch: MakeBatch, v
 HEADS = pytest.mark.parametrize(
     "form",
     [
-        {"MASK_HEAD": "effseg"},
-        {"MASK_HEAD": "effseg", "VERSION": 2, "NECK": "deform_encoder"},
-        {"MASK_HEAD": "mask_rcnn", "VERSION": 2},
-        {"MASK_HEAD": "pointrend", "VERSION": 2},
-        {"MASK_HEAD": "refine_mask", "VERSION": 2},
+        {"BRANCH": "EffSegBranch"},
+        {"BRANCH": "EffSegBranch", "VERSION": 2, "NECK": "deform_encoder"},
+        {"BRANCH": "MaskRCNNBranch", "VERSION": 2},
+        {"BRANCH": "PointRendBranch", "VERSION": 2},
+        {"BRANCH": "RefineMaskBranch", "VERSION": 2},
     ],
     ids=["paper", "deformable encoder", "Mask R-CNN", "PointRend", "RefineMask"],
 )

@@ -161,8 +161,8 @@ def cfg(coco_folder: Path, tmp_path: Path, register: Callable[..., str]) -> CfgN
     solq.HIDDEN_DIM = 64  # GroupNorm(32) needs two channels in a group where a level has one cell
     solq.NUM_HEADS = 4
     solq.ENC_LAYERS = solq.DEC_LAYERS = 1
-    solq.DIM_FEEDFORWARD = solq.VECTOR_HIDDEN_DIM = 32
-    solq.MASK_SIZE, solq.VECTOR_LENGTH = 16, 16
+    solq.DIM_FEEDFORWARD = cfg.MODEL.MASK_BRANCH.VECTOR.HIDDEN_DIM = 32
+    cfg.MODEL.MASK_CODING.SIZE, cfg.MODEL.MASK_CODING.LENGTH = 16, 16
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("engine_train",), ()
     cfg.DATALOADER.NUM_WORKERS = 0
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False

@@ -13,6 +13,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.structures import BitMasks, Boxes, Instances
+from tiny_models import set_keys
 
 from querymask import get_cfg
 from querymask.common.engine import Trainer, default_setup
@@ -69,21 +70,21 @@ def solq_configs(cfg: CfgNode) -> dict[str, str]:
     one_stage = cfg.dump()
     cfg.MODEL.SOLQ.TWO_STAGE = True
     cfg.MODEL.SOLQ.DEC_LAYERS = 2
-    cfg.MODEL.SOLQ.VECTOR_LOSS_REDUCTION = "sum"
+    cfg.MODEL.MASK_BRANCH.VECTOR.LOSS_REDUCTION = "sum"
     return {"one-stage": one_stage, "two-stage": cfg.dump()}
 
 
 def isda_configs(cfg: CfgNode) -> dict[str, str]:
     section = {"NUM_CLASSES": 2, "NUM_QUERIES": 8, "HIDDEN_DIM": 64, "NUM_HEADS": 4, "ENC_LAYERS": 1, "DEC_LAYERS": 2}
-    section |= {"DIM_FEEDFORWARD": 32, "DROPOUT": 0.0, "MASK_FEATURE_DIM": 32}
+    section |= {"DIM_FEEDFORWARD": 32, "DROPOUT": 0.0, "KERNEL_MASK_FEATURE_DIM": 32}
     set_method(cfg, "ISDA", section)
     return {"dice": cfg.dump()}
 
 
 def istr_configs(cfg: CfgNode) -> dict[str, str]:
     section = {"NUM_CLASSES": 2, "NUM_QUERIES": 8, "NUM_STAGES": 2, "HIDDEN_DIM": 8, "NUM_HEADS": 2, "DROPOUT": 0.0}
-    section |= {"DIM_FEEDFORWARD": 16, "DIM_DYNAMIC": 4, "POOL_SIZE": 3, "HEAD_LAYERS": 1, "MASK_CODING": "dct"}
-    section |= {"MASK_SIZE": 16, "VECTOR_LENGTH": 16, "IN_FEATURES": ["res2", "res3", "res4", "res5"]}
+    section |= {"DIM_FEEDFORWARD": 16, "DIM_DYNAMIC": 4, "POOL_SIZE": 3, "HEAD_LAYERS": 1, "CODE_HEAD_LAYERS": 1}
+    section |= {"CODING_SIZE": 16, "CODING_LENGTH": 16, "IN_FEATURES": ["res2", "res3", "res4", "res5"]}
     set_method(cfg, "ISTR", section)
     sigmoid = cfg.dump()
     cfg.MODEL.ISTR.CLASSIFIER = "softmax"
@@ -91,13 +92,17 @@ def istr_configs(cfg: CfgNode) -> dict[str, str]:
 
 
 EFFSEG_HEADS = {
-    "no masks": {"MASK_HEAD": "none", "VERSION": 2},
-    "limits": {"MASK_HEAD": "effseg", "REFINEMENTS": 100, "MAX_TRAIN_REGIONS": 7},  # of 196 cells in a region
-    "one region": {"MASK_HEAD": "effseg", "REFINEMENTS": 10, "MAX_TRAIN_REGIONS": 1},
-    "no limits": {"MASK_HEAD": "effseg", "PROCESSING": "dense_sfm"},
-    "Mask R-CNN": {"MASK_HEAD": "mask_rcnn", "MAX_TRAIN_REGIONS": 7},
-    "PointRend": {"MASK_HEAD": "pointrend", "POINT_SUBDIVISIONS": 1},
-    "RefineMask": {"MASK_HEAD": "refine_mask"},
+    "no masks": {"BRANCH": "none", "VERSION": 2},
+    "limits": {
+        "BRANCH": "EffSegBranch",
+        "EFFSEG_REFINEMENTS": 100,
+        "REGION_MAX_TRAIN_REGIONS": 7,
+    },  # of 196 cells in a region
+    "one region": {"BRANCH": "EffSegBranch", "EFFSEG_REFINEMENTS": 10, "REGION_MAX_TRAIN_REGIONS": 1},
+    "no limits": {"BRANCH": "EffSegBranch", "EFFSEG_PROCESSING": "dense_sfm"},
+    "Mask R-CNN": {"BRANCH": "MaskRCNNBranch", "REGION_MAX_TRAIN_REGIONS": 7},
+    "PointRend": {"BRANCH": "PointRendBranch", "POINTREND_SUBDIVISIONS": 1},
+    "RefineMask": {"BRANCH": "RefineMaskBranch"},
 }
 
 
@@ -108,8 +113,7 @@ def effseg_configs(cfg: CfgNode) -> dict[str, str]:
     configs = {}
     for form, settings in EFFSEG_HEADS.items():
         changed = cfg.clone()
-        for key, value in settings.items():
-            changed.MODEL.EFFSEG[key] = value
+        set_keys(changed, settings)
         configs[form] = changed.dump()
     return configs
 
@@ -118,9 +122,7 @@ def set_method(cfg: CfgNode, name: str, settings: dict[str, Any]) -> None:
     """Change the tiny SOLQ to another method, on four maps."""
     cfg.MODEL.META_ARCHITECTURE = name
     cfg.MODEL.BACKBONE.NAME = "build_engine_test_fine_backbone"
-    for key, value in settings.items():
-        assert key in cfg.MODEL[name.upper()], key
-        cfg.MODEL[name.upper()][key] = value
+    set_keys(cfg, settings)
 
 
 @pytest.mark.parametrize("make_configs", [solq_configs, isda_configs, istr_configs, effseg_configs])

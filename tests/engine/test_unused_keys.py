@@ -102,9 +102,13 @@ def test_every_key_of_detectron2_is_read_or_refused(
         ("MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.5", "VIS_SCORE_THRESHOLD and --confidence-threshold"),
         ("MODEL.ROI_HEADS.NUM_CLASSES 2", "use MODEL.SOLQ.NUM_CLASSES"),
         ("MODEL.RETINANET.NUM_CLASSES 2", "use MODEL.SOLQ.NUM_CLASSES"),
-        ("MODEL.MASK_ON True", "use MODEL.SOLQ.MASK_ON"),
+        ("MODEL.MASK_ON True", "use MODEL.MASK_BRANCH.NAME"),
         ("MODEL.ISTR.NUM_QUERIES 9", "use MODEL.SOLQ.NUM_QUERIES, or set MODEL.META_ARCHITECTURE ISTR"),
-        ("MODEL.ISDA.MASK_THRESHOLD 0.9", r"MASK_THRESHOLD 0.9: set MODEL.META_ARCHITECTURE ISDA"),
+        ("MODEL.MASK_BRANCH.KERNEL.MASK_THRESHOLD 0.9", "only MODEL.MASK_BRANCH.NAME KernelBranch reads"),
+        (
+            "MODEL.MASK_BRANCH.NAME none MODEL.MASK_BRANCH.EFFSEG.REFINEMENTS 9",
+            "only MODEL.MASK_BRANCH.NAME EffSegBranch",
+        ),
         ("INPUT.CROP.ENABLED True", "use INPUT.DETR_CROP"),
         ("VIS_PERIOD 10", "VIS_NUM_IMAGES"),
         ("SOLVER.MOMENTUM 0.5", "SOLVER.OPTIMIZER SGD"),
@@ -141,6 +145,10 @@ def test_all_refused_keys_are_named_at_once(cfg: CfgNode) -> None:
         ("SOLVER.CLIP_GRADIENTS.ENABLED False", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE (SOLVER.CLIP_GRADIENTS.ENABLED is"),
         ("INPUT.DETR_CROP.PROBABILITY 0.1", "INPUT.DETR_CROP.PROBABILITY (INPUT.DETR_CROP.ENABLED is False)"),
         ("INPUT.LSJ.ENABLED True", "INPUT.MIN_SIZE_TRAIN (INPUT.LSJ.ENABLED is True)"),
+        (
+            "MODEL.MASK_BRANCH.NAME none",
+            "MODEL.MASK_BRANCH.VECTOR.HIDDEN_DIM (only MODEL.MASK_BRANCH.NAME VectorBranch",
+        ),
     ],
 )
 def test_what_another_key_switches_off_is_told(

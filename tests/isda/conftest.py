@@ -13,7 +13,7 @@ from torch import nn
 
 @pytest.fixture
 def make_cfg() -> Callable[..., CfgNode]:
-    """Function (keys of MODEL.ISDA) that gives the config of a tiny model with all parts."""
+    """Function (keys as in `tiny_cfg`) that gives the config of a tiny model with all parts."""
 
     def make(**overrides: Any) -> CfgNode:
         settings = {
@@ -25,7 +25,7 @@ def make_cfg() -> Callable[..., CfgNode]:
             "DEC_LAYERS": 2,
             "DIM_FEEDFORWARD": 48,
             "DROPOUT": 0.0,
-            "MASK_FEATURE_DIM": 64,
+            "KERNEL_MASK_FEATURE_DIM": 64,
             **overrides,
         }
         return tiny_cfg("ISDA", ["res2", "res3", "res4", "res5"], settings)
@@ -35,7 +35,7 @@ def make_cfg() -> Callable[..., CfgNode]:
 
 @pytest.fixture
 def make_model(make_cfg: Callable[..., CfgNode]) -> Callable[..., nn.Module]:
-    """Function (keys of MODEL.ISDA) that gives a model in training mode, with weights that leave no term negligible."""
+    """Function (keys as in `tiny_cfg`) that gives a model in training mode, whose weights leave no term negligible."""
 
     def make(**overrides: Any) -> nn.Module:
         torch.manual_seed(0)

@@ -222,5 +222,5 @@ def test_file_of_another_resolution_is_refused(tmp_path: Path, capsys: pytest.Ca
     config = str(CONFIG.parent / "ablations" / "mask_stride_8.yaml")
     assert tool.main(["--config-file", config, str(tmp_path / "in.pth"), str(tmp_path / "out.pth")]) == 1
     message = capsys.readouterr().err
-    assert "MODEL.ISDA.MASK_STRIDE 4 (config: 8)" in message and "isda_r50.yaml" in message
+    assert "MODEL.MASK_BRANCH.KERNEL.MASK_STRIDE 4 (config: 8)" in message and "isda_r50.yaml" in message
     assert not (tmp_path / "out.pth").exists()

@@ -136,8 +136,10 @@ def test_schedules_in_epochs() -> None:
 
 
 def test_names_of_ablations_say_their_setting() -> None:
-    nodes = {name: leaf.config().MODEL.ISDA for name, leaf in LEAVES.items() if name.startswith("ablations/")}
-    found = {name: (n.MASK_STRIDE, n.MASK_POSITIONS, n.KERNEL_POSITIONS) for name, n in nodes.items()}
+    nodes = {
+        name: leaf.config().MODEL.MASK_BRANCH.KERNEL for name, leaf in LEAVES.items() if name.startswith("ablations/")
+    }
+    found = {name: (n.MASK_STRIDE, n.MASK_POSITIONS, n.POSITIONS) for name, n in nodes.items()}
     assert found == {
         "ablations/mask_stride_8": (8, True, "logit"),
         "ablations/mask_stride_4": (4, True, "logit"),
@@ -147,6 +149,7 @@ def test_names_of_ablations_say_their_setting() -> None:
         "ablations/positions_kernel": (4, False, "logit"),
         "ablations/positions_both": (4, True, "logit"),
     }
-    paper = LEAVES["isda_r50_paper"].config().MODEL.ISDA
-    assert (paper.MASK_LOSS, paper.CLASS_WEIGHT, paper.MASK_WEIGHT, paper.KERNEL_POSITIONS) == ("iou", 1, 3, "point")
-    assert LEAVES["isda_r50_second_head"].config().MODEL.ISDA.MASKNESS_THRESHOLD == 1e-6
+    paper = LEAVES["isda_r50_paper"].config().MODEL
+    kernel = paper.MASK_BRANCH.KERNEL
+    assert (kernel.LOSS, paper.ISDA.CLASS_WEIGHT, kernel.WEIGHT, kernel.POSITIONS) == ("iou", 1, 3, "point")
+    assert LEAVES["isda_r50_second_head"].config().MODEL.MASK_BRANCH.KERNEL.MASKNESS_THRESHOLD == 1e-6

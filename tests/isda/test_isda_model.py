@@ -24,10 +24,10 @@ MakeBatch = Callable[..., list[dict[str, Any]]]
 
 FORMS = {
     "release": {},
-    "paper": {"KERNEL_POSITIONS": "point", "MASK_LOSS": "iou", "CLASS_WEIGHT": 1.0},
-    "no positions": {"KERNEL_POSITIONS": "none", "MASK_POSITIONS": False},
-    "stride 8": {"MASK_STRIDE": 8},
-    "stride 2": {"MASK_STRIDE": 2},
+    "paper": {"KERNEL_POSITIONS": "point", "KERNEL_LOSS": "iou", "CLASS_WEIGHT": 1.0},
+    "no positions": {"KERNEL_POSITIONS": "none", "KERNEL_MASK_POSITIONS": False},
+    "stride 8": {"KERNEL_MASK_STRIDE": 8},
+    "stride 2": {"KERNEL_MASK_STRIDE": 2},
 }
 
 
@@ -228,10 +228,10 @@ def test_no_image_side_below_the_coarsest_stride(make_model: MakeModel, make_bat
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"KERNEL_POSITIONS": "logits"}, "MODEL.ISDA.KERNEL_POSITIONS is 'logits': choose one of"),
-        ({"MASK_STRIDE": 3}, "MODEL.ISDA.MASK_STRIDE is 3: choose one of (2, 4, 8)"),
-        ({"MASK_LOSS": "bce"}, "MODEL.ISDA.MASK_LOSS is 'bce': choose one of ('dice', 'iou')"),
-        ({"MASK_FEATURE_DIM": 48}, "MASK_FEATURE_DIM is 48; it must be a multiple of 32"),
+        ({"KERNEL_POSITIONS": "logits"}, "MODEL.MASK_BRANCH.KERNEL.POSITIONS is 'logits': choose one of"),
+        ({"KERNEL_MASK_STRIDE": 3}, "MODEL.MASK_BRANCH.KERNEL.MASK_STRIDE is 3: choose one of (2, 4, 8)"),
+        ({"KERNEL_LOSS": "bce"}, "MODEL.MASK_BRANCH.KERNEL.LOSS is 'bce': choose one of ('dice', 'iou')"),
+        ({"KERNEL_MASK_FEATURE_DIM": 48}, "MASK_FEATURE_DIM is 48; it must be a multiple of 32"),
         ({"IN_FEATURES": ["res2", "p3"]}, "IN_FEATURES names ['p3'], but the backbone gives ['res2', 'res3'"),
     ],
 )

@@ -8,7 +8,7 @@ from rounded_products import check_precision
 from torch import nn
 
 
-@pytest.mark.parametrize("form", [{"KERNEL_POSITIONS": "logit"}, {"MASK_LOSS": "iou"}], ids=["release", "paper"])
+@pytest.mark.parametrize("form", [{"KERNEL_POSITIONS": "logit"}, {"KERNEL_LOSS": "iou"}], ids=["release", "paper"])
 def test_error_of_bfloat16(
     make_model: Callable[..., nn.Module],
     form: dict[str, Any],

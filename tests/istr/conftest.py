@@ -16,7 +16,7 @@ from querymask.common.mask_coding import MaskCoding
 
 @pytest.fixture
 def make_cfg() -> Callable[..., CfgNode]:
-    """Function (keys of MODEL.ISTR) that gives the config of a tiny model with DCT vectors."""
+    """Function (keys as in `tiny_cfg`) that gives the config of a tiny model with DCT vectors."""
 
     def make(**overrides: Any) -> CfgNode:
         settings = {
@@ -29,10 +29,11 @@ def make_cfg() -> Callable[..., CfgNode]:
             "DIM_DYNAMIC": 4,
             "POOL_SIZE": 3,
             "HEAD_LAYERS": 1,
-            "MASK_CODING": "dct",
-            "MASK_SIZE": 16,
-            "VECTOR_LENGTH": 20,
-            "MASK_POOL_SIZE": 8,
+            "CODE_HEAD_LAYERS": 1,
+            "CODING_NAME": "dct",
+            "CODING_SIZE": 16,
+            "CODING_LENGTH": 20,
+            "CODE_POOL_SIZE": 8,
             **overrides,
         }
         features = ["res2", "res3", "res4", "res5"]
@@ -47,7 +48,7 @@ def make_cfg() -> Callable[..., CfgNode]:
 
 @pytest.fixture
 def make_model(make_cfg: Callable[..., CfgNode]) -> Callable[..., nn.Module]:
-    """Function (keys of MODEL.ISTR) that gives a model in training mode whose queries have boxes of their own."""
+    """Function (keys as in `tiny_cfg`) that gives a model in training mode whose queries have boxes of their own."""
 
     def make(**overrides: Any) -> nn.Module:
         torch.manual_seed(0)

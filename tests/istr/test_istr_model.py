@@ -19,25 +19,25 @@ MakeCfg = Callable[..., CfgNode]
 MakeModel = Callable[..., nn.Module]
 MakeBatch = Callable[..., list[dict[str, Any]]]
 
-V2 = {"MASK_HEAD": "convolution", "MASK_TARGET": "predicted", "VECTOR_LOSS": "smooth_l1", "FIRST_SCORED_STAGE": 1}
+V2 = {"CODE_HEAD": "convolution", "CODE_TARGET": "predicted", "CODE_LOSS": "smooth_l1", "FIRST_SCORED_STAGE": 1}
 FORMS = {
-    "paper": {"MASK_CODING": "pca"},
+    "paper": {"CODING_NAME": "pca"},
     "dct": {},
-    "second release, PCA": {**V2, "MASK_CODING": "pca"},
+    "second release, PCA": {**V2, "CODING_NAME": "pca"},
     "second release, DCT": V2,
-    "second release, autoencoder": {**V2, "MASK_CODING": "autoencoder", "MASK_SIZE": 32},
-    "pixels as vector": {"MASK_CODING": "flatten", "VECTOR_LENGTH": 256},
+    "second release, autoencoder": {**V2, "CODING_NAME": "autoencoder", "CODING_SIZE": 32},
+    "pixels as vector": {"CODING_NAME": "flatten", "CODING_LENGTH": 256},
     "pixels": {
-        "MASK_HEAD": "pixel",
-        "MASK_CODING": "flatten_logits",
-        "VECTOR_LENGTH": 256,
-        "MASK_COST": "none",
-        "VECTOR_WEIGHT": 0.0,
+        "CODE_HEAD": "pixel",
+        "CODING_NAME": "flatten_logits",
+        "CODING_LENGTH": 256,
+        "CODE_COST": "none",
+        "CODE_WEIGHT": 0.0,
     },
-    "no masks": {"MASK_ON": False},
-    "equations": {"STAGE_INPUT": "initial", "CLASSIFIER": "softmax", "MASK_CODING": "pca", "LABEL_NOISE": False},
-    "attention": {"ATTENTION": "multi_head", "MASK_COST": "dice"},
-    "queries": {"USE_POSITION": False, "QUERY_POOLING": "max", "MASK_COST": "l1"},
+    "no masks": {"BRANCH": "none"},
+    "equations": {"STAGE_INPUT": "initial", "CLASSIFIER": "softmax", "CODING_NAME": "pca", "CODING_LABEL_NOISE": False},
+    "attention": {"ATTENTION": "multi_head", "CODE_COST": "dice"},
+    "queries": {"USE_POSITION": False, "QUERY_POOLING": "max", "CODE_COST": "l1"},
     "last stage": {"DEEP_SUPERVISION": False},
     "last stage, equations": {"DEEP_SUPERVISION": False, "STAGE_INPUT": "initial"},
 }
@@ -152,7 +152,7 @@ def test_mask_heads_see_selected_queries_only(make_model: MakeModel, make_batch:
     seen = []
     for overrides, training, rows in (
         ({}, False, [9]),
-        ({"MASK_COST": "none"}, True, [2, 2]),
+        ({"CODE_COST": "none"}, True, [2, 2]),
         ({}, True, [6, 6]),
     ):
         model, seen = make_model(**overrides).train(training), []
@@ -212,17 +212,17 @@ def test_unsupervised_stages_are_not_optimised(make_cfg: MakeCfg) -> None:
 
 @pytest.mark.parametrize("coding", ["pca", "autoencoder"])
 def test_a_learned_coding_needs_its_basis(make_cfg: MakeCfg, make_batch: MakeBatch, coding: str) -> None:
-    model = build_model(make_cfg(MASK_CODING=coding))
+    model = build_model(make_cfg(CODING_NAME=coding))
     with pytest.raises(MissingBasisError, match="has no basis yet. Make one with tools/fit_mask_basis.py"):
         model.train()(make_batch([1]))
 
 
 ERRORS = {
-    "MODEL.ISTR.MASK_CODING is 'wavelet': choose one of pca, dct, sparse, autoencoder": {"MASK_CODING": "wavelet"},
-    "MODEL.ISTR.MASK_HEAD is 'linear': choose one of vector, convolution, pixel": {"MASK_HEAD": "linear"},
-    "MODEL.ISTR.MASK_TARGET is 'box': choose one of ground_truth, predicted": {"MASK_TARGET": "box"},
-    "MODEL.ISTR.MASK_COST is 'l2': choose one of cosine, l1, dice, none": {"MASK_COST": "l2"},
-    "MODEL.ISTR.VECTOR_LOSS is 'l1': choose one of l2, smooth_l1": {"VECTOR_LOSS": "l1"},
+    "MODEL.MASK_CODING.NAME is 'wavelet': choose one of pca, dct, sparse, autoencoder": {"CODING_NAME": "wavelet"},
+    "MODEL.MASK_BRANCH.CODE.HEAD is 'linear': choose one of vector, convolution, pixel": {"CODE_HEAD": "linear"},
+    "MODEL.MASK_BRANCH.CODE.TARGET is 'box': choose one of ground_truth, predicted": {"CODE_TARGET": "box"},
+    "MODEL.MASK_BRANCH.CODE.COST is 'l2': choose one of cosine, l1, dice, none": {"CODE_COST": "l2"},
+    "MODEL.MASK_BRANCH.CODE.LOSS is 'l1': choose one of l2, smooth_l1": {"CODE_LOSS": "l1"},
     "MODEL.ISTR.CLASSIFIER is 'svm': choose one of sigmoid, softmax": {"CLASSIFIER": "svm"},
     "MODEL.ISTR.ATTENTION is 'none': choose 'dynamic' or 'multi_head'": {"ATTENTION": "none"},
     "MODEL.ISTR.QUERY_POOLING is 'sum': choose one of mean, max": {"QUERY_POOLING": "sum"},
@@ -231,15 +231,15 @@ ERRORS = {
     "MODEL.ISTR.IN_FEATURES names ['p6'], but the backbone gives ['p2', 'p3', 'p4', 'p5']": {"IN_FEATURES": ["p6"]},
     "MODEL.ISTR.HIDDEN_DIM is 32, but the pyramid has [16] channels": {"HIDDEN_DIM": 32},
     "MODEL.ISTR.HIDDEN_DIM 16 must be a multiple of MODEL.ISTR.NUM_HEADS 3": {"NUM_HEADS": 3},
-    "whose vectors for 16x16 masks have 256 entries: set VECTOR_LENGTH": {"MASK_CODING": "flatten"},
-    "a 16x16 mask has 256 principal components, not 300": {"MASK_CODING": "pca", "VECTOR_LENGTH": 300},
-    "MODEL.ISTR.MASK_BASIS is 'x.npz', but MODEL.ISTR.MASK_CODING 'dct' needs none": {"MASK_BASIS": "x.npz"},
-    "x.npz is not a PCA basis": {"MASK_BASIS": "x.npz", "MASK_CODING": "pca"},
-    "MODEL.ISTR.MASK_HEAD 'pixel' predicts the logits of 16x16 masks": {"MASK_HEAD": "pixel"},
-    "MASK_POOL_SIZE is 6: it must be a multiple of 4": {"MASK_HEAD": "convolution", "MASK_POOL_SIZE": 6},
-    "the autoencoder of 16x16 masks needs 4": {"MASK_HEAD": "convolution", "MASK_CODING": "autoencoder"},
-    "have sides that are multiples of 16, not 20": {"MASK_CODING": "autoencoder", "MASK_SIZE": 20},
-    "MASK_COST 'dice' would decode the masks of all queries": {"MASK_COST": "dice", "MASK_CODING": "autoencoder"},
+    "whose vectors for 16x16 masks have 256 entries: set LENGTH": {"CODING_NAME": "flatten"},
+    "a 16x16 mask has 256 principal components, not 300": {"CODING_NAME": "pca", "CODING_LENGTH": 300},
+    "MODEL.MASK_CODING.BASIS is 'x.npz', but MODEL.MASK_CODING.NAME 'dct' needs none": {"CODING_BASIS": "x.npz"},
+    "x.npz is not a PCA basis": {"CODING_BASIS": "x.npz", "CODING_NAME": "pca"},
+    "MODEL.MASK_BRANCH.CODE.HEAD 'pixel' predicts the logits of 16x16 masks": {"CODE_HEAD": "pixel"},
+    "POOL_SIZE is 6: it must be a multiple of 4": {"CODE_HEAD": "convolution", "CODE_POOL_SIZE": 6},
+    "the autoencoder of 16x16 masks needs 4": {"CODE_HEAD": "convolution", "CODING_NAME": "autoencoder"},
+    "have sides that are multiples of 16, not 20": {"CODING_NAME": "autoencoder", "CODING_SIZE": 20},
+    "CODE.COST 'dice' would decode the masks of all queries": {"CODE_COST": "dice", "CODING_NAME": "autoencoder"},
 }
 
 

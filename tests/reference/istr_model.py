@@ -11,6 +11,7 @@ import torch
 from cases import fixture, load_document, load_manifest
 from detectron2.config import CfgNode
 from detectron2.structures import BitMasks, Boxes, Instances
+from tiny_models import find_key, set_keys
 
 import querymask
 
@@ -28,8 +29,8 @@ SETTINGS = {
     "num_proposals": "NUM_QUERIES",
     "num_queries": "NUM_QUERIES",
     "num_stages": "NUM_STAGES",
-    "embedding_dim": "VECTOR_LENGTH",
-    "mask_size": "MASK_SIZE",
+    "embedding_dim": "CODING_LENGTH",
+    "mask_size": "CODING_SIZE",
     "num_classes": "NUM_CLASSES",
     "use_image_feature": "USE_IMAGE_FEATURE",
     "image_feature": "USE_IMAGE_FEATURE",
@@ -40,14 +41,14 @@ POOLING_NAME = r"(image_|feature_|image_feature_|query_|spatial_)?pool(ing)?(_ty
 POSITION_NAME = r"(use_|with_)?pos(ition)?(al)?(_embed(ding)?s?)?"
 POOLING = {"max": "max", "maximum": "max", "avg": "mean", "average": "mean", "mean": "mean"}
 V2 = {
-    "MASK_HEAD": "convolution",
-    "MASK_TARGET": "predicted",
+    "CODE_HEAD": "convolution",
+    "CODE_TARGET": "predicted",
     "FIRST_SCORED_STAGE": 2,
-    "VECTOR_LOSS": "smooth_l1",
-    "VECTOR_WEIGHT": 1.0,
-    "DICE_WEIGHT": 5.0,
-    "COST_MASK": 1.0,
-    "PASTE_THRESHOLD": 0.45,
+    "CODE_LOSS": "smooth_l1",
+    "CODE_WEIGHT": 1.0,
+    "CODE_DICE_WEIGHT": 5.0,
+    "CODE_COST_WEIGHT": 1.0,
+    "CODE_PASTE_THRESHOLD": 0.45,
 }
 
 
@@ -125,27 +126,26 @@ def configure(settings: Mapping[str, Any]) -> CfgNode:
     cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
     cfg.MODEL.FPN.IN_FEATURES = cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
-    istr = cfg.MODEL.ISTR
-    istr.LABEL_NOISE = False  # u = 0.5
+    set_keys(cfg, {"CODING_NAME": "pca", "CODING_SIZE": 28, "CODING_LENGTH": 60})
+    cfg.MODEL.MASK_CODING.LABEL_NOISE = False  # u = 0.5
     for name, value in settings.items():
         if name == "release":
             assert value in ("paper", "v2"), f"unknown release {value}"
             if value == "v2":
-                for key, changed in V2.items():
-                    istr[key] = changed
+                set_keys(cfg, V2)
             cfg.MODEL.BACKBONE.FREEZE_AT = 2 if value == "paper" else 0
         elif name == "backbone_depth":
             cfg.MODEL.RESNETS.DEPTH = value
         elif name == "mask_encoding":
             assert value in CODINGS, f"unknown mask encoding {value}"
-            istr.MASK_CODING = CODINGS[value]
+            cfg.MODEL.MASK_CODING.NAME = CODINGS[value]
         elif re.fullmatch(POOLING_NAME, name):
             assert value in POOLING, f"unknown pooling {value}"
-            istr.QUERY_POOLING = POOLING[value]
+            cfg.MODEL.ISTR.QUERY_POOLING = POOLING[value]
         elif name in SETTINGS or re.fullmatch(POSITION_NAME, name):
-            key = SETTINGS.get(name, "USE_POSITION")
-            assert isinstance(value, type(istr[key])), f"{name} = {value!r}"
-            istr[key] = value
+            node, key = find_key(cfg, SETTINGS.get(name, "USE_POSITION"))
+            assert isinstance(value, type(node[key])), f"{name} = {value!r}"
+            node[key] = value
         else:
             pytest.fail(f"the case has a setting that the project does not know: {name} = {value}")
     return cfg
@@ -153,12 +153,12 @@ def configure(settings: Mapping[str, Any]) -> CfgNode:
 
 def official_shapes(cfg: CfgNode) -> dict[str, list[int]]:
     """Keys and shapes of the official checkpoint for a config: a stored one, with what depends on the sizes adapted."""
-    istr = cfg.MODEL.ISTR
-    if istr.MASK_HEAD == "vector":
+    istr, coding = cfg.MODEL.ISTR, cfg.MODEL.MASK_CODING
+    if cfg.MODEL.MASK_BRANCH.CODE.HEAD == "vector":
         name = {50: "checkpoint.json", 101: "checkpoint_r101.json"}[cfg.MODEL.RESNETS.DEPTH]
     else:
         assert cfg.MODEL.RESNETS.DEPTH == 50, "no checkpoint of that depth is stored"
-        kind = {"pca": "pca", "dct": "dct", "autoencoder": "smt"}[istr.MASK_CODING]
+        kind = {"pca": "pca", "dct": "dct", "autoencoder": "smt"}[coding.NAME]
         name = f"checkpoint_v2_{kind}_r50.json"
     shapes = dict(load_manifest("istr", name))
     for key, shape in list(shapes.items()):
@@ -172,9 +172,9 @@ def official_shapes(cfg: CfgNode) -> dict[str, list[int]]:
         elif "class_logits" in parts:
             shapes[key] = [istr.NUM_CLASSES, *shape[1:]]
         elif "mask_logits" in parts or key == "mask_encoding.explained_variances":
-            shapes[key] = [istr.VECTOR_LENGTH, *shape[1:]]
+            shapes[key] = [coding.LENGTH, *shape[1:]]
         elif key == "mask_encoding.components":
-            shapes[key] = [istr.VECTOR_LENGTH, istr.MASK_SIZE**2]
+            shapes[key] = [coding.LENGTH, coding.SIZE**2]
     missing = {f"head.head_series.{stage}" for stage in range(istr.NUM_STAGES)} - {
         ".".join(key.split(".")[:3]) for key in shapes
     }

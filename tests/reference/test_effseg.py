@@ -204,7 +204,7 @@ def make_model(case: Mapping[str, Any]) -> nn.Module:
     effseg.DIM_FEEDFORWARD = settings.pop("ffn")
     effseg.NMS_THRESHOLD = settings.pop("nms")
     effseg.LEVELS = settings.pop("levels")
-    effseg.REFINEMENTS = head.pop("refinements")
+    cfg.MODEL.MASK_BRANCH.EFFSEG.REFINEMENTS = head.pop("refinements")
     assert not settings and not head, f"the case has settings that the project does not know: {settings} {head}"
     model = build_model(cfg).double()
     state = official_state(case)

@@ -20,9 +20,9 @@ from querymask.effseg.heads.refine_mask import RefineMaskHead
 from querymask.effseg.regions import Regions
 
 HEADS: dict[str, tuple[str, str, type[ClassMaskHead]]] = {
-    "Mask R-CNN++ head": ("mrcnn", "mask_rcnn", MaskRCNNHead),
-    "PointRend++ head": ("pointrend", "pointrend", PointRendHead),
-    "RefineMask++ head": ("refinemask", "refine_mask", RefineMaskHead),
+    "Mask R-CNN++ head": ("mrcnn", "MaskRCNNBranch", MaskRCNNHead),
+    "PointRend++ head": ("pointrend", "PointRendBranch", PointRendHead),
+    "RefineMask++ head": ("refinemask", "RefineMaskBranch", RefineMaskHead),
 }
 CASES = {name: case for kind in HEADS for name, case in load_cases("effseg", kind).items()}
 SETTINGS = {"kind", "canvas", "image_sizes", "checkpoint", "inputs", "arrays", "file", "input_prefix", "head_name"}

@@ -12,6 +12,7 @@ from cases import assert_close, fixture, load_arrays, load_document, load_manife
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Instances
+from tiny_models import find_key
 from training_steps import training_step
 
 import querymask
@@ -47,13 +48,13 @@ def test_every_kind_of_case_is_known() -> None:
 # Official setting -> config key. Settings with a fixed meaning are handled in `configure`.
 SETTINGS = {
     "num_query": "NUM_QUERIES",
-    "num_kernel_fcs": "KERNEL_FCS",
+    "num_kernel_fcs": "KERNEL_NUM_FCS",
     "encoder_layers": "ENC_LAYERS",
     "decoder_layers": "DEC_LAYERS",
-    "mask_thr": "MASK_THRESHOLD",
-    "maskness_thr": "MASKNESS_THRESHOLD",
-    "mask_stride": "MASK_STRIDE",
-    "mfr_positions": "MASK_POSITIONS",
+    "mask_thr": "KERNEL_MASK_THRESHOLD",
+    "maskness_thr": "KERNEL_MASKNESS_THRESHOLD",
+    "mask_stride": "KERNEL_MASK_STRIDE",
+    "mfr_positions": "KERNEL_MASK_POSITIONS",
 }
 
 
@@ -67,12 +68,12 @@ def configure(case: Mapping[str, Any]) -> CfgNode:
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     for name, value in {**load_document("isda")["config_defaults"], **case["config"]}.items():
         if name in SETTINGS:
-            key = SETTINGS[name]
-            cfg.MODEL.ISDA[key] = type(cfg.MODEL.ISDA[key])(value)
+            node, key = find_key(cfg, SETTINGS[name])
+            node[key] = type(node[key])(value)
         elif name == "max_per_img":
             cfg.TEST.DETECTIONS_PER_IMAGE = value
         elif name == "kernel_positions":
-            cfg.MODEL.ISDA.KERNEL_POSITIONS = "logit" if value else "none"
+            cfg.MODEL.MASK_BRANCH.KERNEL.POSITIONS = "logit" if value else "none"
         else:
             pytest.fail(f"the case has a setting that the project does not know: {name} = {value}")
     return cfg
@@ -80,8 +81,8 @@ def configure(case: Mapping[str, Any]) -> CfgNode:
 
 def manifest(cfg: CfgNode) -> dict[str, list[int]]:
     """Keys and shapes of the official checkpoint for a configuration: the stored ones, adapted to its switches."""
-    isda, shapes = cfg.MODEL.ISDA, {}
-    last = 2 * isda.KERNEL_FCS
+    isda, kernel, shapes = cfg.MODEL.ISDA, cfg.MODEL.MASK_BRANCH.KERNEL, {}
+    last = 2 * kernel.NUM_FCS
     for key, shape in load_manifest("isda", "checkpoint.json").items():
         if ".kernel_branches." in key or ".cls_branches." in key or "mask_feat_head.convs_all" in key:
             continue  # their number depends on the configuration
@@ -97,14 +98,14 @@ def manifest(cfg: CfgNode) -> dict[str, list[int]]:
             f"bbox_head.cls_branches.{layer}.bias": [NUM_CLASSES],
         }
         for index in range(0, last + 1, 2):
-            length = 256 if index < last or isda.KERNEL_POSITIONS == "none" else 254
+            length = 256 if index < last or kernel.POSITIONS == "none" else 254
             shapes[f"bbox_head.kernel_branches.{layer}.{index}.weight"] = [length, 256]
             shapes[f"bbox_head.kernel_branches.{layer}.{index}.bias"] = [length]
-    upsamplings = {2: [1, 2, 3, 4], 4: [0, 1, 2, 3], 8: [0, 1, 2]}[isda.MASK_STRIDE]
+    upsamplings = {2: [1, 2, 3, 4], 4: [0, 1, 2, 3], 8: [0, 1, 2]}[kernel.MASK_STRIDE]
     for branch, count in enumerate(upsamplings):
         for unit in range(max(count, 1)):
             prefix = f"mask_feat_head.convs_all_levels.{branch}.conv{unit}"
-            coordinates = 2 if isda.MASK_POSITIONS and branch == len(upsamplings) - 1 else 0
+            coordinates = 2 if kernel.MASK_POSITIONS and branch == len(upsamplings) - 1 else 0
             shapes[f"{prefix}.conv.weight"] = [128, 128 if unit else 256 + coordinates, 3, 3]
             shapes[f"{prefix}.gn.weight"] = shapes[f"{prefix}.gn.bias"] = [128]
     return shapes
@@ -119,7 +120,7 @@ def official_weight(key: str, shape: list[int], cfg: CfgNode) -> torch.Tensor:
         value = value * np.sqrt(512)
     if parts[1] == "cls_branches" and key.endswith("bias"):
         value = value - np.log(99)
-    if parts[1] == "kernel_branches" and key.endswith(f".{2 * cfg.MODEL.ISDA.KERNEL_FCS}.bias"):
+    if parts[1] == "kernel_branches" and key.endswith(f".{2 * cfg.MODEL.MASK_BRANCH.KERNEL.NUM_FCS}.bias"):
         value = value - 0.022
     return torch.from_numpy(value)
 
@@ -393,9 +394,11 @@ def check_matching_and_losses(case: Mapping[str, Any], compare: Comparison) -> N
     compare.close("loss_cls", losses["loss_cls"])
     compare.close("loss_mask", losses["loss_mask"])
     # The paper's loss is the cost without its weight
-    isda.MASK_LOSS = "iou"
+    cfg.MODEL.MASK_BRANCH.KERNEL.LOSS = "iou"
     (paper,) = kernel_branch(cfg).losses(found, made, masks, targets, assignment, normalizers)
-    expected = costs["mask cost"][match, torch.arange(count)].sum() / isda.COST_MASK / (count + 1e-5)
+    expected = (
+        costs["mask cost"][match, torch.arange(count)].sum() / cfg.MODEL.MASK_BRANCH.KERNEL.COST_WEIGHT / (count + 1e-5)
+    )
     assert_close(paper.value, expected.numpy(), "1 - IoU")
     assert soft_iou(torch.tensor(2.0), torch.tensor(2.0), torch.tensor(2.0)) == pytest.approx(1)
 

@@ -27,7 +27,7 @@ from querymask.istr.checkpoint import convert
 def load_model(case: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, str]]:
     """The project's model with the official weights, in evaluation mode, and its names by official name."""
     cfg = configure(case["configuration"])
-    dct = cfg.MODEL.ISTR.MASK_CODING == "dct"
+    dct = cfg.MODEL.MASK_CODING.NAME == "dct"
     state = {key: official_value(key, shape, dct) for key, shape in official_shapes(cfg).items()}
     with double_precision():
         model = build_model(cfg).double().eval()

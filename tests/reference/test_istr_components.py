@@ -52,10 +52,10 @@ def test_istr_stage(name: str) -> None:
     expected = load_arrays("istr", case)
     cfg = configure(case["configuration"])
     with double_precision():
-        coding = PCAMaskCoding(cfg.MODEL.ISTR.MASK_SIZE, cfg.MODEL.ISTR.VECTOR_LENGTH)
-        istr = cfg.MODEL.ISTR
+        coding = PCAMaskCoding(cfg.MODEL.MASK_CODING.SIZE, cfg.MODEL.MASK_CODING.LENGTH)
+        istr, code = cfg.MODEL.ISTR, cfg.MODEL.MASK_BRANCH.CODE
         stage = build_stage(istr)
-        head = build_mask_head(istr.MASK_HEAD, coding, istr.HIDDEN_DIM, istr.HEAD_LAYERS, istr.MASK_POOL_SIZE)
+        head = build_mask_head(code.HEAD, coding, istr.HIDDEN_DIM, code.HEAD_LAYERS, code.POOL_SIZE)
     prefix = case["inputs"]["stage"].removeprefix("weights of ") + "."
     state = {key: official_value(key, s) for key, s in official_shapes(cfg).items() if key.startswith(prefix)}
     converted, number = convert(state)[0], prefix.split(".")[2]

@@ -12,6 +12,7 @@ from cases import assert_close, fixture, load_arrays, load_cases, load_document,
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
+from tiny_models import find_key
 from training_steps import training_step
 
 import querymask
@@ -37,8 +38,8 @@ SETTINGS = {
     "dec_n_points": "DEC_POINTS",
     "with_box_refine": "BOX_REFINE",
     "two_stage": "TWO_STAGE",
-    "n_keep": "VECTOR_LENGTH",
-    "gt_mask_len": "MASK_SIZE",
+    "n_keep": "CODING_LENGTH",
+    "gt_mask_len": "CODING_SIZE",
     "vector_hidden_dim": "VECTOR_HIDDEN_DIM",
     "vector_loss_coef": "VECTOR_WEIGHT",
     "vector_start_stage": "VECTOR_START_LAYER",
@@ -74,34 +75,33 @@ def configure(case: dict[str, Any]) -> CfgNode:
     cfg = querymask.get_cfg()
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.META_ARCHITECTURE = "SOLQ"
-    solq = cfg.MODEL.SOLQ
+    solq, vector = cfg.MODEL.SOLQ, cfg.MODEL.MASK_BRANCH.VECTOR
     solq.NUM_CLASSES = NUM_CLASSES
     architecture = "solq"
     for name, value in settings.items():
         if name in SETTINGS:
-            key = SETTINGS[name]
-            solq[key] = type(solq[key])(value)
+            node, key = find_key(cfg, SETTINGS[name])
+            node[key] = type(node[key])(value)
         elif name == "meta_arch":
             assert value in ("solq", "fast_solq", "solq_pca", "deformable_detr"), f"unknown meta_arch {value}"
             architecture = value
         elif name == "with_vector":
-            solq.MASK_ON = value
+            cfg.MODEL.MASK_BRANCH.NAME = "VectorBranch" if value else "none"
         elif name == "no_vector_loss_norm":
-            solq.VECTOR_LOSS_REDUCTION = "sum" if value else "mean"
+            vector.LOSS_REDUCTION = "sum" if value else "mean"
         elif name == "backbone":
             set_backbone(cfg, value)
         else:
             pytest.fail(f"the case has a setting that the project does not know: {name} = {value}")
     if architecture == "fast_solq":
-        solq.VECTOR_LOSS_REDUCTION = "sum"
-        solq.PASTE = "soft"
+        vector.LOSS_REDUCTION = "sum"
+        vector.PASTE = "soft"
     elif architecture == "solq_pca":
-        solq.MASK_CODING = "pca"
-        solq.VECTOR_LOSS = "l2_dice"
-        solq.PASTE = "soft"
+        cfg.MODEL.MASK_CODING.NAME = "pca"
+        vector.LOSS = "l2_dice"
+        vector.PASTE = "soft"
     if has_sqr(case):
-        solq.MASK_ON = True
-        solq.MASK_BRANCH = "sqr"
+        cfg.MODEL.MASK_BRANCH.NAME = "SQRBranch"
     if solq.NUM_FEATURE_LEVELS == 1:
         solq.IN_FEATURES = solq.IN_FEATURES[-1:]
     return cfg

@@ -14,7 +14,7 @@ from torch import nn
 
 @pytest.fixture
 def make_cfg() -> Callable[..., CfgNode]:
-    """Function (keys of MODEL.SOLQ) that gives the config of a tiny model with all parts."""
+    """Function (keys as in `tiny_cfg`) that gives the config of a tiny model with all parts."""
 
     def make(**overrides: Any) -> CfgNode:
         settings = {
@@ -27,8 +27,8 @@ def make_cfg() -> Callable[..., CfgNode]:
             "DIM_FEEDFORWARD": 48,
             "DROPOUT": 0.0,
             "VECTOR_HIDDEN_DIM": 48,
-            "MASK_SIZE": 32,
-            "VECTOR_LENGTH": 40,
+            "CODING_SIZE": 32,
+            "CODING_LENGTH": 40,
             **overrides,
         }
         return tiny_cfg("SOLQ", ["res3", "res4", "res5"], settings)
@@ -38,7 +38,7 @@ def make_cfg() -> Callable[..., CfgNode]:
 
 @pytest.fixture
 def make_model(make_cfg: Callable[..., CfgNode]) -> Callable[..., nn.Module]:
-    """Function (keys of MODEL.SOLQ) that gives a model in training mode, with weights that leave no term negligible."""
+    """Function (keys as in `tiny_cfg`) that gives a model in training mode, whose weights leave no term negligible."""
 
     def make(**overrides: Any) -> nn.Module:
         torch.manual_seed(0)

@@ -6,14 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from tiny_configs import tiny_config
 from tool_loader import load_tool
 
+from querymask import get_cfg
+from querymask.common.engine.unused_keys import leaves
 from querymask.common.flops import count_parameters
 from querymask.common.mask_coding import fill_missing_bases
+from querymask.common.meta_arch import mask_branch_name, uses_masks
 from querymask.common.solver import build_lr_scheduler, build_optimizer
 
 zoo = load_tool("make_model_zoo")
@@ -108,10 +112,12 @@ def expected_losses(cfg: CfgNode) -> set[str]:
     names = {kind + suffix for kind in ("loss_ce", "loss_bbox", "loss_giou") for suffix in suffixes}
     if solq.TWO_STAGE:
         names |= {"loss_ce_enc", "loss_bbox_enc", "loss_giou_enc"}
-    if solq.MASK_ON and solq.MASK_BRANCH == "sqr":
+    branch = mask_branch_name(cfg)
+    if branch == "SQRBranch":
         names |= {"loss_mask", "loss_dice"}
-    elif solq.MASK_ON:
-        names |= {f"loss_vector{suffix}" for suffix in suffixes[min(solq.VECTOR_START_LAYER, last) :]}
+    elif branch == "VectorBranch":
+        first = min(cfg.MODEL.MASK_BRANCH.VECTOR.START_LAYER, last)
+        names |= {f"loss_vector{suffix}" for suffix in suffixes[first:]}
     return names
 
 
@@ -132,8 +138,8 @@ def test_inference(name: str) -> None:
         assert torch.isfinite(instances.pred_boxes.tensor).all()
         assert (instances.scores.diff() <= 0).all() and instances.scores.min() > 0
         assert instances.pred_classes.max() < solq.NUM_CLASSES
-        assert instances.has("pred_masks") == cfg.MODEL.SOLQ.MASK_ON
-        if cfg.MODEL.SOLQ.MASK_ON:
+        assert instances.has("pred_masks") == uses_masks(cfg)
+        if uses_masks(cfg):
             assert instances.pred_masks.dtype == torch.bool
             assert instances.pred_masks.shape == (count, item["height"], item["width"])
 
@@ -203,22 +209,22 @@ def test_published_optimiser() -> None:
 
 
 def test_names_of_ablations_say_their_setting() -> None:
-    solq = {name: leaf.config().MODEL.SOLQ for name, leaf in LEAVES.items() if name.startswith("ablations/")}
+    nodes = {name: leaf.config().MODEL for name, leaf in LEAVES.items() if name.startswith("ablations/")}
     settings = {
-        "loss_weight": lambda node: node.VECTOR_WEIGHT,
-        "stages": lambda node: node.DEC_LAYERS - node.VECTOR_START_LAYER,
-        "mask_size": lambda node: node.MASK_SIZE,
-        "vector_length": lambda node: node.VECTOR_LENGTH,
+        "loss_weight": lambda node: node.MASK_BRANCH.VECTOR.WEIGHT,
+        "stages": lambda node: node.SOLQ.DEC_LAYERS - node.MASK_BRANCH.VECTOR.START_LAYER,
+        "mask_size": lambda node: node.MASK_CODING.SIZE,
+        "vector_length": lambda node: node.MASK_CODING.LENGTH,
     }
     rows = {kind: [] for kind in settings}
-    for name, node in solq.items():
-        assert (node.NUM_FEATURE_LEVELS, node.IN_FEATURES) == (1, ["res5"]), name
+    for name, node in nodes.items():
+        assert (node.SOLQ.NUM_FEATURE_LEVELS, node.SOLQ.IN_FEATURES) == (1, ["res5"]), name
         kind, _, value = name.removeprefix("ablations/").rpartition("_")
         if kind in settings:
             assert settings[kind](node) == float(value), name
             rows[kind].append(float(value))
         if kind == "loss_weight":
-            assert node.VECTOR_START_LAYER == 5, name
+            assert node.MASK_BRANCH.VECTOR.START_LAYER == 5, name
     assert {kind: sorted(values) for kind, values in rows.items()} == {
         "loss_weight": [0.3, 0.7, 3, 4],
         "stages": [1, 2, 3, 4, 5, 6],
@@ -231,22 +237,23 @@ def test_codings_of_the_ablations() -> None:
     """Table 3a: coding, side of the mask, length of the vector, loss."""
     rows = {}
     for kind in ("dct", "pca", "flatten", "sparse"):
-        solq = LEAVES[f"ablations/coding_{kind}"].config().MODEL.SOLQ
-        rows[solq.MASK_CODING] = (solq.MASK_SIZE, solq.VECTOR_LENGTH, solq.VECTOR_LOSS, solq.PASTE)
+        model = LEAVES[f"ablations/coding_{kind}"].config().MODEL
+        coding, vector = model.MASK_CODING, model.MASK_BRANCH.VECTOR
+        rows[coding.NAME] = (coding.SIZE, coding.LENGTH, vector.LOSS, vector.PASTE)
     assert rows == {
         "dct": (128, 256, "l1", "binary"),
         "pca": (28, 60, "l2_dice", "soft"),
         "flatten": (28, 784, "l2_dice", "soft"),
         "sparse": (28, 256, "l1", "soft"),
     }
-    assert not LEAVES["ablations/coding_none"].config().MODEL.SOLQ.MASK_ON
+    assert not uses_masks(LEAVES["ablations/coding_none"].config())
 
 
 def test_backbone_as_torchvision_has_it() -> None:
     for name, leaf in COCO_LEAVES.items():
         cfg = leaf.config()
         if cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone":
-            if not cfg.MODEL.SOLQ.FREEZE_DETECTOR:  # that starts from a whole detector
+            if not cfg.MODEL.MASK_BRANCH.FREEZE_DETECTOR:  # that starts from a whole detector
                 assert "torchvision/R-" in cfg.MODEL.WEIGHTS, name
                 assert cfg.MODEL.WEIGHTS.endswith(f"R-{cfg.MODEL.RESNETS.DEPTH}.pkl"), name
             assert not cfg.MODEL.RESNETS.STRIDE_IN_1X1, name
@@ -273,6 +280,33 @@ def test_model_zoo_is_in_step() -> None:
     assert page == zoo.render(zoo.find_leaves(), zoo.read_gflops(page)), "run tools/make_model_zoo.py"
     for leaf in LEAVES.values():
         assert page.count(f"/configs/{leaf.name}.yaml)") == 1, f"{leaf.name} must have one row"
+
+
+@pytest.mark.parametrize("method", ["solq", "isda", "istr", "effseg"])
+def test_ablations_in_the_methods_page_are_in_step(method: str) -> None:
+    page = (zoo.ROOT / "projects" / method / "README.md").read_text()
+    own = [leaf for leaf in zoo.find_leaves() if leaf.method == method]
+    assert page == zoo.render_ablations(page, own), "run tools/make_model_zoo.py --keep-gflops"
+    assert page.count("](configs/ablations/") >= sum(leaf.name.startswith("ablations/") for leaf in own) > 1
+
+
+def test_configs_set_nothing_that_their_bases_give() -> None:
+    defaults = dict(leaves(get_cfg()))
+    for path in sorted((zoo.ROOT / "projects").glob("*/configs/**/*.yaml")):
+        own = yaml.safe_load(path.read_text())
+        if "_BASE_" not in own:
+            continue
+        bases = own.pop("_BASE_")
+        given = dict(defaults)
+        for base in [bases] if isinstance(bases, str) else bases:
+            given |= decoded(CfgNode.load_yaml_with_base(str(path.parent / base)))
+        repeated = [key for key, value in decoded(own).items() if value == given[key]]
+        assert not repeated, f"{path}: {repeated}"
+
+
+def decoded(settings: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys with their values, which YAML holds as strings where they are tuples."""
+    return {key: CfgNode._decode_cfg_value(value) for key, value in leaves(CfgNode(settings))}
 
 
 def test_configs_with_an_incomplete_head_are_refused(tmp_path: Path) -> None:

@@ -304,5 +304,5 @@ def test_error_of_broken_values(tensor: str, term: str, culprit: str) -> None:
 
 
 def test_unknown_reduction() -> None:
-    with pytest.raises(ValueError, match="VECTOR_LOSS_REDUCTION is 'median': choose one of .*'local_mean'"):
+    with pytest.raises(ValueError, match="VECTOR.LOSS_REDUCTION is 'median': choose one of .*'local_mean'"):
         make_branch(reduction="median")

@@ -34,14 +34,20 @@ FORMS = {
     "two stages": {"TWO_STAGE": True},
     "two stages, no refinement": {"TWO_STAGE": True, "BOX_REFINE": False},
     "C5 only": {"IN_FEATURES": ["res5"], "NUM_FEATURE_LEVELS": 1},
-    "no masks": {"MASK_ON": False},
-    "fast": {"VECTOR_LOSS_REDUCTION": "sum", "PASTE": "soft"},
-    "pca": {"MASK_CODING": "pca", "MASK_SIZE": 12, "VECTOR_LENGTH": 10, "VECTOR_LOSS": "l2_dice", "PASTE": "soft"},
-    "pca, L1": {"MASK_CODING": "pca", "MASK_SIZE": 12, "VECTOR_LENGTH": 10, "PASTE": "soft"},
-    "flatten": {"MASK_CODING": "flatten", "MASK_SIZE": 8, "VECTOR_LENGTH": 64, "VECTOR_LOSS": "l2_dice"},
-    "sparse": {"MASK_CODING": "sparse", "MASK_SIZE": 8, "VECTOR_LENGTH": 20, "PASTE": "soft"},
-    "sqr": {"MASK_BRANCH": "sqr", "HIDDEN_DIM": 128, "NUM_HEADS": 8},
-    "sqr, two stages": {"MASK_BRANCH": "sqr", "HIDDEN_DIM": 128, "NUM_HEADS": 8, "TWO_STAGE": True},
+    "no masks": {"BRANCH": "none"},
+    "fast": {"VECTOR_LOSS_REDUCTION": "sum", "VECTOR_PASTE": "soft"},
+    "pca": {
+        "CODING_NAME": "pca",
+        "CODING_SIZE": 12,
+        "CODING_LENGTH": 10,
+        "VECTOR_LOSS": "l2_dice",
+        "VECTOR_PASTE": "soft",
+    },
+    "pca, L1": {"CODING_NAME": "pca", "CODING_SIZE": 12, "CODING_LENGTH": 10, "VECTOR_PASTE": "soft"},
+    "flatten": {"CODING_NAME": "flatten", "CODING_SIZE": 8, "CODING_LENGTH": 64, "VECTOR_LOSS": "l2_dice"},
+    "sparse": {"CODING_NAME": "sparse", "CODING_SIZE": 8, "CODING_LENGTH": 20, "VECTOR_PASTE": "soft"},
+    "sqr": {"BRANCH": "SQRBranch", "HIDDEN_DIM": 128, "NUM_HEADS": 8},
+    "sqr, two stages": {"BRANCH": "SQRBranch", "HIDDEN_DIM": 128, "NUM_HEADS": 8, "TWO_STAGE": True},
 }
 
 
@@ -129,17 +135,17 @@ def test_no_masks_needed_without_mask_branch(make_model: MakeModel, make_batch: 
     batch = make_batch([2, 1])
     for item in batch:
         item["instances"].remove("gt_masks")
-    model = make_model(MASK_ON=False)
+    model = make_model(BRANCH="none")
     assert set(model(batch)) == {f"loss_{kind}{suffix}" for kind in ("ce", "bbox", "giou") for suffix in ("", "_0")}
     assert not model.eval()(batch)[0]["instances"].has("pred_masks")
-    with pytest.raises(ValueError, match="no gt_masks.*MASK_ON"):
+    with pytest.raises(ValueError, match="no gt_masks.*MASK_BRANCH.NAME none"):
         make_model()(batch)
 
 
 def test_masks_change_nothing_but_their_loss(make_model: MakeModel, make_batch: MakeBatch) -> None:
     """With the weights of a model with masks, the model without gives the same boxes and the same other losses."""
     batch = make_batch([2, 1])
-    full, plain = make_model(), make_model(MASK_ON=False)
+    full, plain = make_model(), make_model(BRANCH="none")
     state = {name: value for name, value in full.state_dict().items() if not name.startswith("mask_branch.")}
     plain.load_state_dict(state, strict=True)
     losses = full(batch)
@@ -188,7 +194,7 @@ def test_targets_from_polygons(make_model: MakeModel, make_batch: MakeBatch) -> 
 @pytest.mark.parametrize("paste", ["binary", "soft"])
 def test_detections(make_model: MakeModel, make_batch: MakeBatch, paste: str) -> None:
     """The best pairs of query and class, scaled to the given size; masks through SciPy and Detectron2."""
-    model = make_model(PASTE=paste).eval()
+    model = make_model(VECTOR_PASTE=paste).eval()
     with torch.no_grad():
         # Large boxes, and masks that are neither empty nor full: three quarters on average
         model.detector.bbox_embed[-1].layers[-1].bias[2:] = 1
@@ -229,7 +235,7 @@ def test_detections(make_model: MakeModel, make_batch: MakeBatch, paste: str) ->
 @pytest.mark.parametrize("form", ["pca", "flatten", "sparse"])
 def test_detections_of_other_codings(make_model: MakeModel, make_batch: MakeBatch, form: str) -> None:
     """The decoded map pasted into the box; the vector is of the query of the detection."""
-    model = make_model(**{**FORMS[form], "PASTE": "soft"}).eval()
+    model = make_model(**{**FORMS[form], "VECTOR_PASTE": "soft"}).eval()
     with torch.no_grad():
         model.detector.bbox_embed[-1].layers[-1].bias[2:] = 1  # large boxes
         model.mask_branch.vector_embed.layers[-1].weight.mul_(10)
@@ -261,7 +267,7 @@ def test_label_noise(make_model: MakeModel, make_batch: MakeBatch) -> None:
     twice = model.mask_branch.target_vectors(truth, torch.tensor([0, 0, 2]))
     assert twice.shape == (3, 10) and not torch.equal(twice[0], twice[1])
     assert model(batch)["loss_vector"] != model(batch)["loss_vector"]
-    quiet = make_model(**FORMS["pca, L1"], LABEL_NOISE=False)
+    quiet = make_model(**FORMS["pca, L1"], CODING_LABEL_NOISE=False)
     assert training_step(quiet, batch).truth.vectors.shape == (3, 10)
     assert quiet(batch)["loss_vector"] == quiet(batch)["loss_vector"]
 
@@ -377,31 +383,31 @@ def test_use_checkpoint(make_model: MakeModel, make_batch: MakeBatch) -> None:
 
 
 ERRORS = {
-    "MODEL.SOLQ.MASK_CODING is 'wavelet': choose one of dct, pca": {"MASK_CODING": "wavelet"},
-    "MODEL.SOLQ.MASK_CODING is 'autoencoder': choose one of dct, pca": {"MASK_CODING": "autoencoder"},
-    "MODEL.SOLQ.MASK_BASIS is 'x.npz', but MODEL.SOLQ.MASK_CODING 'dct' needs none": {"MASK_BASIS": "x.npz"},
-    "x.npz is not a PCA basis": {"MASK_CODING": "pca", "MASK_BASIS": "x.npz"},
-    "entries: set VECTOR_LENGTH to that, not 40": {"MASK_CODING": "flatten"},
-    "MODEL.SOLQ.MASK_BRANCH is 'roi': choose one of": {"MASK_BRANCH": "roi"},
-    "MODEL.SOLQ.FREEZE_DETECTOR leaves nothing to train": {"FREEZE_DETECTOR": True, "MASK_ON": False},
-    "MODEL.SOLQ.VECTOR_LOSS is 'cosine': choose one of": {"VECTOR_LOSS": "cosine"},
-    "VECTOR_LOSS_REDUCTION is 'sum', but VECTOR_LOSS 'l2_dice' has one": {
+    "MODEL.MASK_CODING.NAME is 'wavelet': choose one of pca, dct": {"CODING_NAME": "wavelet"},
+    "VectorBranch does not train the autoencoder": {"CODING_NAME": "autoencoder"},
+    "MODEL.MASK_CODING.BASIS is 'x.npz', but MODEL.MASK_CODING.NAME 'dct' needs none": {"CODING_BASIS": "x.npz"},
+    "x.npz is not a PCA basis": {"CODING_NAME": "pca", "CODING_BASIS": "x.npz"},
+    "entries: set LENGTH to that, not 40": {"CODING_NAME": "flatten"},
+    "MODEL.MASK_BRANCH.NAME is 'roi': choose one of": {"BRANCH": "roi"},
+    "MODEL.MASK_BRANCH.FREEZE_DETECTOR leaves nothing to train": {"FREEZE_DETECTOR": True, "BRANCH": "none"},
+    "MODEL.MASK_BRANCH.VECTOR.LOSS is 'cosine': choose one of": {"VECTOR_LOSS": "cosine"},
+    "VECTOR.LOSS_REDUCTION is 'sum', but LOSS 'l2_dice' has one": {
         "VECTOR_LOSS": "l2_dice",
         "VECTOR_LOSS_REDUCTION": "sum",
     },
     "needs a width that is a multiple of 128, not 64, and a number of heads that is a multiple of 8, not 4": {
-        "MASK_BRANCH": "sqr"
+        "BRANCH": "SQRBranch"
     },
-    "reads 3 backbone maps, not 1: name as many in IN_FEATURES": {"MASK_BRANCH": "sqr", "IN_FEATURES": ["res5"]},
-    "MODEL.SOLQ.PASTE is 'hard': choose 'binary' or 'soft'": {"PASTE": "hard"},
-    "MODEL.SOLQ.VECTOR_LOSS_REDUCTION is 'max': choose one of": {"VECTOR_LOSS_REDUCTION": "max"},
+    "reads 3 backbone maps, not 1: name as many in IN_FEATURES": {"BRANCH": "SQRBranch", "IN_FEATURES": ["res5"]},
+    "MODEL.MASK_BRANCH.VECTOR.PASTE is 'hard': choose 'binary' or 'soft'": {"VECTOR_PASTE": "hard"},
+    "MODEL.MASK_BRANCH.VECTOR.LOSS_REDUCTION is 'max': choose one of": {"VECTOR_LOSS_REDUCTION": "max"},
     "IN_FEATURES names ['stage1', 'res6'], but the backbone gives ['res3', 'res4', 'res5']": {
         "IN_FEATURES": ["res3", "stage1", "res6"]
     },
     "2 feature levels for 3 backbone maps: name fewer maps in IN_FEATURES or raise NUM": {"NUM_FEATURE_LEVELS": 2},
     "width 64 must be a multiple of the number of heads, 6": {"NUM_HEADS": 6},
     "the width of the transformer, 48, must be a multiple of 32 (GroupNorm)": {"HIDDEN_DIM": 48},
-    "a 4x4 mask has 16 DCT coefficients, not 40": {"MASK_SIZE": 4},
+    "a 4x4 mask has 16 DCT coefficients, not 40": {"CODING_SIZE": 4},
 }
 
 
@@ -412,7 +418,7 @@ def test_errors_of_the_config(make_cfg: MakeCfg, message: str) -> None:
 
 
 def test_mask_keys_do_not_matter_without_masks(make_cfg: MakeCfg) -> None:
-    assert build_model(make_cfg(MASK_ON=False, MASK_SIZE=4, MASK_CODING="none")).mask_branch is None
+    assert build_model(make_cfg(BRANCH="none", CODING_SIZE=4, CODING_NAME="none")).mask_branch is None
 
 
 @pytest.mark.parametrize("form", ["one stage", "two stages", "pca", "sqr"])

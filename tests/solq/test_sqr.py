@@ -21,12 +21,12 @@ MakeCfg = Callable[..., CfgNode]
 MakeModel = Callable[..., nn.Module]
 MakeBatch = Callable[..., list[dict[str, Any]]]
 
-SQR = {"MASK_BRANCH": "sqr", "HIDDEN_DIM": 128, "NUM_HEADS": 8}
+SQR = {"BRANCH": "SQRBranch", "HIDDEN_DIM": 128, "NUM_HEADS": 8}
 
 
 @pytest.fixture
 def make_sqr(make_model: MakeModel) -> MakeModel:
-    """Function (keys of MODEL.SOLQ) that gives a baseline whose masks are neither empty nor full."""
+    """Function (keys as in `tiny_cfg`) that gives a baseline whose masks are neither empty nor full."""
 
     def make(**overrides: Any) -> nn.Module:
         model = make_model(**{**SQR, **overrides})
@@ -159,7 +159,7 @@ def test_masks_of_a_query_do_not_depend_on_the_others(make_sqr: MakeModel, make_
 
 def test_frozen_detector(make_cfg: MakeCfg, make_batch: MakeBatch) -> None:
     """The mask branch alone is trained; the detector takes the weights of one without masks."""
-    detector = build_model(make_cfg(MASK_ON=False, HIDDEN_DIM=128, NUM_HEADS=8))
+    detector = build_model(make_cfg(BRANCH="none", HIDDEN_DIM=128, NUM_HEADS=8))
     model = build_model(make_cfg(**SQR, FREEZE_DETECTOR=True)).train()
     missing = model.load_state_dict(detector.state_dict(), strict=False)
     assert not missing.unexpected_keys and all(key.startswith("mask_branch.") for key in missing.missing_keys)

@@ -32,7 +32,7 @@ REDUCED: dict[str, dict[str, Any]] = {
         "MODEL.SOLQ.NUM_HEADS": 4,
         "MODEL.SOLQ.ENC_LAYERS": 1,
         "MODEL.SOLQ.DIM_FEEDFORWARD": 32,
-        "MODEL.SOLQ.VECTOR_HIDDEN_DIM": 32,
+        "MODEL.MASK_BRANCH.VECTOR.HIDDEN_DIM": 32,
     },
     "isda": {
         "MODEL.ISDA.NUM_CLASSES": NUM_CLASSES,
@@ -42,7 +42,7 @@ REDUCED: dict[str, dict[str, Any]] = {
         "MODEL.ISDA.ENC_LAYERS": 1,
         "MODEL.ISDA.DEC_LAYERS": 2,
         "MODEL.ISDA.DIM_FEEDFORWARD": 32,
-        "MODEL.ISDA.MASK_FEATURE_DIM": 64,
+        "MODEL.MASK_BRANCH.KERNEL.MASK_FEATURE_DIM": 64,
     },
     "istr": {
         "MODEL.FPN.OUT_CHANNELS": 16,
@@ -62,8 +62,8 @@ REDUCED: dict[str, dict[str, Any]] = {
         "MODEL.EFFSEG.DIM_FEEDFORWARD": 24,
         "MODEL.EFFSEG.ENC_LAYERS": 1,
         "MODEL.EFFSEG.ENC_DIM_FEEDFORWARD": 24,
-        "MODEL.EFFSEG.REFINEMENTS": 300,
-        "MODEL.EFFSEG.MAX_TRAIN_REGIONS": 4,
+        "MODEL.MASK_BRANCH.EFFSEG.REFINEMENTS": 300,
+        "MODEL.MASK_BRANCH.REGION.MAX_TRAIN_REGIONS": 4,
         "TEST.DETECTIONS_PER_IMAGE": 9,
     },
 }
@@ -79,7 +79,7 @@ def tiny_config(name: str) -> CfgNode:
     cfg = leaf.config()
     for key, value in {**BACKBONES, **REDUCED[leaf.method]}.items():
         cfg.merge_from_list([key, value])
-    if leaf.method == "solq" and cfg.MODEL.SOLQ.MASK_BRANCH == "sqr":  # the least that its mask head can have
+    if leaf.method == "solq" and cfg.MODEL.MASK_BRANCH.NAME == "SQRBranch":  # the least that its mask head can have
         cfg.MODEL.SOLQ.HIDDEN_DIM, cfg.MODEL.SOLQ.NUM_HEADS = 128, 8
         # Clipped together with those of a detector of random weights, its gradients would be below AdamW's epsilon
         cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1e6

@@ -15,7 +15,7 @@ def tiny_cfg(meta_architecture: str, features: list[str], settings: Mapping[str,
     Args:
         meta_architecture: such as "SOLQ"; its keys are those of the node of that name, in capitals.
         features: maps that the backbone gives.
-        settings: keys of that node; one that it lacks is an error.
+        settings: for ``set_keys``.
     """
     cfg = get_cfg()
     cfg.MODEL.DEVICE = DEVICE
@@ -27,8 +27,32 @@ def tiny_cfg(meta_architecture: str, features: list[str], settings: Mapping[str,
     cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 16
     cfg.MODEL.RESNETS.OUT_FEATURES = features
     cfg.TEST.DETECTIONS_PER_IMAGE = 9
-    section = meta_architecture.upper()
-    for key, value in settings.items():
-        assert key in cfg.MODEL[section], f"MODEL.{section} has no key {key}"
-        cfg.MODEL[section][key] = value
+    set_keys(cfg, settings)
     return cfg
+
+
+def set_keys(cfg: CfgNode, settings: Mapping[str, Any]) -> None:
+    """Set keys of the model's parts by the names of ``find_key``."""
+    for name, value in settings.items():
+        node, key = find_key(cfg, name)
+        node[key] = value
+
+
+def find_key(cfg: CfgNode, name: str) -> tuple[CfgNode, str]:
+    """The section and the key of a short name; one that does not exist is an error.
+
+    Args:
+        name: a key of the method's own section (``NUM_QUERIES``), ``BRANCH`` for the mask branch's name, a key of a
+            branch behind its section (``VECTOR_LOSS``), or of the coding behind ``CODING`` (``CODING_SIZE``).
+    """
+    branches = cfg.MODEL.MASK_BRANCH
+    sections = {"CODING": cfg.MODEL.MASK_CODING, **{k: v for k, v in branches.items() if isinstance(v, CfgNode)}}
+    prefix, _, rest = name.partition("_")
+    if name in ("BRANCH", "FREEZE_DETECTOR"):
+        node, key = branches, {"BRANCH": "NAME"}.get(name, name)
+    elif prefix in sections:
+        node, key = sections[prefix], rest
+    else:
+        node, key = cfg.MODEL[cfg.MODEL.META_ARCHITECTURE.upper()], name
+    assert key in node, f"there is no key {name}"
+    return node, key

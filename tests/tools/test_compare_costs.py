@@ -22,18 +22,21 @@ MODEL:
   BACKBONE: {{NAME: build_basic_resnet_backbone}}
   RESNETS: {{DEPTH: 18, STEM_OUT_CHANNELS: 16, RES2_OUT_CHANNELS: 16}}
   EFFSEG: {{LEVELS: [2, 3, 4, 5], NUM_QUERIES: 30, NUM_CLASSES: 6, HIDDEN_DIM: 32, NUM_HEADS: 2,
-            DEC_LAYERS: 1, DIM_FEEDFORWARD: 16, REFINEMENTS: 500, MASK_HEAD: {head}}}
+            DEC_LAYERS: 1, DIM_FEEDFORWARD: 16}}
+  MASK_BRANCH: {{NAME: {branch}, EFFSEG: {{REFINEMENTS: 500}}}}
 INPUT: {{MIN_SIZE_TEST: 60}}
 """
 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Any:
-    """Function (name of a head, name of the file) that writes the config of a tiny EffSeg."""
+    """Function (name of a mask branch, name of the file) that writes the config of a tiny EffSeg."""
 
-    def write(head: str, name: str = "tiny") -> Path:
+    def write(branch: str, name: str = "tiny") -> Path:
         path = tmp_path / f"{name}.yaml"
-        path.write_text(TINY.format(device=DEVICE, base=ROOT / "projects/effseg/configs/Base-EffSeg.yaml", head=head))
+        path.write_text(
+            TINY.format(device=DEVICE, base=ROOT / "projects/effseg/configs/Base-EffSeg.yaml", branch=branch)
+        )
         return path
 
     return write
@@ -51,7 +54,7 @@ def linear_layers_at(detections: int, regions: int) -> int:
 
 
 def test_parameters_and_flops(tiny: Any) -> None:
-    path = tiny("effseg")
+    path = tiny("EffSegBranch")
     result = measured(path, "--detections", "20", "--regions", "7", "--height", "64", "--width", "96")
     cfg = get_cfg()
     cfg.merge_from_file(str(path))
@@ -79,12 +82,12 @@ def test_flops_of_effsegs_head(tiny: Any, regions: int) -> None:
         total += (active + passive) * features * half  # transition
         total += active * (3 + 27) * half**2  # processing
         total += 2 * active * (half**2 + half)  # classifiers
-    result = measured(tiny("effseg"), "--detections", "20", "--regions", str(regions))
+    result = measured(tiny("EffSegBranch"), "--detections", "20", "--regions", str(regions))
     assert result.head_gflops * 1e9 == pytest.approx(total + linear_layers_at(20, regions), rel=0.06)
 
 
 def test_masks_by_class_are_made_for_every_detection(tiny: Any) -> None:
-    path = tiny("mask_rcnn")
+    path = tiny("MaskRCNNBranch")
     few, many = (measured(path, "--detections", "20", "--regions", regions) for regions in ("5", "20"))
     assert (few.regions, many.regions) == (20, 20) and few.head_gflops == pytest.approx(many.head_gflops, rel=0.01)
 
@@ -98,7 +101,7 @@ def test_model_without_masks(tiny: Any) -> None:
 
 def test_mean_over_images(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean of what single images cost."""
-    path = tiny("effseg")
+    path = tiny("EffSegBranch")
     sizes = [(64, 64), (64, 128), (96, 128)]
     items = [{"image": torch.zeros(3, *size), "height": size[0], "width": size[1]} for size in sizes]
     monkeypatch.setattr(tool, "inputs", lambda args, cfg: items[: args.num_images])
@@ -114,7 +117,7 @@ def test_mean_over_images(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_of_several_models_is_measured_alone(tiny: Any, tmp_path: Path) -> None:
-    paths, rows = [str(tiny("mask_rcnn", "first")), str(tiny("effseg", "second"))], tmp_path / "rows.json"
+    paths, rows = [str(tiny("MaskRCNNBranch", "first")), str(tiny("EffSegBranch", "second"))], tmp_path / "rows.json"
     options = ["--detections", "20", "--regions", "7", "--repeat", "1", "--height", "64", "--width", "64"]
     assert tool.main([*paths, *options, "--json", str(rows), "--opts", "MODEL.EFFSEG.NUM_QUERIES", "25"]) == 0
     first, second = json.loads(rows.read_text())
@@ -128,7 +131,7 @@ def test_each_of_several_models_is_measured_alone(tiny: Any, tmp_path: Path) -> 
 
 def test_paper_beside_measured(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are marked; the files can be read again, and plotted."""
-    path = tiny("effseg", "effseg_r50")  # the name decides whose numbers are put beside
+    path = tiny("EffSegBranch", "effseg_r50")  # the name decides whose numbers are put beside
     monkeypatch.setattr(tool, "peak_memory", lambda run, device: 12.0)  # the real one changes the process for good
     saved, rows = tmp_path / "table.md", tmp_path / "rows.json"
     options = ["--detections", "20", "--repeat", "1", "--height", "64", "--width", "64"]
@@ -176,7 +179,7 @@ def test_contradicting_options_are_refused(arguments: list[str]) -> None:
 
 def test_more_regions_than_queries(tiny: Any) -> None:
     with pytest.raises(ValueError, match="31 regions are asked for, but the model has 30 queries"):
-        measured(tiny("effseg"), "--detections", "31")
+        measured(tiny("EffSegBranch"), "--detections", "31")
 
 
 def test_plot(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_other_mask_branches(manifest: str, name: str, parts: list[str]) -> None
     configs = [Path(path).name for path in tool.fitting_configs(settings(state))]
     assert configs[0] == name
 
-    cfg = config("solq_r50.yaml", "MODEL.SOLQ.MASK_ON", False, "MODEL.SOLQ.HIDDEN_DIM", cfg.MODEL.SOLQ.HIDDEN_DIM)
+    cfg = config("solq_r50.yaml", "MODEL.MASK_BRANCH.NAME", "none", "MODEL.SOLQ.HIDDEN_DIM", cfg.MODEL.SOLQ.HIDDEN_DIM)
     _, report = fit_to_model(*convert(state, COCO, detector_only=True), shapes_of(cfg))
     assert report.fits, report.details(*report.MISFITS)
 
@@ -228,8 +228,9 @@ TINY = """
 _BASE_: {base}
 MODEL:
   RESNETS: {{DEPTH: 18, RES2_OUT_CHANNELS: 64}}
-  SOLQ: {{NUM_QUERIES: 5, HIDDEN_DIM: 32, NUM_HEADS: 2, ENC_LAYERS: 1, DEC_LAYERS: 2, DIM_FEEDFORWARD: 16,
-          MASK_SIZE: 16, VECTOR_LENGTH: 20, VECTOR_HIDDEN_DIM: 24}}
+  SOLQ: {{NUM_QUERIES: 5, HIDDEN_DIM: 32, NUM_HEADS: 2, ENC_LAYERS: 1, DEC_LAYERS: 2, DIM_FEEDFORWARD: 16}}
+  MASK_CODING: {{SIZE: 16, LENGTH: 20}}
+  MASK_BRANCH: {{VECTOR: {{HIDDEN_DIM: 24}}}}
 """
 Tiny = tuple[Path, Path, dict[str, torch.Tensor]]
 
@@ -333,14 +334,14 @@ def test_tool_keeps_the_names_of_classes(tiny: Tiny) -> None:
 
 def test_tool_leaves_the_mask_branch_out(tiny: Tiny) -> None:
     path, file, _ = tiny
-    status, output = run(path, file, "--detector-only", opts=("MODEL.SOLQ.MASK_ON", False))
+    status, output = run(path, file, "--detector-only", opts=("MODEL.MASK_BRANCH.NAME", "none"))
     assert status == 0
-    assert load(path, output, "MODEL.SOLQ.MASK_ON", False)[1] == []
+    assert load(path, output, "MODEL.MASK_BRANCH.NAME", "none")[1] == []
 
 
 def test_tool_writes_a_part_when_asked(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     path, file, model = tiny
-    opts = ("MODEL.SOLQ.VECTOR_LENGTH", 30)
+    opts = ("MODEL.MASK_CODING.LENGTH", 30)
     assert run(path, file, opts=opts)[0] == 1
     status, output = run(path, file, "--partial", opts=opts)
     assert status == 0
@@ -372,7 +373,7 @@ def test_backbone_file(tiny: Tiny, tmp_path: Path) -> None:
         (
             ("--detector-only",),
             (),
-            ["MODEL.SOLQ.MASK_ON False (config: True)", "mask_branch.vector_embed.layers.0.weight"],
+            ["MODEL.MASK_BRANCH.NAME none (config: VectorBranch)", "mask_branch.vector_embed.layers.0.weight"],
         ),
     ],
 )

@@ -143,7 +143,7 @@ def test_class_head_of_the_paper_is_left_out() -> None:
 
 @pytest.mark.parametrize("file", PUBLISHED)
 def test_the_detector_alone(file: tuple[str, str | None]) -> None:
-    cfg = config(PUBLISHED[file][0], "MODEL.EFFSEG.MASK_HEAD", "none")
+    cfg = config(PUBLISHED[file][0], "MODEL.MASK_BRANCH.NAME", "none")
     state = published(*file)
     converted, report = convert(state, detector_only=True)
     _, report = fit_to_model(converted, report, shapes_of(cfg))
@@ -179,7 +179,7 @@ def shrunk(cfg: CfgNode, state: dict[str, Tensor]) -> dict[str, Tensor]:
 def tiny(tmp_path: Path) -> tuple[Path, Path, dict[str, Tensor]]:
     """A small config of the release's form, a file under the release's names, and what it is in the model's."""
     path = tmp_path / "tiny.yaml"
-    path.write_text(TINY.format(base=CONFIGS / "Base-EffSeg-v2.yaml"))
+    path.write_text(TINY.format(base=CONFIGS / "effseg_v2_r50.yaml"))
     cfg = get_cfg()
     cfg.merge_from_file(str(path))
     torch.manual_seed(0)
@@ -206,7 +206,7 @@ def test_tool_leaves_parts_out(tiny: tuple[Path, Path, dict[str, Tensor]], tmp_p
     path, file, own = tiny
     output = str(tmp_path / "part.pth")
     arguments = ["--config-file", str(path), "--drop-classes", "--detector-only", str(file), output]
-    assert tool.main([*arguments, "MODEL.EFFSEG.MASK_HEAD", "none", "MODEL.EFFSEG.NUM_CLASSES", "3"]) == 0
+    assert tool.main([*arguments, "MODEL.MASK_BRANCH.NAME", "none", "MODEL.EFFSEG.NUM_CLASSES", "3"]) == 0
     kept = {key for key in own if not key.startswith(("mask_branch.head.", "detector.class_head."))}
     assert read_checkpoint(output).keys() == kept
 

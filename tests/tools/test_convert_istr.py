@@ -103,7 +103,7 @@ def test_parts_can_be_left_out() -> None:
         not [key for key in converted if "class_logits" in key] and "detector.stages.0.cls_module.0.weight" in converted
     )
     converted, report = convert(state, detector_only=True)
-    _, report = fit_to_model(converted, report, shapes_of(config("istr_r50", "MODEL.ISTR.MASK_ON", False)))
+    _, report = fit_to_model(converted, report, shapes_of(config("istr_r50", "MODEL.MASK_BRANCH.NAME", "none")))
     assert report.fits, report.details(*report.MISFITS)
 
 
@@ -116,7 +116,8 @@ MODEL:
   RESNETS: {{DEPTH: 50, STEM_OUT_CHANNELS: 16, RES2_OUT_CHANNELS: 16, WIDTH_PER_GROUP: 16}}
   FPN: {{OUT_CHANNELS: 16}}
   ISTR: {{NUM_QUERIES: 5, NUM_STAGES: 2, HIDDEN_DIM: 16, NUM_HEADS: 2, DIM_FEEDFORWARD: 24, DIM_DYNAMIC: 4,
-          POOL_SIZE: 3, MASK_SIZE: 12, VECTOR_LENGTH: 10}}
+          POOL_SIZE: 3}}
+  MASK_CODING: {{SIZE: 12, LENGTH: 10}}
 """
 
 
@@ -158,7 +159,7 @@ def test_tool_leaves_parts_out(tiny: tuple[Path, Path, dict[str, torch.Tensor]],
     path, file, own = tiny
     output = str(tmp_path / "part.pth")
     arguments = ["--config-file", str(path), "--drop-classes", "--detector-only", str(file), output]
-    assert tool.main([*arguments, "MODEL.ISTR.MASK_ON", "False", "MODEL.ISTR.NUM_CLASSES", "3"]) == 0
+    assert tool.main([*arguments, "MODEL.MASK_BRANCH.NAME", "none", "MODEL.ISTR.NUM_CLASSES", "3"]) == 0
     kept = {key for key in own if not key.startswith("mask_branch.") and "class_logits" not in key}
     assert read_checkpoint(output).keys() == kept
 
@@ -168,7 +169,7 @@ def test_tool_names_what_does_not_fit(
 ) -> None:
     path, file, _ = tiny
     output = tmp_path / "never.pth"
-    assert tool.main(["--config-file", str(path), str(file), str(output), "MODEL.ISTR.VECTOR_LENGTH", "12"]) == 1
+    assert tool.main(["--config-file", str(path), str(file), str(output), "MODEL.MASK_CODING.LENGTH", "12"]) == 1
     message = capsys.readouterr().err
-    assert "MODEL.ISTR.VECTOR_LENGTH 10 (config: 12)" in message and "(10, 144) in the file" in message
+    assert "MODEL.MASK_CODING.LENGTH 10 (config: 12)" in message and "(10, 144) in the file" in message
     assert not output.exists()

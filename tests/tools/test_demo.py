@@ -27,8 +27,8 @@ TINY = {
     "isda": "ISDA: {NUM_QUERIES: 5, HIDDEN_DIM: 64, NUM_HEADS: 2, ENC_LAYERS: 1, DEC_LAYERS: 1, DIM_FEEDFORWARD: 8}",
     "istr": "ISTR: {NUM_QUERIES: 4, NUM_STAGES: 2, HIDDEN_DIM: 16, NUM_HEADS: 2, DIM_FEEDFORWARD: 8, DIM_DYNAMIC: 4}\n"
     "  FPN: {OUT_CHANNELS: 16}\n  RESNETS: {STEM_OUT_CHANNELS: 16, RES2_OUT_CHANNELS: 16}",
-    "effseg": "EFFSEG: {NUM_QUERIES: 20, HIDDEN_DIM: 32, NUM_HEADS: 2, DEC_LAYERS: 1, DIM_FEEDFORWARD: 8, "
-    "REFINEMENTS: 100}",
+    "effseg": "EFFSEG: {NUM_QUERIES: 20, HIDDEN_DIM: 32, NUM_HEADS: 2, DEC_LAYERS: 1, DIM_FEEDFORWARD: 8}\n"
+    "  MASK_BRANCH: {EFFSEG: {REFINEMENTS: 100}}",
 }
 
 
@@ -221,7 +221,7 @@ def test_views(config: Callable[[str], str], tmp_path: Path, method: str, view: 
     arguments = ["--config-file", config(method), "--input", file, "--output", str(output)]
     opts = []
     if method == "istr":  # the test's ISTR has no learned basis
-        opts = ["--opts", "MODEL.ISTR.MASK_CODING", "dct", "MODEL.ISTR.MASK_BASIS", ""]
+        opts = ["--opts", "MODEL.MASK_CODING.NAME", "dct", "MODEL.MASK_CODING.BASIS", ""]
     assert demo.main([*arguments, "--confidence-threshold", "0", "--view", view, *opts]) == 0
     with Image.open(output / "a.jpg") as drawn:
         panels = {"coefficients": 2, "reference_points": 1, "stages": 2, "refinement": 4}[view]

@@ -114,7 +114,7 @@ def test_basis_of_a_data_set(tmp_path: Path) -> None:
     with np.load(output) as file:
         assert file["components_c"].shape == (1, 10, 144) and file["mean_c"].dtype == np.float32
         assert '"masks": 80' in str(file["statistics"])
-    coding = build_mask_coding("pca", 12, 10, section="MODEL.ISTR", basis=str(output), label_noise=False)
+    coding = build_mask_coding("pca", 12, 10, basis=str(output), label_noise=False)
     decoded = coding.decode(coding.encode(crops)) >= 0.5
     iou = ((decoded & crops).sum((1, 2)) / (decoded | crops).sum((1, 2))).mean()
     assert quality["mask_iou"] == pytest.approx(float(iou), abs=1e-6) and iou > 0.9
@@ -163,7 +163,7 @@ def test_dictionary_of_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[
     again = fitting.fit_dictionary(MaskCrops([NAME], 12), 15, 0.5, 40, seed=5)
     assert np.allclose(basis.dictionary, again.dictionary, atol=1e-6)
     crops = torch.stack(list(MaskCrops([NAME], 12)))
-    coding = build_mask_coding("sparse", 12, 15, section="MODEL.SOLQ", basis=str(output))
+    coding = build_mask_coding("sparse", 12, 15, basis=str(output))
     decoded = coding.decode(coding.encode(crops)) >= 0.5
     iou = ((decoded & crops).sum((1, 2)) / (decoded | crops).sum((1, 2))).mean()
     assert quality["mask_iou"] == pytest.approx(float(iou), abs=1e-6) and iou > 0.85
@@ -226,7 +226,7 @@ def test_autoencoder(tmp_path: Path) -> None:
     arguments = ["--train", NAME, "--test", NAME, "--mask-size", "16", "--length", "8", "--batch-size", "16"]
     arguments += ["--epochs", "20", "--device", DEVICE]
     best = tool.main([*arguments, "--output", str(output)])
-    coding = build_mask_coding("autoencoder", 16, 8, section="MODEL.ISTR", basis=str(output)).eval()
+    coding = build_mask_coding("autoencoder", 16, 8, basis=str(output)).eval()
     quality = fitting.reconstruction_quality(coding, MaskCrops([NAME], 16))
     assert quality["pixel_iou"] == pytest.approx(best) and best > 0.5
     assert not any(p.requires_grad for p in coding.encoder.parameters())

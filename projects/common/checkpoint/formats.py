@@ -117,6 +117,14 @@ def drop_mask_branch(pattern: str) -> Drop:
     return Drop(pattern, "mask branch, not asked for")
 
 
+def without_masks(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of a file's settings that remain with ``Options.detector_only``."""
+    detector = {
+        key: x for key, x in settings.items() if not key.startswith(("MODEL.MASK_BRANCH.", "MODEL.MASK_CODING."))
+    }
+    return {**detector, "MODEL.MASK_BRANCH.NAME": "none"}
+
+
 def new_if_dropped(class_head: str) -> Callable[[Options], str | None]:
     """``new_keys`` of a format: the class head, if it is left out."""
     return lambda options: class_head if options.drop_classes else None

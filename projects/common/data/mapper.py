@@ -227,7 +227,7 @@ def _bitmask(annotation: dict[str, Any], size: tuple[int, int], dataset_dict: di
     if segmentation is None:
         raise ValueError(
             f"{_name(dataset_dict)}: an annotation has no segmentation, but masks are wanted. Add segmentations to the "
-            "data set, or train without masks (for SOLQ: MODEL.SOLQ.MASK_ON False)."
+            "data set, or train without masks (MODEL.MASK_BRANCH.NAME none)."
         )
     try:
         return decode_segmentation(segmentation, *size)

@@ -111,7 +111,7 @@ def _require_masks(name: str, entries: Entries) -> None:
         raise AnnotationError(
             f"data set {name}: {len(lacking)} of {len(instances)} annotations, first in {lacking[0]['file_name']} "
             f"(image id {lacking[0]['image_id']}), have no segmentation, but masks are wanted. Add segmentations to "
-            "the data set, or train without masks (for SOLQ: MODEL.SOLQ.MASK_ON False)."
+            "the data set, or train without masks (MODEL.MASK_BRANCH.NAME none)."
         )
 
 

@@ -6,8 +6,11 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.config import get_cfg as get_detectron2_cfg
+from detectron2.modeling import META_ARCH_REGISTRY
 
 import querymask
+from querymask.common.mask_branch import MASK_BRANCH_REGISTRY
+from querymask.common.meta_arch import mask_branch_name
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +57,7 @@ READ = (
 
 INSTEAD = {
     "MODEL.LOAD_PROPOSALS": "queries take the place of proposals",
-    "MODEL.MASK_ON": "use {mask_switch}",
+    "MODEL.MASK_ON": "use MODEL.MASK_BRANCH.NAME, which is none for boxes only",
     "MODEL.KEYPOINT_ON": "there are no keypoints in this project",
     "MODEL.PROPOSAL_GENERATOR": "queries take the place of proposals; their number is MODEL.{section}.NUM_QUERIES",
     "MODEL.ANCHOR_GENERATOR": "{anchors}",
@@ -66,7 +69,7 @@ INSTEAD = {
     "MODEL.ROI_HEADS.NMS_THRESH_TEST": "{suppression}",
     "MODEL.ROI_BOX_HEAD": "the keys of the heads are in MODEL.{section}",
     "MODEL.ROI_BOX_CASCADE_HEAD": "the keys of the heads are in MODEL.{section}",
-    "MODEL.ROI_MASK_HEAD": "the keys of the heads are in MODEL.{section}",
+    "MODEL.ROI_MASK_HEAD": "the keys of mask branches are in MODEL.MASK_BRANCH",
     "MODEL.ROI_KEYPOINT_HEAD": "there are no keypoints in this project",
     "MODEL.SEM_SEG_HEAD": "the project segments instances only",
     "MODEL.PANOPTIC_FPN": "the project segments instances only",
@@ -90,22 +93,18 @@ INSTEAD = {
 
 WORDS = {
     "SOLQ": {
-        "mask_switch": "MODEL.SOLQ.MASK_ON",
         "anchors": "reference points take the place of anchors",
         "suppression": "nothing is suppressed: every object has one query",
     },
     "ISDA": {
-        "mask_switch": "MODEL.MASK_BRANCH.NAME",
         "anchors": "reference points take the place of anchors",
         "suppression": "nothing is suppressed: every object has one query",
     },
     "ISTR": {
-        "mask_switch": "MODEL.ISTR.MASK_ON",
         "anchors": "queries take the place of anchors",
         "suppression": "nothing is suppressed: every object has one query",
     },
     "EffSeg": {
-        "mask_switch": "MODEL.EFFSEG.MASK_HEAD, which is none for a detector",
         "anchors": "anchors follow from MODEL.EFFSEG.LEVELS",
         "suppression": "use MODEL.EFFSEG.NMS_THRESHOLD",
     },
@@ -165,6 +164,7 @@ def _conditions(cfg: CfgNode) -> Iterator[tuple[str, str, bool]]:
     """(key or section, why it has no effect, whether to set it is an error) under the other settings."""
     if cfg.MODEL.META_ARCHITECTURE in METHODS:
         yield from _backbone_conditions(cfg)
+        yield from _mask_conditions(cfg)
     solver, inputs = cfg.SOLVER, cfg.INPUT
     if solver.OPTIMIZER == "ADAMW":
         for key in ("MOMENTUM", "NESTEROV"):
@@ -223,6 +223,16 @@ def _backbone_conditions(cfg: CfgNode) -> Iterator[tuple[str, str, bool]]:
         if key not in ("STRIDE_IN_1X1", "OUT_FEATURES") and (is_swin or (is_basic and key not in BASIC_RESNET)):
             serves = "Its keys are in MODEL.SWIN" if is_swin else f"It reads {', '.join(BASIC_RESNET)}"
             yield f"MODEL.RESNETS.{key}", f"{chosen}. {serves}", True
+
+
+def _mask_conditions(cfg: CfgNode) -> Iterator[tuple[str, str, bool]]:
+    """As ``_conditions``, for the sections of mask branches; base files set those that the method's own one reads."""
+    name, branches = mask_branch_name(cfg), dict(MASK_BRANCH_REGISTRY)
+    read = branches[name].sections if name in branches else ()
+    own = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE).own_mask_branch.sections
+    for section in sorted({section for branch in branches.values() for section in branch.sections} - set(read)):
+        readers = " or ".join(sorted(key for key, branch in branches.items() if section in branch.sections))
+        yield f"MODEL.{section}", f"only MODEL.MASK_BRANCH.NAME {readers} reads it", section not in own
 
 
 def _within(key: str, section: str) -> bool:

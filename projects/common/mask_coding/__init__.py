@@ -8,7 +8,7 @@ from querymask.common.mask_coding.base import (
     binarize_at_half_range,
     fill_missing_bases,
 )
-from querymask.common.mask_coding.build import MASK_CODINGS, build_mask_coding
+from querymask.common.mask_coding.build import MASK_CODINGS, build_mask_coding, coding_from_config
 from querymask.common.mask_coding.dct import DCTMaskCoding, zigzag_order
 from querymask.common.mask_coding.flatten import FlattenMaskCoding
 from querymask.common.mask_coding.pca import PCABasis, PCAMaskCoding, mask_logits
@@ -28,6 +28,7 @@ __all__ = [
     "SparseMaskCoding",
     "binarize_at_half_range",
     "build_mask_coding",
+    "coding_from_config",
     "fill_missing_bases",
     "mask_logits",
     "zigzag_order",

@@ -76,8 +76,8 @@ class LearnedMaskCoding(MaskCoding):
         if not torch.isfinite(self._witness()).all():
             raise MissingBasisError(
                 f"{type(self).__name__} has no basis yet. Make one with tools/fit_mask_basis.py (PCA, sparse) or "
-                "tools/train_mask_autoencoder.py and name its file in MASK_BASIS of the method's section, or load a "
-                "checkpoint that has one with MODEL.WEIGHTS."
+                "tools/train_mask_autoencoder.py and name its file in MODEL.MASK_CODING.BASIS, or load a checkpoint "
+                "that has one with MODEL.WEIGHTS."
             )
         self._checked = True
 

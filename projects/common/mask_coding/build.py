@@ -1,6 +1,7 @@
 """The coding that a config names."""
 
 import torch
+from detectron2.config import CfgNode
 
 from querymask.common.checkpoint import read_checkpoint
 from querymask.common.mask_coding.autoencoder import AutoencoderMaskCoding
@@ -13,15 +14,22 @@ from querymask.common.mask_coding.sparse import SparseBasis, SparseMaskCoding
 MASK_CODINGS = ("pca", "dct", "sparse", "autoencoder", "flatten", "flatten_logits")
 
 
+def coding_from_config(cfg: CfgNode) -> MaskCoding:
+    """Build the coding of ``MODEL.MASK_CODING``; raises as ``build_mask_coding``."""
+    coding = cfg.MODEL.MASK_CODING
+    return build_mask_coding(
+        coding.NAME, coding.SIZE, coding.LENGTH, basis=coding.BASIS, label_noise=coding.LABEL_NOISE
+    )
+
+
 def build_mask_coding(
-    name: str, mask_size: int, length: int, *, section: str, basis: str = "", label_noise: bool = True
+    name: str, mask_size: int, length: int, *, basis: str = "", label_noise: bool = True
 ) -> MaskCoding:
     """Build a coding by its name in a config.
 
     Args:
         name: one of ``MASK_CODINGS``.
         mask_size, length: side of the masks and entries of a vector.
-        section: of the config, for errors: ``"MODEL.ISTR"``.
         basis: file with the basis of "pca" or "sparse", or the weights of "autoencoder"; "": they come with a
             checkpoint.
         label_noise: "pca" draws noise on the labels in every call of ``encode``.
@@ -40,14 +48,16 @@ def build_mask_coding(
             coding.load_state_dict(read_checkpoint(basis))
         return coding
     if basis:
-        raise ValueError(f"{section}.MASK_BASIS is {basis!r}, but {section}.MASK_CODING {name!r} needs none: set it ''")
+        raise ValueError(
+            f"MODEL.MASK_CODING.BASIS is {basis!r}, but MODEL.MASK_CODING.NAME {name!r} needs none: set it ''"
+        )
     if name == "dct":
         return DCTMaskCoding(mask_size, length)
     if name in ("flatten", "flatten_logits"):
         if length != mask_size**2:
             raise ValueError(
-                f"{section}.MASK_CODING is {name!r}, whose vectors for {mask_size}x{mask_size} masks have "
-                f"{mask_size**2} entries: set VECTOR_LENGTH to that, not {length}"
+                f"MODEL.MASK_CODING.NAME is {name!r}, whose vectors for {mask_size}x{mask_size} masks have "
+                f"{mask_size**2} entries: set LENGTH to that, not {length}"
             )
         return FlattenMaskCoding(mask_size, logits=name == "flatten_logits")
-    raise ValueError(f"{section}.MASK_CODING is {name!r}: choose one of {', '.join(MASK_CODINGS)}")
+    raise ValueError(f"MODEL.MASK_CODING.NAME is {name!r}: choose one of {', '.join(MASK_CODINGS)}")

@@ -90,6 +90,7 @@ class FQDet(Detector):
         self.criterion = criterion
         self.width = width
         self.num_layers = 1
+        self.num_classes = num_classes
         self.levels = tuple(levels)
         self.strides = tuple(2**level for level in levels)
         self.num_queries = num_queries

@@ -45,8 +45,8 @@ _REFINE_MASK_RULES: list[Rule] = [
 ]
 
 BASELINE_HEAD_RULES: Mapping[str, list[Rule]] = {
-    "mask_rcnn": _MASK_RCNN_RULES,
-    "pointrend": _POINTREND_RULES,
-    "refine_mask": _REFINE_MASK_RULES,
+    "MaskRCNNBranch": _MASK_RCNN_RULES,
+    "PointRendBranch": _POINTREND_RULES,
+    "RefineMaskBranch": _REFINE_MASK_RULES,
 }
-"""For each head; the release's keys of all heads begin with ``heads.gvd.heads.2``."""
+"""For each mask branch; the release's keys of all heads begin with ``heads.gvd.heads.2``."""
