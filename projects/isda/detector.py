@@ -26,7 +26,7 @@ from querymask.common.meta_arch import feature_shapes
 from querymask.common.postprocessing import select_top_scores
 from querymask.common.precision import full_precision
 from querymask.common.predictions import Predictions
-from querymask.common.roi_pooling import FeaturePyramid
+from querymask.common.pyramid import FeaturePyramid
 from querymask.common.set_criterion import SetDetector
 from querymask.isda.criterion import ClassCriterion
 

@@ -22,7 +22,7 @@ from querymask.common.images import Canvas
 from querymask.common.meta_arch import feature_shapes
 from querymask.common.postprocessing import select_top_scores
 from querymask.common.precision import full_precision
-from querymask.common.roi_pooling import FeaturePyramid
+from querymask.common.pyramid import FeaturePyramid
 from querymask.common.set_criterion import SetDetector
 from querymask.common.transfer import numbers_to_device, to_device
 from querymask.istr.criterion import RecurrentCriterion

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from querymask.common.precision import full_precision, without_autocast
-from querymask.common.roi_pooling import FeaturePyramid
+from querymask.common.pyramid import FeaturePyramid
 
 CENTER_DIVISOR = 2.0
 """Deltas of centres are in units of half of the box's side."""
@@ -146,7 +146,7 @@ class RefinementStage(nn.Module):
         """Refine boxes (B, Q, 4) XYXY in pixels with queries (B, Q, C)."""
         batch, number = boxes.shape[:2]
         images = torch.arange(batch, device=boxes.device)[:, None].expand(-1, number).flatten()
-        crops = pyramid.pool(boxes.flatten(0, 1), images, self.pool_size)
+        crops = pyramid.pool(boxes.flatten(0, 1), images, self.pool_size).flatten(2).transpose(1, 2)  # (n, S^2, C)
 
         # The first stage's queries are sums of maps that nothing has normalised: their products may exceed float16
         with without_autocast(features.device):

@@ -29,7 +29,7 @@ from querymask.common.meta_arch import feature_shapes
 from querymask.common.postprocessing import select_top_scores
 from querymask.common.precision import full_precision
 from querymask.common.predictions import Assignment, LossTerm, Normalizers, Targets
-from querymask.common.roi_pooling import FeaturePyramid
+from querymask.common.pyramid import FeaturePyramid
 from querymask.common.set_criterion import SetDetector, cardinality_error, class_error
 from querymask.common.transfer import numbers_to_device
 from querymask.solq.criterion import DETRCriterion

@@ -22,7 +22,7 @@ from istr_model import (
 from querymask.common.images import Canvas
 from querymask.common.mask_coding import PCAMaskCoding
 from querymask.common.predictions import Targets, unweighted
-from querymask.common.roi_pooling import FeaturePyramid
+from querymask.common.pyramid import FeaturePyramid
 from querymask.istr import ISTR
 from querymask.istr.checkpoint import convert
 from querymask.istr.detector import build_stage

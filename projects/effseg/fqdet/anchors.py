@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from querymask.common.boxes import cxcywh_to_xyxy
-from querymask.common.deformable_attention import cell_centers
+from querymask.common.deformable_attention import cell_centres
 from querymask.common.transfer import numbers_to_device
 
 SIZES_PER_OCTAVE = 3
@@ -41,7 +41,7 @@ def make_anchors(
     sizes = torch.stack([widths, aspects * widths], dim=-1).view(-1, 2)  # of one cell's anchors, in cells
     anchors = []
     for shape, level in zip(shapes, levels, strict=True):
-        centers = cell_centers(shape, dtype, device)[:, None].expand(-1, len(sizes), -1)
+        centers = cell_centres(shape, dtype, device)[:, None].expand(-1, len(sizes), -1)
         anchors.append(2.0**level * torch.cat([centers, sizes.expand_as(centers)], dim=-1).flatten(0, 1))
     return torch.cat(anchors)
 

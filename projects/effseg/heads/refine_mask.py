@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
 
+from querymask.common.deformable_attention import cell_centres
 from querymask.common.precision import full_precision, without_autocast
+from querymask.common.pyramid import FeaturePyramid
 from querymask.effseg.heads.class_masks import ClassMaskHead, class_channels, mask_targets
-from querymask.effseg.heads.points import cell_centres, sample_map
-from querymask.effseg.regions import ROI_SIZE, Regions, RegionTargets, pool_regions
+from querymask.effseg.heads.points import sample_finest
+from querymask.effseg.regions import ROI_SIZE, STRIDES, Regions, RegionTargets, pool_regions
 
-STRIDE = 4  # of P2, which the semantic features are made of
 DILATIONS = (1, 3, 5)
 FIRST_MERGED = 1  # the stage whose mask is the first to be refined
 MERGED_WIDTH, TRAINED_WIDTH = 1, 2  # of the boundaries where masks are replaced, and where they are trained
@@ -76,8 +77,9 @@ class RefineStage(nn.Module):
             (n, C / 2, S, S).
         """
         size = features.shape[2]
-        shares = cell_centres(size, logits.dtype, logits.device)
-        sampled = sample_map(self.semantic(semantic).relu(), regions, shares, STRIDE).unflatten(2, (size, size))
+        shares = cell_centres((size, size), logits.dtype, logits.device) / size
+        own = FeaturePyramid([self.semantic(semantic).relu()], STRIDES[:1])
+        sampled = sample_finest(own, regions, shares).unflatten(2, (size, size))
         mask = logits.sigmoid()[:, None]
         fused = self.reduce(torch.cat([features, sampled, mask], dim=1)).relu()
         fused = self.fusion(fused).relu()
@@ -133,32 +135,31 @@ class RefineMaskHead(ClassMaskHead):
                 if isinstance(layer, nn.Conv2d):
                     c2_msra_fill(layer)
 
-    def pool(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
+    def pool(self, pyramid: FeaturePyramid, regions: Regions) -> Tensor:
         """See :class:`ClassMaskHead`."""
-        return pool_regions(maps, regions)
+        return pool_regions(pyramid, regions)
 
-    def predict(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
+    def predict(self, pyramid: FeaturePyramid, regions: Regions) -> Tensor:
         """See :class:`ClassMaskHead`."""
-        stages = self.predict_stages(maps, regions)
+        stages = self.predict_stages(pyramid, regions)
         mask = stages[FIRST_MERGED]
         for finer in stages[FIRST_MERGED + 1 :]:
             mask = merge_masks(mask, finer)
         return mask
 
-    def forward(self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions) -> Tensor:
+    def forward(self, pyramid: FeaturePyramid, image_size: tuple[int, int], regions: Regions) -> Tensor:
         """Probabilities (n, S, S). See :class:`SegmentationHead`."""
-        if len(maps[0]) > 1 and len(regions):  # the semantic features of other images would be made for nothing
-            image = int(regions.images[0])
-            maps = [feature[image : image + 1] for feature in maps]
+        if pyramid.num_images > 1 and len(regions):  # semantic features of other images would be made for nothing
+            pyramid = pyramid.of_image(int(regions.images[0]))
             regions = replace(regions, images=torch.zeros_like(regions.images))
-        return super().forward(maps, image_size, regions)
+        return super().forward(pyramid, image_size, regions)
 
-    def predict_stages(self, maps: Sequence[Tensor], regions: Regions) -> list[Tensor]:
+    def predict_stages(self, pyramid: FeaturePyramid, regions: Regions) -> list[Tensor]:
         """Logits (n, S, S) of every stage before they are merged: S is 14, 28, 56, 112 for three stages."""
-        semantic = maps[0]
+        semantic = pyramid.maps[0]
         for conv in self.semantic_convs:
             semantic = conv(semantic).relu()
-        features = self.fused_features(maps, regions)
+        features = self.fused_features(pyramid, regions)
         for conv in self.instance_convs:
             features = conv(features).relu()
         masks = []
@@ -173,10 +174,10 @@ class RefineMaskHead(ClassMaskHead):
         return masks
 
     def compute_losses(
-        self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions, targets: RegionTargets
+        self, pyramid: FeaturePyramid, image_size: tuple[int, int], regions: Regions, targets: RegionTargets
     ) -> Mapping[str, Tensor]:
         """``loss_mask``: binary cross-entropy of the stages, the later ones near boundaries only."""
-        stages = self.predict_stages(maps, regions)
+        stages = self.predict_stages(pyramid, regions)
         wanted = mask_targets(image_size, regions, targets, [stage.shape[1] for stage in stages])
         sums, counts = [], []
         for number, (logits, target) in enumerate(zip(stages, wanted)):
@@ -195,9 +196,9 @@ class RefineMaskHead(ClassMaskHead):
         factors = self._normalizers(len(regions), torch.stack(counts))
         return {"loss_mask": (weighted * factors.to(weighted.dtype)).sum()}
 
-    def follow(self, maps: Sequence[Tensor], regions: Regions) -> None:
+    def follow(self, pyramid: FeaturePyramid, regions: Regions) -> None:
         """See :class:`ClassMaskHead`."""
-        self._normalizers(0, torch.zeros(len(self.loss_weights), dtype=torch.int64, device=maps[0].device))
+        self._normalizers(0, torch.zeros(len(self.loss_weights), dtype=torch.int64, device=pyramid.maps[0].device))
 
     def _normalizers(self, regions: int, cells: Tensor) -> Tensor:
         """Regions over the cells (stages,) that have a loss, of all processes."""
