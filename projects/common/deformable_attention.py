@@ -158,8 +158,8 @@ def encoder_reference_points(shapes: SpatialShapes, ratios: torch.Tensor) -> tor
         (B, S, 2); beyond 1 on padding.
     """
     sizes = _level_sizes(shapes, ratios)
-    centers = [cell_centres(shape, ratios.dtype, ratios.device) for shape in shapes]
-    return torch.cat([center / (ratios[:, None, level] * sizes[level]) for level, center in enumerate(centers)], dim=1)
+    centres = [cell_centres(shape, ratios.dtype, ratios.device) for shape in shapes]
+    return torch.cat([centre / (ratios[:, None, level] * sizes[level]) for level, centre in enumerate(centres)], dim=1)
 
 
 def flatten_levels(maps: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -118,14 +118,6 @@ def _bilinear_neighbours(old: int, new: int, device: torch.device) -> tuple[torc
     return low.clamp(max=old - 1), high.clamp(max=old - 1)
 
 
-def inside_boxes(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Which pixel centres of an image lie inside of each box: (n, 4) XYXY in pixels -> (n, height, width) bool."""
-    x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
-    x = torch.arange(width, device=boxes.device) + 0.5
-    y = torch.arange(height, device=boxes.device) + 0.5
-    return ((y0 <= y) & (y < y1))[:, :, None] & ((x0 <= x) & (x < x1))[:, None]
-
-
 def pad_masks(masks: torch.Tensor, canvas: tuple[int, int]) -> torch.Tensor:
     """(n, H, W) of an image -> (n, *canvas), padded with background at the right and the bottom."""
     return F.pad(masks, (0, canvas[1] - masks.shape[2], 0, canvas[0] - masks.shape[1]))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from querymask.common.views import register_view
 from querymask.common.visualization import class_colour, contact_sheet, draw_instances, drawing_scale
 from querymask.effseg.heads.effseg import EffSegHead, assemble_masks
-from querymask.effseg.masks import THRESHOLD, paste_probabilities
+from querymask.effseg.pasting import THRESHOLD, paste_probabilities
 from querymask.effseg.regions import ROI_SIZE
 
 OPACITY = 0.6

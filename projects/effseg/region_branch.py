@@ -25,7 +25,7 @@ from querymask.common.pyramid import FeaturePyramid
 from querymask.common.transfer import instances_to_device, to_device
 from querymask.effseg.fqdet.detector import loss_processes
 from querymask.effseg.heads.build import build_mask_head
-from querymask.effseg.masks import EXPORTS, paste_and_resize
+from querymask.effseg.pasting import EXPORTS, paste_and_resize
 from querymask.effseg.regions import STRIDES, Regions, RegionTargets, SegmentationHead
 
 
@@ -37,7 +37,7 @@ class RegionBranch(MaskBranch):
         finer_levels: that the detector's pyramid lacks.
         processes: whose regions are one batch.
         max_train_regions: matched queries of a batch that get masks in training, a random choice of them; 0: all.
-        mask_export: how masks get the original image's size, one of ``masks.EXPORTS``.
+        mask_export: how masks get the original image's size, one of ``pasting.EXPORTS``.
     """
 
     head_name: str

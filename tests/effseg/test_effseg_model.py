@@ -14,7 +14,7 @@ from querymask.common.masks import instance_masks
 from querymask.common.predictions import Assignment
 from querymask.common.processes import Processes
 from querymask.common.pyramid import FeaturePyramid
-from querymask.effseg.masks import paste_and_resize
+from querymask.effseg.pasting import paste_and_resize
 from querymask.effseg.region_branch import limit_pairs
 from querymask.effseg.regions import Regions, RegionTargets, SegmentationHead, pool_regions
 

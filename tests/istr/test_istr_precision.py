@@ -25,7 +25,7 @@ def test_error_of_bfloat16(
 
 def test_queries_of_any_size_attend_in_float16(make_model: Callable[..., nn.Module]) -> None:
     """The first stage's are sums of maps as they are; the products of such queries would be infinite in float16."""
-    stage = make_model().cpu().stages[0]
+    stage = make_model().cpu().detector.stages[0]
     queries = 2000 * torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
     products = queries @ queries.transpose(1, 2)
     assert products.half().isinf().any()

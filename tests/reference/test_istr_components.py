@@ -28,7 +28,7 @@ from querymask.istr.checkpoint import convert
 from querymask.istr.detector import build_stage
 from querymask.istr.mask_head import MaskCode, build_mask_head
 from querymask.istr.predictions import RecurrentPredictions
-from querymask.istr.stage import apply_deltas
+from querymask.istr.stage import move_boxes
 
 STRIDES = (4, 8, 16, 32)
 
@@ -103,7 +103,7 @@ def test_istr_stage(name: str) -> None:
 def test_istr_deltas(name: str) -> None:
     expected = load_arrays("istr", load_cases("istr")[name])
     boxes, deltas = torch.from_numpy(expected["boxes"]), torch.from_numpy(expected["deltas"])
-    moved = apply_deltas(boxes, deltas)
+    moved = move_boxes(boxes, deltas)
     for row, truth in zip(moved, expected["out"], strict=True):  # scales differ by orders of magnitude
         assert_close(row, truth, "out")
 

@@ -48,7 +48,7 @@ class BranchFusion(nn.Module):
         return self.merge(total)
 
 
-class RefineStage(nn.Module):
+class FusionStage(nn.Module):
     """Fuses features of regions with semantic features and the mask so far; half as wide afterwards.
 
     Args:
@@ -127,7 +127,7 @@ class RefineMaskHead(ClassMaskHead):
             for count in (num_instance_convs, num_semantic_convs)
         )
         widths = [width // 2**number for number in range(num_stages + 1)]
-        self.stages = nn.ModuleList(RefineStage(w, width, dilations) for w in widths[:-1])
+        self.stages = nn.ModuleList(FusionStage(w, width, dilations) for w in widths[:-1])
         self.classifiers = nn.ModuleList(nn.Conv2d(w, num_classes, 1) for w in widths[:-1])
         self.classifiers.append(nn.Conv2d(widths[-1], 1, 1))
         for part in (self.instance_convs, self.semantic_convs, self.stages, self.classifiers):
@@ -188,7 +188,7 @@ class RefineMaskHead(ClassMaskHead):
                 merged = logits.detach()
                 continue
             region = boundary(merged >= 0, TRAINED_WIDTH) | boundary(wanted[number - 1], TRAINED_WIDTH)
-            region = resize_mask(region, logits.shape[1])
+            region = resize_binary(region, logits.shape[1])
             sums.append((loss * region).sum())
             counts.append(region.sum())
             merged = merge_masks(merged, logits.detach())
@@ -217,7 +217,7 @@ def merge_masks(coarse: Tensor, fine: Tensor) -> Tensor:
         Logits (n, 2 S, 2 S).
     """
     size = fine.shape[1]
-    at_boundary = resize_mask(boundary(coarse >= 0, MERGED_WIDTH), size)
+    at_boundary = resize_binary(boundary(coarse >= 0, MERGED_WIDTH), size)
     return torch.where(at_boundary, fine, resize(coarse, size))
 
 
@@ -243,6 +243,6 @@ def resize(masks: Tensor, size: int) -> Tensor:
     return F.interpolate(masks[:, None], size=(size, size), mode="bilinear", align_corners=True)[:, 0]
 
 
-def resize_mask(masks: Tensor, size: int) -> Tensor:
+def resize_binary(masks: Tensor, size: int) -> Tensor:
     """As :func:`resize`, for bool."""
     return resize(masks.float(), size) >= 0.5
