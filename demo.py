@@ -28,10 +28,9 @@ from querymask.common.data.annotations import read_dataset
 from querymask.common.data.image_files import ImageFileError, ImageReader, find_file
 from querymask.common.engine import choose_device
 from querymask.common.fonts import set_font
-from querymask.common.picture_names import PictureNames
 from querymask.common.predictor import Predictor
 from querymask.common.views import choose_view, find_views
-from querymask.common.visualization import draw_instances, write_image
+from querymask.common.visualization import PictureNames, draw_instances, write_image
 
 ENDINGS = set(".avif .bmp .gif .heic .heif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
 """Of files of a folder that are taken for images."""

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from querymask.common.flops import count_parameters, flop_handles
 from querymask.common.measuring import machine, median_time, peak_memory
+from querymask.common.pyramid import FeaturePyramid
 from querymask.effseg.heads.effseg import EffSegHead
 from querymask.effseg.heads.mask_rcnn import MaskRCNNHead
 from querymask.effseg.heads.pointrend import PointRendHead
 from querymask.effseg.heads.refine_mask import RefineMaskHead
-from querymask.effseg.regions import NUM_MAPS, Regions, RegionTargets, SegmentationHead
+from querymask.effseg.regions import STRIDES, Regions, RegionTargets, SegmentationHead
 
 WIDTH, NUM_CLASSES = 256, 80
 HEADS: dict[str, tuple[str, Callable[[], SegmentationHead]]] = {
@@ -46,7 +47,7 @@ class Case:
         generator = torch.Generator().manual_seed(0)
         device, self.size, count = arguments.device, (arguments.height, arguments.width), arguments.regions
         shapes = [
-            (-(-arguments.height // 2**level), -(-arguments.width // 2**level)) for level in range(2, 2 + NUM_MAPS)
+            (-(-arguments.height // 2**level), -(-arguments.width // 2**level)) for level in range(2, 2 + len(STRIDES))
         ]
         self.maps = [torch.randn(1, WIDTH, *shape, generator=generator).to(device).requires_grad_() for shape in shapes]
         self.queries = torch.randn(count, WIDTH, generator=generator).to(device).requires_grad_()
@@ -76,7 +77,7 @@ class Inference(nn.Module):
         self.case = case
 
     def forward(self, queries: Tensor, *maps: Tensor) -> Tensor:
-        return self.head(maps, self.case.size, self.case.regions(queries))
+        return self.head(FeaturePyramid(maps, STRIDES), self.case.size, self.case.regions(queries))
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,9 @@ def measure(head: SegmentationHead, case: Case, arguments: argparse.Namespace) -
 
     def train() -> None:
         with autocast():
-            losses = head.losses(case.maps, case.size, case.regions(case.queries), case.targets)
+            losses = head.losses(
+                FeaturePyramid(case.maps, STRIDES), case.size, case.regions(case.queries), case.targets
+            )
         torch.autograd.grad(sum(losses.values()), leaves, allow_unused=True)  # not every head reads every map
 
     with torch.no_grad():

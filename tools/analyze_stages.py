@@ -30,8 +30,7 @@ from querymask.common.engine.checkpointer import StrictCheckpointer
 from querymask.common.engine.checks import check_num_classes
 from querymask.common.evaluation.coco import InstanceEvaluator
 from querymask.common.fonts import set_font
-from querymask.common.picture_names import PictureNames
-from querymask.common.visualization import write_image
+from querymask.common.visualization import PictureNames, write_image
 from querymask.istr import ISTR
 from querymask.istr.figures import draw_stages
 

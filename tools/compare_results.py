@@ -25,8 +25,7 @@ from querymask.common.data.segmentation import decode_segmentation
 from querymask.common.evaluation.results import fit_results, read_results
 from querymask.common.evaluation.truth import dataset_truth
 from querymask.common.fonts import set_font
-from querymask.common.picture_names import PictureNames
-from querymask.common.visualization import contact_sheet, draw_instances, write_image
+from querymask.common.visualization import PictureNames, contact_sheet, draw_instances, write_image
 
 
 def results_by_image(path: str, dataset: str) -> dict[Any, list[dict[str, Any]]]:

@@ -13,8 +13,8 @@ def unrounded_boxes(boxes: torch.Tensor) -> Boxes:
 
 def cxcywh_to_xyxy(boxes: torch.Tensor) -> torch.Tensor:
     """(..., 4) -> (..., 4)."""
-    center, size = boxes[..., :2], boxes[..., 2:]
-    return torch.cat((center - 0.5 * size, center + 0.5 * size), dim=-1)
+    centre, size = boxes[..., :2], boxes[..., 2:]
+    return torch.cat((centre - 0.5 * size, centre + 0.5 * size), dim=-1)
 
 
 def xyxy_to_cxcywh(boxes: torch.Tensor) -> torch.Tensor:

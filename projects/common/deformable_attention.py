@@ -137,7 +137,7 @@ def valid_ratios(masks: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Ten
     return torch.stack(ratios, dim=1)
 
 
-def cell_centers(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def cell_centres(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """(H * W, 2): x + 0.5, y + 0.5 of the cells, row-major."""
     y, x = torch.meshgrid(
         torch.arange(shape[0], dtype=dtype, device=device) + 0.5,
@@ -158,8 +158,8 @@ def encoder_reference_points(shapes: SpatialShapes, ratios: torch.Tensor) -> tor
         (B, S, 2); beyond 1 on padding.
     """
     sizes = _level_sizes(shapes, ratios)
-    centers = [cell_centers(shape, ratios.dtype, ratios.device) for shape in shapes]
-    return torch.cat([center / (ratios[:, None, level] * sizes[level]) for level, center in enumerate(centers)], dim=1)
+    centres = [cell_centres(shape, ratios.dtype, ratios.device) for shape in shapes]
+    return torch.cat([centre / (ratios[:, None, level] * sizes[level]) for level, centre in enumerate(centres)], dim=1)
 
 
 def flatten_levels(maps: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -17,7 +17,7 @@ from querymask.common.boxes import inverse_sigmoid
 from querymask.common.deformable_attention import (
     DeformableAttention,
     SpatialShapes,
-    cell_centers,
+    cell_centres,
     encoder_reference_points,
     flatten_levels,
     valid_ratios,
@@ -359,8 +359,8 @@ def proposal_boxes(
     boxes = []
     for level, (mask, shape) in enumerate(zip(masks, shapes, strict=True)):
         valid_size = torch.stack(((~mask[:, 0]).sum(1), (~mask[:, :, 0]).sum(1)), dim=-1).to(dtype)
-        centers = cell_centers(shape, dtype, mask.device) / valid_size[:, None]
-        boxes.append(torch.cat((centers, torch.full_like(centers, 0.05 * 2.0**level)), dim=-1))
+        centres = cell_centres(shape, dtype, mask.device) / valid_size[:, None]
+        boxes.append(torch.cat((centres, torch.full_like(centres, 0.05 * 2.0**level)), dim=-1))
     priors = torch.cat(boxes, dim=1)
     padding = torch.cat([mask.flatten(1) for mask in masks], dim=1)[..., None]
     usable = ((priors > 0.01) & (priors < 0.99)).all(-1, keepdim=True) & ~padding

@@ -8,7 +8,7 @@ from torch import nn
 
 from querymask.common.layers import LevelProjections
 from querymask.common.predictions import Predictions
-from querymask.common.roi_pooling import FeaturePyramid
+from querymask.common.pyramid import FeaturePyramid
 
 
 class FinerLevels(nn.Module):

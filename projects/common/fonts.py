@@ -43,7 +43,7 @@ def set_font(path: str) -> None:
         _lacking.clear()
 
 
-def measure(text: str, size: int) -> tuple[float, float, float]:
+def text_extent(text: str, size: int) -> tuple[float, float, float]:
     """Width, top and bottom of a line in pixels, top and bottom measured downwards from where ``write`` puts it."""
     baseline = _load(_fonts()[0], size).getmetrics()[0]
     start, boxes = 0.0, [(0.0, 0.0, 0.0)] if not text else []

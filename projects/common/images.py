@@ -71,6 +71,6 @@ def has_padding(images: ImageList) -> bool:
     return any(tuple(size) != tuple(images.tensor.shape[-2:]) for size in images.image_sizes)
 
 
-def resize_mask(mask: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Nearest-neighbour resize of (B, H, W) bool."""
+def resize_padding(mask: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Nearest-neighbour resize of a padding mask (B, H, W)."""
     return F.interpolate(mask[None].float(), size=tuple(size))[0].to(torch.bool)

@@ -1,7 +1,12 @@
 """Losses, each as a value per element or per instance: the caller sums and normalises."""
 
+import math
+
 import torch
 import torch.nn.functional as F
+
+PRIOR_LOGIT = -math.log((1 - 0.01) / 0.01)
+"""Of every class at first, whose focal loss begins at a probability of 0.01 (Lin et al. 2017, section 3.3)."""
 
 
 def sigmoid_focal_loss(

@@ -27,29 +27,41 @@ def instance_masks(instances: Instances) -> torch.Tensor:
     return masks_to_device(masks.tensor, instances.gt_classes.device)
 
 
-def crop_masks(masks: torch.Tensor, boxes: torch.Tensor, size: int, index: torch.Tensor | None = None) -> torch.Tensor:
-    """Cut every mask out at its box and resize it to a square.
-
-    RoIAlign with half-pixel shift and ceil(side / size) samples per bin and axis, then a threshold of 0.5, in the
-    boxes' precision: in float32 the same as Detectron2's ``BitMasks.crop_and_resize``.
+def mask_coverage(
+    masks: torch.Tensor, boxes: torch.Tensor, size: int, index: torch.Tensor | None = None
+) -> torch.Tensor:
+    """How much of each cell of a box its mask covers: RoIAlign with ceil(side / size) samples per cell and axis.
 
     Args:
-        masks: (n, H, W) bool.
+        masks: (n, H, W) bool, or 0 and 1.
         boxes: (m, 4) XYXY in pixels of the masks.
-        size: side of the result.
+        size: cells a side.
         index: (m,) the mask of each box; None: one box a mask, m = n.
+
+    Returns:
+        (m, size, size) in [0, 1], in the boxes' precision, at least float32.
+    """
+    boxes = full_precision(boxes)
+    if not len(boxes):
+        return boxes.new_zeros(0, size, size)
+    if index is None:
+        index = torch.arange(len(boxes), device=boxes.device)
+    rois = torch.cat((index[:, None].to(boxes.dtype), boxes), dim=1)
+    return roi_align(masks[:, None].to(boxes.dtype), rois, size, sampling_ratio=0, aligned=True)[:, 0]
+
+
+def crop_masks(masks: torch.Tensor, boxes: torch.Tensor, size: int, index: torch.Tensor | None = None) -> torch.Tensor:
+    """Cut every mask out at its box and resize it to a square: the cells of which it covers half.
+
+    In float32 the same as Detectron2's ``BitMasks.crop_and_resize``.
+
+    Args:
+        masks, boxes, size, index: as for :func:`mask_coverage`.
 
     Returns:
         (m, size, size) bool.
     """
-    if not len(boxes):
-        return masks.new_zeros((0, size, size), dtype=torch.bool)
-    if index is None:
-        index = torch.arange(len(boxes), device=boxes.device)
-    boxes = full_precision(boxes)
-    rois = torch.cat((index[:, None].to(boxes.dtype), boxes), dim=1)
-    crops = roi_align(masks[:, None].to(boxes.dtype), rois, size, spatial_scale=1.0, sampling_ratio=0, aligned=True)
-    return crops[:, 0] >= 0.5
+    return mask_coverage(masks, boxes, size, index) >= 0.5
 
 
 def paste_masks(maps: torch.Tensor, boxes: torch.Tensor, height: int, width: int, threshold: float) -> torch.Tensor:
@@ -104,14 +116,6 @@ def _bilinear_neighbours(old: int, new: int, device: torch.device) -> tuple[torc
     low = torch.div(position, 2 * new, rounding_mode="floor")
     high = low + (position > low * 2 * new).long()
     return low.clamp(max=old - 1), high.clamp(max=old - 1)
-
-
-def inside_boxes(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Which pixel centres of an image lie inside of each box: (n, 4) XYXY in pixels -> (n, height, width) bool."""
-    x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
-    x = torch.arange(width, device=boxes.device) + 0.5
-    y = torch.arange(height, device=boxes.device) + 0.5
-    return ((y0 <= y) & (y < y1))[:, :, None] & ((x0 <= x) & (x < x1))[:, None]
 
 
 def pad_masks(masks: torch.Tensor, canvas: tuple[int, int]) -> torch.Tensor:

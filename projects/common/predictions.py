@@ -12,7 +12,7 @@ from torch import Tensor
 
 from querymask.common.images import Canvas
 from querymask.common.masks import instance_masks
-from querymask.common.roi_pooling import FeaturePyramid
+from querymask.common.pyramid import FeaturePyramid
 from querymask.common.transfer import instances_to_device, numbers_to_device
 
 

@@ -1,7 +1,7 @@
 """The skeleton of set prediction (Carion et al. 2020): match the predictions of every layer, then a loss per layer."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -94,29 +94,3 @@ def focal_class_loss(
     one_hot = torch.zeros_like(logits)
     one_hot[assignment.layer, assignment.image, assignment.query, labels[assignment.target]] = 1
     return sigmoid_focal_loss(logits, one_hot, alpha).sum((1, 2, 3)) / normalizer
-
-
-@torch.no_grad()
-def class_error(logits: Tensor, labels: Tensor, assignment: Assignment) -> Tensor:
-    """Percentage of the last layer's matched queries whose best class is wrong; 100 without targets. For logging."""
-    n = assignment.pairs_per_layer()
-    if not n:
-        return logits.new_full((), 100.0)
-    predicted = assignment.select(logits)[-n:].argmax(-1)
-    return 100 - 100 * (predicted == labels[assignment.target[-n:]]).to(logits.dtype).mean()
-
-
-@torch.no_grad()
-def cardinality_error(logits: Tensor, counts: Sequence[int]) -> Tensor:
-    """Mean difference of the number of targets and the number of queries whose best class is not the last one.
-
-    A left-over of DETR that the release logs; with sigmoid classifiers it says little.
-
-    Args:
-        logits: (N, B, Q, K).
-
-    Returns:
-        (N,)
-    """
-    predicted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)
-    return (predicted - numbers_to_device(counts, torch.int64, logits.device)).abs().to(logits.dtype).mean(-1)

@@ -15,7 +15,7 @@ View = Callable[[nn.Module, dict[str, Any], np.ndarray, Sequence[str], float], n
 """(model in evaluation mode, its input for one image, the image as uint8 [H, W, 3] RGB at the input's height and width,
 class names, least score drawn) -> picture as uint8 [H', W', 3] RGB, of the same size for the same H and W."""
 
-METHODS = ("solq", "isda", "istr", "effseg")
+METHOD_FOLDERS = ("solq", "isda", "istr", "effseg")
 
 _VIEWS: dict[str, tuple[str, View]] = {}
 
@@ -34,7 +34,7 @@ def register_view(name: str, meta_architecture: str) -> Callable[[View], View]:
 
 def find_views() -> dict[str, tuple[str, View]]:
     """(meta-architecture, view) of every name."""
-    for method in METHODS:
+    for method in METHOD_FOLDERS:
         if importlib.util.find_spec(f"querymask.{method}.figures") is not None:
             importlib.import_module(f"querymask.{method}.figures")
     return dict(_VIEWS)

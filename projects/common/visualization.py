@@ -7,10 +7,11 @@ every picture; where there is but one class, instances have colours of their own
 
 import colorsys
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import cv2
@@ -327,7 +328,7 @@ def _draw_labels(canvas: np.ndarray, items: Sequence[_Item], scale: float) -> np
     for item in items:
         if item.extent is None or not item.label:
             continue
-        text_width, top, bottom = fonts.measure(item.label, size)
+        text_width, top, bottom = fonts.text_extent(item.label, size)
         width, height = text_width + 8, bottom - top + 6
         x0, y0, x1 = (float(v) * scale for v in item.extent[:3])
         places = []
@@ -385,3 +386,24 @@ def _smooth(values: Sequence[float]) -> np.ndarray:
     windows = [numbers[max(i - reach, 0) : i + reach + 1] for i in range(len(numbers))]
     finite = [window[np.isfinite(window)] for window in windows]
     return np.array([window.mean() if len(window) else np.nan for window in finite])
+
+
+class PictureNames:
+    """Gives every image the name of its picture; images of one name, of different folders or endings, get numbers.
+
+    Args:
+        ending: of the pictures, ".png" or ".jpg".
+    """
+
+    def __init__(self, ending: str) -> None:
+        self.ending = ending
+        self._taken: set[str] = set()
+
+    def __call__(self, file: str | os.PathLike) -> str:
+        """Name of the picture of an image file, without folder, another one at each call."""
+        stem = PurePosixPath(os.fspath(file).replace("\\", "/")).stem or "image"
+        name, number = stem, 2
+        while name.casefold() in self._taken:  # files "A" and "a" are one on macOS and Windows
+            name, number = f"{stem}_{number}", number + 1
+        self._taken.add(name.casefold())
+        return f"{name}{self.ending}"

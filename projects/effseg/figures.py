@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from querymask.common.views import register_view
 from querymask.common.visualization import class_colour, contact_sheet, draw_instances, drawing_scale
 from querymask.effseg.heads.effseg import EffSegHead, assemble_masks
-from querymask.effseg.masks import THRESHOLD, paste_probabilities
+from querymask.effseg.pasting import THRESHOLD, paste_probabilities
 from querymask.effseg.regions import ROI_SIZE
 
 OPACITY = 0.6
@@ -60,8 +60,8 @@ def refinement(model: nn.Module, item: dict[str, Any], score_threshold: float = 
         )
     images = model.preprocess([item])
     height, width = images.image_sizes[0]
-    predictions, maps = model.predict(images)
-    (found,) = model.detect(predictions, maps, [(height, width)])
+    predictions, pyramid = model.predict(images)
+    (found,) = model.detect(predictions, pyramid, [(height, width)])
     # A query of several classes is one object; the detections are sorted
     queries = list(dict.fromkeys(found.pred_queries[found.scores >= score_threshold].tolist()))
     if not queries:
@@ -73,7 +73,7 @@ def refinement(model: nn.Module, item: dict[str, Any], score_threshold: float = 
         )
     selected = model.detector.select(predictions, 0, (height, width))
     _, all_queries, regions = model.mask_branch.regions(predictions, 0, selected)
-    stages = head.refine(maps, predictions.canvas.size, regions)
+    stages = head.refine(pyramid, predictions.canvas.size, regions)
     rows = torch.searchsorted(all_queries, all_queries.new_tensor(queries))
     active = []
     for stage in stages:

@@ -18,7 +18,7 @@ FIRST_ENCODED_LEVEL = 3
 """Of the deformable encoder: maps of stride 4 have too many cells for it."""
 
 
-class FPN(nn.Module):
+class ExtendedFPN(nn.Module):
     """Feature pyramid (Lin et al. 2017) with further levels, as EffSeg's release has it.
 
     Detectron2's pyramid makes further levels of its own last output or of the backbone's last map; here the first of
@@ -151,7 +151,7 @@ def build_neck(effseg: CfgNode, in_channels: Sequence[int]) -> nn.Module:
         ValueError: there is no such neck.
     """
     if effseg.NECK == "fpn":
-        return FPN(in_channels, effseg.HIDDEN_DIM, len(effseg.LEVELS))
+        return ExtendedFPN(in_channels, effseg.HIDDEN_DIM, len(effseg.LEVELS))
     if effseg.NECK == "deform_encoder":
         return DeformEncoder(
             in_channels,

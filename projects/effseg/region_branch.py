@@ -22,16 +22,14 @@ from querymask.common.mask_branch import MASK_BRANCH_REGISTRY, MaskBranch
 from querymask.common.masks import pad_masks
 from querymask.common.predictions import Assignment, LossTerm, Normalizers, Predictions, Targets
 from querymask.common.processes import Processes
+from querymask.common.pyramid import FeaturePyramid
 from querymask.common.transfer import instances_to_device, to_device
 from querymask.effseg.heads.effseg import EffSegHead
 from querymask.effseg.heads.mask_rcnn import MaskRCNNHead
 from querymask.effseg.heads.pointrend import PointRendHead
 from querymask.effseg.heads.refine_mask import RefineMaskHead
-from querymask.effseg.masks import EXPORTS, paste_and_resize
-from querymask.effseg.regions import NUM_MAPS, Regions, RegionTargets, SegmentationHead
-
-STRIDES = tuple(4 * 2**level for level in range(NUM_MAPS))
-"""Of the maps that heads read."""
+from querymask.effseg.pasting import EXPORTS, paste_and_resize
+from querymask.effseg.regions import STRIDES, Regions, RegionTargets, SegmentationHead
 
 
 class RegionBranch(MaskBranch):
@@ -42,7 +40,7 @@ class RegionBranch(MaskBranch):
         finer_levels: that the detector's pyramid lacks.
         processes: whose regions are one batch.
         max_train_regions: matched queries of a batch that get masks in training, a random choice of them; 0: all.
-        mask_export: how masks get the original image's size, one of ``masks.EXPORTS``.
+        mask_export: how masks get the original image's size, one of ``pasting.EXPORTS``.
     """
 
     sections = ("MASK_BRANCH.REGION",)
@@ -76,7 +74,7 @@ class RegionBranch(MaskBranch):
                 "MODEL.MASK_BRANCH.NAME"
             )
         finer_levels = FinerLevels(shapes, detector.strides, STRIDES[0], detector.width)
-        if tuple(finer_levels.strides[:NUM_MAPS]) != STRIDES:
+        if tuple(finer_levels.strides[: len(STRIDES)]) != STRIDES:
             raise ValueError(
                 f"segmentation heads read maps of the strides {list(STRIDES)}, the levels 2 to 5, but the pyramid has "
                 f"{finer_levels.strides}: begin MODEL.EFFSEG.LEVELS with these levels, have the backbone give a map "
@@ -90,9 +88,9 @@ class RegionBranch(MaskBranch):
     def build_head(cfg: CfgNode, width: int, num_classes: int) -> SegmentationHead:
         """The head, for maps and queries of ``width`` channels."""
 
-    def forward(self, found: Predictions) -> list[Tensor]:
-        """The maps (B, C, H_l, W_l) of the strides that heads read."""
-        return self.finer_levels(found).maps[:NUM_MAPS]
+    def forward(self, found: Predictions) -> FeaturePyramid:
+        """The levels that heads read."""
+        return self.finer_levels(found)[: len(STRIDES)]
 
     def encode(self, targets: Targets, found: Predictions) -> list[Tensor]:
         """(T, H, W) bool on the padded canvas, for every image."""
@@ -101,7 +99,7 @@ class RegionBranch(MaskBranch):
     def losses(
         self,
         found: Predictions,
-        made: Sequence[Tensor],
+        made: FeaturePyramid,
         truth: Sequence[Tensor],
         targets: Targets,
         assignment: Assignment,
@@ -132,14 +130,13 @@ class RegionBranch(MaskBranch):
         )
 
     def add_masks(
-        self, found: Predictions, made: Sequence[Tensor], image: int, detections: Instances, layer: int | None = None
+        self, found: Predictions, made: FeaturePyramid, image: int, detections: Instances, layer: int | None = None
     ) -> Instances:
         """Masks, scores times the mean probability of their foreground; without empty ones, by descending score."""
         device = found.hidden.device
         canvas, size = found.canvas.size, detections.image_size
         region, _, regions = self.regions(found, image, detections, layer)
-        maps = [feature[image : image + 1] for feature in made]
-        probabilities = self.head(maps, canvas, regions)
+        probabilities = self.head(made.of_image(image), canvas, regions)
         masks, certainty = paste_and_resize(
             probabilities, regions.boxes, canvas, found.image_sizes[image], size, self.mask_export
         )

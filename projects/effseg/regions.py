@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
+from querymask.common.masks import mask_coverage
 from querymask.common.precision import full_precision
 from querymask.common.processes import Processes
-from querymask.effseg.grouping import group_rows
+from querymask.common.pyramid import ADAPTIVE, FeaturePyramid, LevelRule, group_rows
 
 ROI_SIZE = 14
 """Cells a side of a region at first."""
-CANONICAL_SIDE = 56
-"""A region of less than twice this side (pixels) is read from the finest map; each doubling goes one map up."""
-NUM_MAPS = 4
-"""Maps that heads read: P2 to P5."""
+LEVEL_RULE = LevelRule(56, 2, 1e-6)
+"""A region of less than twice this side (pixels) is read from P2; each doubling goes one map up."""
+STRIDES = (4, 8, 16, 32)
+"""Of the pyramid that heads read, P2 to P5."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,6 @@ class Regions:
 
     def __len__(self) -> int:
         return len(self.boxes)
-
-    @property
-    def levels(self) -> Tensor:
-        """(n,) index of the map of each region: 0 is P2."""
-        sides = full_precision(self.boxes.detach())
-        sides = ((sides[:, 2] - sides[:, 0]) * (sides[:, 3] - sides[:, 1])).sqrt()
-        return torch.floor(torch.log2(sides / CANONICAL_SIDE + 1e-6)).nan_to_num().clamp(0, NUM_MAPS - 1).long()
 
     def rows_of_images(self, count: int) -> list[Tensor]:
         """The rows (n_i,) of every image, ascending; found once.
@@ -77,27 +70,34 @@ class RegionTargets:
     index: Tensor
 
 
-def pool_regions(maps: Sequence[Tensor], regions: Regions, size: int = ROI_SIZE) -> Tensor:
-    """RoIAlign with adaptive sampling, half-pixel aligned, each region on its own map, without gradient to the boxes.
-
-    Boxes must not be rounded to the type of the maps: bfloat16 has steps of 4 pixels from 512 on.
+@torch.no_grad()
+def target_coverage(
+    regions: Regions, targets: RegionTargets, sizes: Sequence[int], boxes: Tensor | None = None
+) -> list[Tensor]:
+    """How much of each cell of a region the mask of its target covers.
 
     Args:
-        maps: P2, P3, ... (B, C, H_l, W_l), of which the first ``NUM_MAPS`` are read.
-        regions: n of them.
-        size: cells a side.
+        regions: n, of any images.
+        targets: theirs.
+        sizes: cells a side.
+        boxes: (n, 4) in place of the regions' own.
 
     Returns:
-        (n, C, size, size) in full precision.
+        (n, size, size) in [0, 1] for every size.
     """
-    boxes = full_precision(regions.boxes.detach())
-    rows_of_levels = group_rows(regions.levels, NUM_MAPS)
-    pooled = full_precision(maps[0]).new_zeros(len(regions), maps[0].shape[1], size, size)
-    for level, (rows, feature) in enumerate(zip(rows_of_levels, map(full_precision, maps))):
-        rois = torch.cat([regions.images[rows, None].to(boxes.dtype), boxes[rows]], dim=1)
-        crops = roi_align(feature, rois.to(feature.dtype), size, 0.25 / 2**level, sampling_ratio=0, aligned=True)
-        pooled = pooled.index_copy(0, rows, crops)
-    return pooled
+    boxes = full_precision(regions.boxes if boxes is None else boxes)
+    coverage = [boxes.new_zeros(len(regions), size, size) for size in sizes]
+    for masks, rows in zip(targets.masks, regions.rows_of_images(len(targets.masks)), strict=True):
+        if len(rows):
+            masks = masks.to(boxes.dtype)
+            for result, size in zip(coverage, sizes):
+                result[rows] = mask_coverage(masks, boxes[rows], size, targets.index[rows])
+    return coverage
+
+
+def pool_regions(pyramid: FeaturePyramid, regions: Regions) -> Tensor:
+    """RoIAlign with adaptive sampling, each region on its own level: (n, C, 14, 14) in full precision."""
+    return pyramid.pool(regions.boxes, regions.images, ROI_SIZE, ADAPTIVE, LEVEL_RULE)
 
 
 class QueryFusion(nn.Module):
@@ -130,25 +130,25 @@ class SegmentationHead(nn.Module):
     processes: Processes = Processes()
 
     @abstractmethod
-    def forward(self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions) -> Tensor:
+    def forward(self, pyramid: FeaturePyramid, image_size: tuple[int, int], regions: Regions) -> Tensor:
         """Probabilities (n, S, S) of the regions' masks, the regions being those of one image.
 
         Args:
-            maps: P2, P3, ... (B, C, H_l, W_l).
+            pyramid: P2 to P5.
             image_size: (height, width) of the padded images.
             regions: n of them; n may be 0.
         """
 
     @abstractmethod
     def losses(
-        self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions, targets: RegionTargets
+        self, pyramid: FeaturePyramid, image_size: tuple[int, int], regions: Regions, targets: RegionTargets
     ) -> Mapping[str, Tensor]:
         """Weighted losses of matched regions of all images together; zeros with a gradient if there is none.
 
         Summed over the processes they are those of the whole batch. All of ``processes`` must call this together.
 
         Args:
-            maps, image_size: as in ``forward``.
+            pyramid, image_size: as in ``forward``.
             regions: n matched queries, with the classes of their targets, ordered by image.
             targets: theirs.
         """

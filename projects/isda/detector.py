@@ -9,7 +9,6 @@ Data flow (B images, Q queries, C width, N decoder layers, K classes)::
 Queries are told apart by their masks: the matching costs of a mask branch take the place of those of boxes.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,18 +18,16 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from querymask.common.deformable_transformer import DeformableTransformer
-from querymask.common.detector import DETECTOR_REGISTRY
-from querymask.common.images import Canvas, resize_mask
+from querymask.common.detector import DETECTOR_REGISTRY, select_top_scores
+from querymask.common.images import Canvas, resize_padding
 from querymask.common.layers import LevelProjections
+from querymask.common.losses import PRIOR_LOGIT
 from querymask.common.meta_arch import feature_shapes
-from querymask.common.postprocessing import select_top_scores
 from querymask.common.precision import full_precision
 from querymask.common.predictions import Predictions
-from querymask.common.roi_pooling import FeaturePyramid
+from querymask.common.pyramid import FeaturePyramid
 from querymask.common.set_criterion import SetDetector
 from querymask.isda.criterion import ClassCriterion
-
-PRIOR_PROBABILITY = 0.01
 
 
 @dataclass
@@ -98,7 +95,7 @@ class BoxFreeDETR(SetDetector):
         self.input_proj = LevelProjections([shape.channels for shape in coarse], width, num_levels, bias=False)
         self.query_embed = nn.Embedding(num_queries, 2 * width)
         self.class_embed = nn.Linear(width, num_classes)
-        nn.init.constant_(self.class_embed.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+        nn.init.constant_(self.class_embed.bias, PRIOR_LOGIT)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> "BoxFreeDETR":
@@ -124,7 +121,7 @@ class BoxFreeDETR(SetDetector):
         maps = levels[: len(coarse)]
         decoded = self.transformer(
             levels,
-            [resize_mask(canvas.padding, level.shape[-2:]) for level in levels],
+            [resize_padding(canvas.padding, level.shape[-2:]) for level in levels],
             self.query_embed.weight,
             padded=canvas.padded,
         )

@@ -12,7 +12,7 @@ from torch import nn
 from querymask.common.views import register_view
 from querymask.common.visualization import class_colour, draw_instances, drawing_scale
 from querymask.isda.kernels import KernelBranch
-from querymask.isda.masks import mask_logits
+from querymask.isda.masks import apply_kernels
 
 OTHER_COLOUR = (150, 150, 150)
 
@@ -59,7 +59,7 @@ def reference_points(
     size = (item.get("height", images.image_sizes[0][0]), item.get("width", images.image_sizes[0][1]))
     (found,) = model.detect(predictions, kernels, [size])
     found = found[found.scores >= score_threshold]
-    masks = mask_logits(kernels.kernels[-1, 0], kernels.features[0]) > 0
+    masks = apply_kernels(kernels.kernels[-1, 0], kernels.features[0]) > 0
     objects = assign_queries(masks, masks[found.pred_queries])
     return predictions.positions()[-1, 0].cpu(), objects.cpu(), found.to("cpu")
 
@@ -83,12 +83,12 @@ def draw_reference_points(
     radius = max(round(4 * drawing_scale(*image.shape[:2]) ** 0.5), 3)
     order = torch.argsort(objects)  # dots of objects over the others
     for (x, y), index in zip(points[order].tolist(), objects[order].tolist(), strict=True):
-        center = (round(x * width), round(y * height))
+        centre = (round(x * width), round(y * height))
         if index < 0:
-            cv2.circle(canvas, center, max(radius // 2, 2), OTHER_COLOUR, cv2.FILLED, cv2.LINE_AA)
+            cv2.circle(canvas, centre, max(radius // 2, 2), OTHER_COLOUR, cv2.FILLED, cv2.LINE_AA)
         else:
-            cv2.circle(canvas, center, radius + 1, (255, 255, 255), cv2.FILLED, cv2.LINE_AA)
-            cv2.circle(canvas, center, radius, class_colour(index), cv2.FILLED, cv2.LINE_AA)
+            cv2.circle(canvas, centre, radius + 1, (255, 255, 255), cv2.FILLED, cv2.LINE_AA)
+            cv2.circle(canvas, centre, radius, class_colour(index), cv2.FILLED, cv2.LINE_AA)
     return canvas
 
 

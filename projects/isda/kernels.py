@@ -29,7 +29,7 @@ from querymask.common.predictions import Assignment, LossTerm, Normalizers, Pred
 from querymask.common.processes import Processes
 from querymask.common.transfer import instances_to_device
 from querymask.isda.mask_features import MaskFeatureHead
-from querymask.isda.masks import mask_logits, maskness, reduce_masks, resize_masks
+from querymask.isda.masks import apply_kernels, maskness, reduce_masks, resize_probabilities
 
 KERNEL_POSITIONS = ("logit", "point", "none")
 MASK_LOSSES = ("dice", "iou")
@@ -202,8 +202,9 @@ class KernelBranch(MaskBranch):
         """Probabilities (N * n, h, w) of the matched pairs' masks alone, in the assignment's order."""
         kernels = assignment.select(made.kernels).unflatten(0, (assignment.num_layers, assignment.pairs_per_layer()))
         pairs = assignment.pairs_of_images(len(made.features))
-        logits = [mask_logits(k, features) for k, features in zip(kernels.split(pairs, 1), made.features, strict=True)]
-        return full_precision(torch.cat(logits, dim=1).flatten(0, 1)).sigmoid()
+        of_images = zip(kernels.split(pairs, 1), made.features, strict=True)
+        logits = torch.cat([apply_kernels(own, features) for own, features in of_images], dim=1)
+        return full_precision(logits.flatten(0, 1)).sigmoid()
 
     def add_masks(
         self, found: Predictions, made: Kernels, image: int, detections: Instances, layer: int | None = None
@@ -211,9 +212,9 @@ class KernelBranch(MaskBranch):
         """Masks, and scores times maskness. An empty mask is kept with score 0."""
         detections = instances_to_device(detections, made.features.device)
         kernels = made.kernels[-1 if layer is None else layer, image, detections.pred_queries]
-        probabilities = full_precision(mask_logits(kernels, made.features[image])).sigmoid()
+        probabilities = full_precision(apply_kernels(kernels, made.features[image])).sigmoid()
         detections.scores = detections.scores * maskness(probabilities, self.maskness_threshold)
-        detections.pred_masks = resize_masks(
+        detections.pred_masks = resize_probabilities(
             probabilities,
             self.mask_stride,
             tuple(found.image_sizes[image]),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 CHUNK_ELEMENTS = 2**24
 
 
-def mask_logits(kernels: torch.Tensor, mask_features: torch.Tensor) -> torch.Tensor:
+def apply_kernels(kernels: torch.Tensor, mask_features: torch.Tensor) -> torch.Tensor:
     """Dynamic 1x1 convolution without bias.
 
     Args:
@@ -35,7 +35,7 @@ def maskness(probabilities: torch.Tensor, threshold: float) -> torch.Tensor:
     return (probabilities * above).sum((1, 2)) / (above.sum((1, 2)) + 1e-5)
 
 
-def resize_masks(
+def resize_probabilities(
     probabilities: torch.Tensor,
     stride: int,
     image_size: tuple[int, int],

@@ -16,11 +16,11 @@ from detectron2.layers import ShapeSpec
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from querymask.common.coded_masks import CodedTargets, encode_targets
 from querymask.common.detector import Detector
 from querymask.common.losses import dice_loss
 from querymask.common.mask_branch import MASK_BRANCH_REGISTRY, MaskBranch
 from querymask.common.mask_coding import AutoencoderMaskCoding, MaskCoding, coding_from_config
+from querymask.common.mask_coding.targets import CodedTargets, encode_targets
 from querymask.common.masks import crop_masks, paste_masks
 from querymask.common.matching import pad_targets
 from querymask.common.precision import full_precision, without_autocast

@@ -48,7 +48,7 @@ class RecurrentCriterion(SetCriterion):
     def cost_terms(self, found: RecurrentPredictions, targets: Targets) -> dict[str, Tensor]:
         """Class, L1 and GIoU costs (N, B, Q, T)."""
         boxes = found.relative_boxes()[:, :, :, None]  # (N, B, Q, 1, 4)
-        target_boxes = pad_targets(relative_boxes(targets, boxes), targets.counts)[None, :, None]  # (1, B, 1, T, 4)
+        target_boxes = pad_targets(relative_xyxy(targets, boxes), targets.counts)[None, :, None]  # (1, B, 1, T, 4)
         return {
             "class cost": self.costs["class"] * self.class_cost(found.logits, targets),
             "L1 box cost": self.costs["bbox"] * (boxes - target_boxes).abs().sum(-1),
@@ -69,7 +69,7 @@ class RecurrentCriterion(SetCriterion):
         """``loss_ce``, ``loss_bbox`` and ``loss_giou`` of every stage."""
         count = normalizers.targets
         boxes = assignment.select(found.relative_boxes())
-        target_boxes = relative_boxes(targets, boxes)[assignment.target]
+        target_boxes = relative_xyxy(targets, boxes)[assignment.target]
         return {
             "loss_ce": self.class_losses(found.logits, targets, assignment, count),
             "loss_bbox": assignment.sum_layers((boxes - target_boxes).abs().sum(-1)) / count,
@@ -91,6 +91,6 @@ class RecurrentCriterion(SetCriterion):
         return values.sum((1, 2)) * processes.count / processes.total(weights[labels].sum((1, 2)))
 
 
-def relative_boxes(targets: Targets, like: Tensor) -> Tensor:
+def relative_xyxy(targets: Targets, like: Tensor) -> Tensor:
     """(sum of counts, 4) x0, y0, x1, y1 relative to the images without padding."""
     return targets.boxes.to(like.dtype) / targets.sides(like.dtype)

@@ -7,7 +7,6 @@ Data flow (B images, Q queries, C width, N stages)::
       -> each stage: crops at the boxes, attention, heads -> logits, moved boxes, object features
 """
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -17,19 +16,17 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from querymask.common.boxes import cxcywh_to_xyxy
-from querymask.common.detector import DETECTOR_REGISTRY
+from querymask.common.detector import DETECTOR_REGISTRY, select_top_scores
 from querymask.common.images import Canvas
+from querymask.common.losses import PRIOR_LOGIT
 from querymask.common.meta_arch import feature_shapes
-from querymask.common.postprocessing import select_top_scores
 from querymask.common.precision import full_precision
-from querymask.common.roi_pooling import FeaturePyramid
+from querymask.common.pyramid import FeaturePyramid
 from querymask.common.set_criterion import SetDetector
 from querymask.common.transfer import numbers_to_device, to_device
 from querymask.istr.criterion import RecurrentCriterion
 from querymask.istr.predictions import RecurrentPredictions
-from querymask.istr.stage import RefinementStage
-
-PRIOR_PROBABILITY = 0.01
+from querymask.istr.stage import RecurrentStage
 
 
 @DETECTOR_REGISTRY.register()
@@ -56,7 +53,7 @@ class RecurrentBoxes(SetDetector):
         *,
         in_features: Sequence[str],
         shapes: Mapping[str, ShapeSpec],
-        stages: Sequence[RefinementStage],
+        stages: Sequence[RecurrentStage],
         num_queries: int,
         use_image_feature: bool,
         use_position: bool,
@@ -78,7 +75,7 @@ class RecurrentBoxes(SetDetector):
             raise ValueError("all queries would be zero: set MODEL.ISTR.USE_IMAGE_FEATURE or MODEL.ISTR.USE_POSITION")
         self.in_features = list(in_features)
         self.width = width = stages[0].linear1.in_features
-        self.strides = pyramid_strides(shapes, self.in_features, width)
+        self.strides = fpn_strides(shapes, self.in_features, width)
         self.num_layers = len(stages)
         self.num_classes = stages[0].class_logits.out_features - (criterion.classifier == "softmax")
         self.num_queries = num_queries
@@ -101,7 +98,7 @@ class RecurrentBoxes(SetDetector):
                 nn.init.xavier_uniform_(parameter)
         if self.criterion.classifier == "sigmoid":
             for stage in self.stages:
-                nn.init.constant_(stage.class_logits.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+                nn.init.constant_(stage.class_logits.bias, PRIOR_LOGIT)
         with torch.no_grad():  # every query starts with the whole image
             self.init_proposal_boxes.weight.copy_(torch.tensor([0.5, 0.5, 1.0, 1.0]))
 
@@ -211,7 +208,7 @@ class RecurrentBoxes(SetDetector):
         return logits.sigmoid() if self.criterion.classifier == "sigmoid" else logits.softmax(-1)[..., :-1]
 
 
-def pyramid_strides(shapes: Mapping[str, ShapeSpec], in_features: Sequence[str], width: int) -> tuple[int, ...]:
+def fpn_strides(shapes: Mapping[str, ShapeSpec], in_features: Sequence[str], width: int) -> tuple[int, ...]:
     """Strides of the backbone's pyramid, whose levels must have the stages' width.
 
     Raises:
@@ -233,9 +230,9 @@ def pyramid_strides(shapes: Mapping[str, ShapeSpec], in_features: Sequence[str],
     return tuple(shape.stride for shape in own)
 
 
-def build_stage(istr: CfgNode) -> RefinementStage:
+def build_stage(istr: CfgNode) -> RecurrentStage:
     """One stage as ``MODEL.ISTR`` describes it."""
-    return RefinementStage(
+    return RecurrentStage(
         width=istr.HIDDEN_DIM,
         num_heads=istr.NUM_HEADS,
         dim_feedforward=istr.DIM_FEEDFORWARD,

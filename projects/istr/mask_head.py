@@ -8,7 +8,7 @@ from torch import nn
 from querymask.common.mask_coding import AutoencoderMaskCoding, FlattenMaskCoding, MaskCoding
 from querymask.common.mask_coding.autoencoder import CONTEXT_CHANNELS
 from querymask.common.precision import full_precision
-from querymask.common.roi_pooling import FeaturePyramid
+from querymask.common.pyramid import FeaturePyramid
 from querymask.istr.stage import head_layers
 
 MASK_HEADS = ("vector", "convolution", "pixel")
@@ -82,7 +82,7 @@ class ConvolutionMaskHead(nn.Module):
         self, features: torch.Tensor, boxes: torch.Tensor, images: torch.Tensor, pyramid: FeaturePyramid
     ) -> MaskCode:
         """Boxes (n, 4) in pixels of images (n,) -> vectors (n, K), and the context where there is one."""
-        crops = square_crops(pyramid, boxes, images, self.pool_size)
+        crops = pyramid.pool(boxes, images, self.pool_size)
         vectors = self.mask_module(crops).flatten(1)
         if self.ret_roi_layer_1 is None or self.ret_roi_layer_2 is None:
             return MaskCode(vectors)
@@ -108,12 +108,7 @@ class PixelMaskHead(nn.Module):
         self, features: torch.Tensor, boxes: torch.Tensor, images: torch.Tensor, pyramid: FeaturePyramid
     ) -> MaskCode:
         """Boxes (n, 4) in pixels of images (n,) -> logits (n, (2 * pool_size) ** 2)."""
-        return MaskCode(self.layers(square_crops(pyramid, boxes, images, self.pool_size)).flatten(1))
-
-
-def square_crops(pyramid: FeaturePyramid, boxes: torch.Tensor, images: torch.Tensor, pool_size: int) -> torch.Tensor:
-    """(n, 4) -> (n, C, pool_size, pool_size)."""
-    return pyramid.pool(boxes, images, pool_size).unflatten(1, (pool_size, pool_size)).permute(0, 3, 1, 2)
+        return MaskCode(self.layers(pyramid.pool(boxes, images, self.pool_size)).flatten(1))
 
 
 def _double_convolution(in_channels: int, out_channels: int) -> nn.Sequential:

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from querymask.common.precision import full_precision, without_autocast
-from querymask.common.roi_pooling import FeaturePyramid
+from querymask.common.pyramid import FeaturePyramid
 
-CENTER_DIVISOR = 2.0
+CENTRE_DIVISOR = 2.0
 """Deltas of centres are in units of half of the box's side."""
 MAX_LOG_SCALE = math.log(100000.0 / 16)
 """A side grows at most by this factor's logarithm in one stage."""
 
 
-def apply_deltas(boxes: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:
+def move_boxes(boxes: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:
     """Move and scale boxes relative to themselves.
 
     Args:
@@ -31,9 +31,9 @@ def apply_deltas(boxes: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:
     """
     low, high = boxes[..., :2], boxes[..., 2:]
     size = high - low
-    center = low + 0.5 * size + size * deltas[..., :2] / CENTER_DIVISOR
+    centre = low + 0.5 * size + size * deltas[..., :2] / CENTRE_DIVISOR
     size = size * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp()
-    return torch.cat((center - 0.5 * size, center + 0.5 * size), dim=-1)
+    return torch.cat((centre - 0.5 * size, centre + 0.5 * size), dim=-1)
 
 
 def head_layers(width: int, number: int) -> nn.Sequential:
@@ -94,7 +94,7 @@ class StageOutput:
     features: torch.Tensor
 
 
-class RefinementStage(nn.Module):
+class RecurrentStage(nn.Module):
     """Self-attention, interaction with the crops, feed-forward network, class and box heads.
 
     Args:
@@ -146,7 +146,7 @@ class RefinementStage(nn.Module):
         """Refine boxes (B, Q, 4) XYXY in pixels with queries (B, Q, C)."""
         batch, number = boxes.shape[:2]
         images = torch.arange(batch, device=boxes.device)[:, None].expand(-1, number).flatten()
-        crops = pyramid.pool(boxes.flatten(0, 1), images, self.pool_size)
+        crops = pyramid.pool(boxes.flatten(0, 1), images, self.pool_size).flatten(2).transpose(1, 2)  # (n, S^2, C)
 
         # The first stage's queries are sums of maps that nothing has normalised: their products may exceed float16
         with without_autocast(features.device):
@@ -159,7 +159,7 @@ class RefinementStage(nn.Module):
 
         logits = self.class_logits(self.cls_module(x))
         deltas = self.bboxes_delta(self.reg_module(x))
-        return StageOutput(logits, apply_deltas(full_precision(boxes), full_precision(deltas)), x)
+        return StageOutput(logits, move_boxes(full_precision(boxes), full_precision(deltas)), x)
 
     def heads(self) -> list[nn.Module]:
         """What nothing but this stage's own losses trains."""

@@ -1,7 +1,8 @@
 """Matching costs and losses of Deformable DETR, which are those of SOLQ's classes and boxes (section 4.1)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from querymask.common.boxes import cxcywh_to_xyxy, generalized_iou, xyxy_to_cxcywh
@@ -9,6 +10,7 @@ from querymask.common.matching import focal_class_cost, pad_targets
 from querymask.common.precision import full_precision
 from querymask.common.predictions import Assignment, Normalizers, Targets
 from querymask.common.set_criterion import SetCriterion, focal_class_loss
+from querymask.common.transfer import numbers_to_device
 from querymask.solq.predictions import DETRPredictions
 
 
@@ -30,7 +32,7 @@ class DETRCriterion(SetCriterion):
         """Class, L1 and GIoU costs (N, B, Q, T)."""
         labels = pad_targets(targets.labels, targets.counts)
         boxes = full_precision(found.boxes)[:, :, :, None]  # (N, B, Q, 1, 4)
-        target_boxes = pad_targets(relative_boxes(targets, boxes), targets.counts)[None, :, None]  # (1, B, 1, T, 4)
+        target_boxes = pad_targets(relative_cxcywh(targets, boxes), targets.counts)[None, :, None]  # (1, B, 1, T, 4)
         giou = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
         return {
             "class cost": self.costs["class"] * focal_class_cost(found.logits, labels, self.focal_alpha),
@@ -44,7 +46,7 @@ class DETRCriterion(SetCriterion):
         """``loss_ce``, ``loss_bbox`` and ``loss_giou`` of every layer."""
         count = normalizers.targets
         boxes = assignment.select(full_precision(found.boxes))
-        target_boxes = relative_boxes(targets, boxes)[assignment.target]
+        target_boxes = relative_cxcywh(targets, boxes)[assignment.target]
         giou = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
         return {
             "loss_ce": focal_class_loss(found.logits, targets.labels, assignment, count, self.focal_alpha),
@@ -53,6 +55,32 @@ class DETRCriterion(SetCriterion):
         }
 
 
-def relative_boxes(targets: Targets, like: Tensor) -> Tensor:
+def relative_cxcywh(targets: Targets, like: Tensor) -> Tensor:
     """(sum of counts, 4) cx, cy, w, h relative to the images without padding."""
     return xyxy_to_cxcywh(targets.boxes.to(like.dtype)) / targets.sides(like.dtype)
+
+
+@torch.no_grad()
+def class_error(logits: Tensor, labels: Tensor, assignment: Assignment) -> Tensor:
+    """Percentage of the last layer's matched queries whose best class is wrong; 100 without targets. For logging."""
+    n = assignment.pairs_per_layer()
+    if not n:
+        return logits.new_full((), 100.0)
+    predicted = assignment.select(logits)[-n:].argmax(-1)
+    return 100 - 100 * (predicted == labels[assignment.target[-n:]]).to(logits.dtype).mean()
+
+
+@torch.no_grad()
+def cardinality_error(logits: Tensor, counts: Sequence[int]) -> Tensor:
+    """Mean difference of the number of targets and the number of queries whose best class is not the last one.
+
+    A left-over of DETR that the release logs; with sigmoid classifiers it says little.
+
+    Args:
+        logits: (N, B, Q, K).
+
+    Returns:
+        (N,)
+    """
+    predicted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)
+    return (predicted - numbers_to_device(counts, torch.int64, logits.device)).abs().to(logits.dtype).mean(-1)

@@ -9,7 +9,6 @@ Data flow (B images, L levels, Q queries, C width, N decoder layers)::
       -> inference: best pairs of query and class of the last layer
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -21,21 +20,19 @@ from torch import Tensor, nn
 
 from querymask.common.boxes import cxcywh_to_xyxy, unrounded_boxes
 from querymask.common.deformable_transformer import DeformableTransformer, refine_box
-from querymask.common.detector import DETECTOR_REGISTRY
-from querymask.common.images import Canvas, resize_mask
+from querymask.common.detector import DETECTOR_REGISTRY, select_top_scores
+from querymask.common.images import Canvas, resize_padding
 from querymask.common.layers import MLP, LevelProjections
+from querymask.common.losses import PRIOR_LOGIT
 from querymask.common.matching import hungarian_assignments
 from querymask.common.meta_arch import feature_shapes
-from querymask.common.postprocessing import select_top_scores
 from querymask.common.precision import full_precision
 from querymask.common.predictions import Assignment, LossTerm, Normalizers, Targets
-from querymask.common.roi_pooling import FeaturePyramid
-from querymask.common.set_criterion import SetDetector, cardinality_error, class_error
+from querymask.common.pyramid import FeaturePyramid
+from querymask.common.set_criterion import SetDetector
 from querymask.common.transfer import numbers_to_device
-from querymask.solq.criterion import DETRCriterion
+from querymask.solq.criterion import DETRCriterion, cardinality_error, class_error
 from querymask.solq.predictions import DETRPredictions
-
-PRIOR_PROBABILITY = 0.01
 
 
 @DETECTOR_REGISTRY.register()
@@ -75,7 +72,7 @@ class DeformableDETR(SetDetector):
         self.width = width = transformer.embed_dim
         self.num_layers = len(transformer.decoder.layers)
         self.num_classes = num_classes
-        self.strides = pyramid_strides([shape.stride for shape in own], num_levels)
+        self.strides = level_strides([shape.stride for shape in own], num_levels)
 
         two_stage = transformer.num_proposals > 0
         self.input_proj = LevelProjections([shape.channels for shape in own], width, num_levels)
@@ -88,7 +85,7 @@ class DeformableDETR(SetDetector):
 
     def _reset_heads(self, two_stage: bool) -> None:
         for head in self.class_embed:
-            nn.init.constant_(head.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+            nn.init.constant_(head.bias, PRIOR_LOGIT)
             head.load_state_dict(self.class_embed[0].state_dict())  # copies start equal
         for head in self.bbox_embed:
             nn.init.zeros_(head.layers[-1].weight)
@@ -125,7 +122,7 @@ class DeformableDETR(SetDetector):
     def forward(self, features: Mapping[str, Tensor], canvas: Canvas) -> DETRPredictions:
         """See :class:`Detector`. The pyramid is the encoder's memory."""
         levels = self.input_proj([features[name] for name in self.in_features])
-        masks = [resize_mask(canvas.padding, level.shape[-2:]) for level in levels]
+        masks = [resize_padding(canvas.padding, level.shape[-2:]) for level in levels]
         decoded = self.transformer(
             levels,
             masks,
@@ -210,7 +207,7 @@ class DeformableDETR(SetDetector):
         return named
 
 
-def pyramid_strides(strides: Sequence[int], num_levels: int) -> tuple[int, ...]:
+def level_strides(strides: Sequence[int], num_levels: int) -> tuple[int, ...]:
     """Strides of the levels: those of the backbone's maps, then twice the one before."""
     result = list(strides)
     while len(result) < num_levels:

@@ -24,7 +24,7 @@ from torch import nn
 from querymask.common.detector import Detector
 from querymask.common.losses import dice_loss, sigmoid_focal_loss
 from querymask.common.mask_branch import MASK_BRANCH_REGISTRY, MaskBranch
-from querymask.common.masks import inside_boxes, pad_masks
+from querymask.common.masks import pad_masks
 from querymask.common.precision import full_precision
 from querymask.common.predictions import Assignment, LossTerm, Normalizers, Predictions, Targets
 from querymask.solq.detector import DeformableDETR
@@ -268,3 +268,11 @@ class SQRBranch(MaskBranch):
             masks &= inside_boxes(detections.pred_boxes.tensor, *size)
         detections.pred_masks = masks
         return detections
+
+
+def inside_boxes(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Which pixel centres of an image lie inside of each box: (n, 4) XYXY in pixels -> (n, height, width) bool."""
+    x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
+    x = torch.arange(width, device=boxes.device) + 0.5
+    y = torch.arange(height, device=boxes.device) + 0.5
+    return ((y0 <= y) & (y < y1))[:, :, None] & ((x0 <= x) & (x < x1))[:, None]

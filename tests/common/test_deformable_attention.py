@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 
 from querymask.common.deformable_attention import (
     DeformableAttention,
-    cell_centers,
+    cell_centres,
     encoder_reference_points,
     flatten_levels,
     valid_ratios,
@@ -145,8 +145,8 @@ def test_valid_ratios() -> None:
     assert ratios.tolist() == [[[1, 1], [1, 1]], [[2 / 8, 3 / 4], [1 / 4, 1 / 2]]]
 
 
-def test_cell_centers() -> None:
-    centers = cell_centers((2, 3), torch.float64, torch.device("cpu"))
+def test_cell_centres() -> None:
+    centers = cell_centres((2, 3), torch.float64, torch.device("cpu"))
     assert centers.tolist() == [[0.5, 0.5], [1.5, 0.5], [2.5, 0.5], [0.5, 1.5], [1.5, 1.5], [2.5, 1.5]]
 
 

@@ -49,7 +49,7 @@ def test_text_of_our_own_font(text: str, system: list[str]) -> None:
     assert [Path(font.path).name for _, font in fonts.runs(text, 20)] == ["DejaVuSans.ttf"] * bool(text)
     draw = ImageDraw.Draw(Image.new("L", (200, 40)))
     left, top, right, bottom = draw.textbbox((0, 0), text, font=ImageFont.truetype(OWN, 14))
-    assert fonts.measure(text, 14) == ((right, top, bottom) if text else (0, 0, 0))
+    assert fonts.text_extent(text, 14) == ((right, top, bottom) if text else (0, 0, 0))
 
 
 def test_characters_from_the_system(system: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -61,8 +61,8 @@ def test_characters_from_the_system(system: list[str], tmp_path: Path, caplog: p
     text = f"a {FRAKTUR}{FRAKTUR} b"
     parts = [(part, Path(font.path).name) for part, font in fonts.runs(text, 20)]
     assert parts == [("a ", "DejaVuSans.ttf"), (f"{FRAKTUR}{FRAKTUR} ", "STIXGeneral.ttf"), ("b", "DejaVuSans.ttf")]
-    widths = [fonts.measure(part, 20)[0] for part in ("a ", f"{FRAKTUR}{FRAKTUR} ", "b")]
-    assert fonts.measure(text, 20)[0] == pytest.approx(sum(widths), abs=3)
+    widths = [fonts.text_extent(part, 20)[0] for part in ("a ", f"{FRAKTUR}{FRAKTUR} ", "b")]
+    assert fonts.text_extent(text, 20)[0] == pytest.approx(sum(widths), abs=3)
     assert not caplog.records
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from querymask.common.images import batch_images, padding_mask, resize_mask
+from querymask.common.images import batch_images, padding_mask, resize_padding
 
 MEAN, STD = (100.0, 110.0, 120.0), (50.0, 60.0, 70.0)
 SIZES = [(5, 9), (8, 4), (8, 9)]
@@ -59,11 +59,11 @@ def test_batch_images_in_double_precision() -> None:
 
 
 @pytest.mark.parametrize("size", [(4, 6), (1, 1), (3, 5), (13, 17), (20, 40)])
-def test_resize_mask(size: tuple[int, int]) -> None:
+def test_resize_padding(size: tuple[int, int]) -> None:
     """Cell i of n takes pixel floor(i * N / n)."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(2, 13, 17, generator=generator) < 0.5
-    resized = resize_mask(mask, size)
+    resized = resize_padding(mask, size)
     assert resized.shape == (2, *size) and resized.dtype == torch.bool
     for y in range(size[0]):
         for x in range(size[1]):
@@ -74,4 +74,4 @@ def test_every_level_keeps_a_valid_cell() -> None:
     """The first cell takes the first pixel, which is never padding: valid ratios cannot be zero."""
     images = batch_images(make_batch([(1, 1), (200, 300)]), columns(MEAN), columns(STD))
     for level in range(1, 8):
-        assert not resize_mask(padding_mask(images), (200 >> level, 300 >> level))[:, 0, 0].any()
+        assert not resize_padding(padding_mask(images), (200 >> level, 300 >> level))[:, 0, 0].any()

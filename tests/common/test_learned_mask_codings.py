@@ -15,7 +15,7 @@ from querymask.common.mask_coding import (
     PCAMaskCoding,
     build_mask_coding,
     fill_missing_bases,
-    mask_logits,
+    label_logits,
 )
 
 SIZE = 8
@@ -33,10 +33,10 @@ def random_basis(length: int) -> PCABasis:
 
 def test_logits_of_masks() -> None:
     masks = torch.tensor([0.0, 1.0, 1.0, 1.0])
-    logits = mask_logits(masks, torch.tensor([0.5, 0.5, 0.0, 1.0]))
+    logits = label_logits(masks, torch.tensor([0.5, 0.5, 0.0, 1.0]))
     assert logits.tolist() == pytest.approx([-3.66356, 3.66356, 4.59512, 2.94444], abs=1e-5)
-    assert torch.equal(mask_logits(masks)[:2], logits[:2])
-    with_noise = mask_logits(torch.ones(100_000), torch.rand(100_000))
+    assert torch.equal(label_logits(masks)[:2], logits[:2])
+    with_noise = label_logits(torch.ones(100_000), torch.rand(100_000))
     assert (with_noise == with_noise.max()).float().mean().item() == pytest.approx(0.2, abs=0.01)
 
 
@@ -44,7 +44,7 @@ def test_pca_is_whitened_and_lossless_with_all_components() -> None:
     coding = PCAMaskCoding(SIZE, SIZE**2, random_basis(SIZE**2), noise=None).double()
     masks = random_masks(5)
     vectors = coding.encode(masks)
-    centred = mask_logits(masks.flatten(1).double()) - coding.means
+    centred = label_logits(masks.flatten(1).double()) - coding.means
     expected = torch.einsum("kp,np->nk", coding.components, centred) / coding.explained_variances.sqrt()
     assert torch.allclose(vectors, expected)
     maps = coding.decode(vectors)

@@ -9,8 +9,6 @@ from querymask.common.predictions import Assignment, LossTerm, Normalizers, Targ
 from querymask.common.set_criterion import (
     SetCriterion,
     SetDetector,
-    cardinality_error,
-    class_error,
     focal_class_loss,
 )
 
@@ -117,31 +115,3 @@ def test_focal_class_loss(counts: list[int]) -> None:
         expected = sigmoid_focal_loss(logits[layer], one_hot, 0.25, 2.0).sum() / 3
         assert loss[layer].item() == pytest.approx(expected.item())
     assert focal_class_loss(logits.bfloat16(), labels, assignment, torch.tensor(3.0), 0.25).dtype == torch.float32
-
-
-def test_class_error() -> None:
-    """Two of the four matched queries of the last layer have the right class; those of the first layer do not count."""
-    logits = torch.zeros(2, 2, 3, 4)
-    labels = torch.tensor([2, 1, 3, 3])
-    targets = make_targets(1, 3, labels=labels)
-    cost = torch.ones(2, 2, 3, 3)
-    cost[:, 0, 2, 0] = 0
-    for i in range(3):
-        cost[:, 1, i, i] = 0
-    assignment = hungarian_assignment({"cost": cost}, targets)
-    logits[1, 0, 2, 2] = 1  # right
-    logits[1, 1, 0, 0] = 1  # wrong
-    logits[1, 1, 1, 3] = 1  # right
-    logits[1, 1, 2, 1] = 1  # wrong
-    assert class_error(logits, labels, assignment).item() == 50
-    nothing = hungarian_assignment({"cost": torch.zeros(2, 2, 3, 0)}, make_targets(0, 0))
-    assert class_error(logits, labels[:0], nothing).item() == 100
-
-
-def test_cardinality_error() -> None:
-    logits = torch.zeros(2, 2, 3, 4)
-    logits[0, :, :, 3] = 1  # all of the last class: no object
-    logits[1, 0, :2, 0] = 1  # two objects
-    logits[1, 0, 2, 3] = 1
-    logits[1, 1, :, 1] = 1  # three objects
-    assert cardinality_error(logits, [4, 1]).tolist() == [(4 + 1) / 2, (2 + 2) / 2]

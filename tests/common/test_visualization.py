@@ -9,6 +9,7 @@ from PIL import Image
 from querymask.common import visualization
 from querymask.common.visualization import (
     LONGER_SIDE_RANGE,
+    PictureNames,
     class_colour,
     contact_sheet,
     draw_instances,
@@ -257,3 +258,19 @@ def test_smoothing():
     assert np.isfinite(smooth).all() and smooth[0] == 0 and smooth[-1] == 1
     assert 0.4 < smooth[100] < 0.6  # no lag
     np.testing.assert_array_equal(visualization._smooth([3.0, 1.0]), [3.0, 1.0])
+
+
+def test_each_image_has_a_name_of_its_own() -> None:
+    files = ["cam1/1.png", "cam2/1.png", "cam2/1.jpg", "1_2.png", "A.png", "x/a.png", "cam1\\1.png", "b.c.png", ".png"]
+    names = PictureNames(".jpg")
+    assert [names(file) for file in files] == [
+        "1.jpg",
+        "1_2.jpg",
+        "1_3.jpg",
+        "1_2_2.jpg",
+        "A.jpg",
+        "a_2.jpg",  # where case does not matter, a.jpg would overwrite A.jpg
+        "1_4.jpg",
+        "b.c.jpg",
+        ".png.jpg",
+    ]

@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from querymask.common.ops.flops import flop_formulas
+from querymask.common.pyramid import FeaturePyramid
 from querymask.effseg.heads import mask_rcnn, refine_mask
 from querymask.effseg.heads.class_masks import ClassMaskHead
 from querymask.effseg.heads.mask_rcnn import MaskRCNNHead
 from querymask.effseg.heads.pointrend import PointRendHead, uncertain_cells
-from querymask.effseg.heads.points import sample_map
+from querymask.effseg.heads.points import sample_finest
 from querymask.effseg.heads.refine_mask import RefineMaskHead, boundary, merge_masks
-from querymask.effseg.regions import Regions, RegionTargets
+from querymask.effseg.regions import STRIDES, Regions, RegionTargets
 
 HEADS = [MaskRCNNHead, PointRendHead, RefineMaskHead]
 ALL_HEADS = pytest.mark.parametrize("head_class", HEADS)
@@ -34,10 +35,11 @@ def make_head(head_class: type[ClassMaskHead], **settings: Any) -> ClassMaskHead
     return head
 
 
-def make_maps(batch: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def make_pyramid(batch: int, dtype: torch.dtype = torch.float64) -> FeaturePyramid:
     generator = torch.Generator().manual_seed(1)
     sizes = [(-(-CANVAS[0] // 2**level), -(-CANVAS[1] // 2**level)) for level in range(2, 6)]
-    return [torch.randn(batch, WIDTH, *size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
+    maps = [torch.randn(batch, WIDTH, *size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
+    return FeaturePyramid(maps, STRIDES)
 
 
 def make_regions(batch: int = 2, dtype: torch.dtype = torch.float64) -> Regions:
@@ -80,13 +82,15 @@ def slow_read(square: Tensor, x: float, y: float) -> Tensor:
     return total
 
 
-def slow_points(head: PointRendHead, maps: list[Tensor], regions: Regions, shares: Tensor) -> Tensor:
+def slow_points(head: PointRendHead, pyramid: FeaturePyramid, regions: Regions, shares: Tensor) -> Tensor:
     """Logits (n, K, P) of points, one at a time."""
-    coarse = head.coarse_layers(head.fused_features(maps, regions))
+    coarse = head.coarse_layers(head.fused_features(pyramid, regions))
     result = []
     for i, (x0, y0, x1, y1) in enumerate(regions.boxes.tolist()):
         fine = [
-            slow_read(maps[0][regions.images[i]], (x0 + u * (x1 - x0)) / 4 - 0.5, (y0 + v * (y1 - y0)) / 4 - 0.5)
+            slow_read(
+                pyramid.maps[0][regions.images[i]], (x0 + u * (x1 - x0)) / 4 - 0.5, (y0 + v * (y1 - y0)) / 4 - 0.5
+            )
             for u, v in shares[i].tolist()
         ]
         rough = [slow_read(coarse[i], 28 * u - 0.5, 28 * v - 0.5) for u, v in shares[i].tolist()]
@@ -138,7 +142,7 @@ UNREAD = 4 * 100 * 79 * (56**2 + 112**2 + 224**2) / 1e9
 def test_flops_as_measured(head_class: type[ClassMaskHead], gflops: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """100 pairs of an image of 800 x 1088. RoIAlign, 0.02 G, picks maps by value and cannot run without values."""
     for module in (mask_rcnn, refine_mask):
-        monkeypatch.setattr(module, "pool_regions", lambda maps, regions: maps[0].new_empty(len(regions), 256, 14, 14))
+        monkeypatch.setattr(module, "pool_regions", lambda _, regions: torch.empty(len(regions), 256, 14, 14))
     formulas = {
         **flop_formulas(),
         torch.ops.aten.upsample_bilinear2d: lambda *_, out_shape, **__: 8 * out_shape.numel(),
@@ -146,7 +150,7 @@ def test_flops_as_measured(head_class: type[ClassMaskHead], gflops: float, monke
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         numbers = torch.zeros(100, dtype=torch.long)
         regions = Regions(torch.empty(100, 4), numbers, torch.empty(100, 256), numbers)
-        head_class(256, 80)([torch.empty(1, 256, 200, 272)], (800, 1088), regions)
+        head_class(256, 80)(FeaturePyramid([torch.empty(1, 256, 200, 272)], [4]), (800, 1088), regions)
     assert counter.get_total_flops() / 2e9 == pytest.approx(gflops, rel=0.01)  # of an addition and a product each
 
 
@@ -157,21 +161,21 @@ def test_flops_as_measured(head_class: type[ClassMaskHead], gflops: float, monke
 @torch.no_grad()
 def test_images_of_a_batch(head_class: type[ClassMaskHead], size: int) -> None:
     """The masks of an image do not depend on the others."""
-    head, maps, regions = make_head(head_class), make_maps(2), make_regions()
+    head, pyramid, regions = make_head(head_class), make_pyramid(2), make_regions()
     rows = torch.tensor([1, 2])
-    masks = head(maps, CANVAS, regions[rows])
+    masks = head(pyramid, CANVAS, regions[rows])
     assert masks.shape == (2, size, size)
     alone = Regions(regions.boxes[rows], torch.tensor([0, 0]), regions.queries[rows], regions.labels[rows])
-    torch.testing.assert_close(masks, head([x[1:] for x in maps], CANVAS, alone))
+    torch.testing.assert_close(masks, head(pyramid.of_image(1), CANVAS, alone))
 
 
 @ALL_HEADS
 def test_no_regions(head_class: type[ClassMaskHead]) -> None:
     """No masks, and zero losses with a gradient to every parameter."""
-    head, maps, regions = make_head(head_class), make_maps(2), no_regions(make_regions())
-    assert head(maps, CANVAS, regions).shape == (0, head.mask_size, head.mask_size)
+    head, pyramid, regions = make_head(head_class), make_pyramid(2), no_regions(make_regions())
+    assert head(pyramid, CANVAS, regions).shape == (0, head.mask_size, head.mask_size)
     targets = RegionTargets(make_targets().masks, torch.zeros(0, dtype=torch.long))
-    losses = head.losses(maps, CANVAS, regions, targets)
+    losses = head.losses(pyramid, CANVAS, regions, targets)
     assert set(losses) == set(head.loss_names)
     sum(losses.values()).backward()
     assert all(loss == 0 for loss in losses.values())
@@ -181,10 +185,11 @@ def test_no_regions(head_class: type[ClassMaskHead]) -> None:
 @ALL_HEADS
 def test_autocast(head_class: type[ClassMaskHead]) -> None:
     """Masks and losses stay in full precision."""
-    head, maps, regions = make_head(head_class).float(), make_maps(2, torch.float32), make_regions(dtype=torch.float32)
+    head, pyramid = make_head(head_class).float(), make_pyramid(2, torch.float32)
+    regions = make_regions(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        masks = head(maps, CANVAS, regions[torch.tensor([0])])
-        losses = head.losses(maps, CANVAS, regions, make_targets())
+        masks = head(pyramid, CANVAS, regions[torch.tensor([0])])
+        losses = head.losses(pyramid, CANVAS, regions, make_targets())
     sum(losses.values()).backward()
     assert masks.dtype == torch.float32 and masks.isfinite().all()
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
@@ -195,14 +200,16 @@ def test_last_logits_of_refine_mask_may_exceed_float16() -> None:
     """Random weights make them hundreds of times as large as the maps, and more than anything before them."""
     torch.manual_seed(0)
     head = RefineMaskHead(4 * WIDTH, NUM_CLASSES)
-    maps, regions = [x.repeat(1, 4, 1, 1) for x in make_maps(2, torch.float32)], make_regions(dtype=torch.float32)
+    maps = [x.repeat(1, 4, 1, 1) for x in make_pyramid(2, torch.float32).maps]
+    regions = make_regions(dtype=torch.float32)
     regions = replace(regions, queries=regions.queries.repeat(1, 4))
-    largest = max(float(x.abs().max()) for x in head.predict_stages(maps, regions))
+    largest = max(float(x.abs().max()) for x in head.predict_stages(FeaturePyramid(maps, STRIDES), regions))
     factor = 80000 / largest
-    maps, regions = [factor * x for x in maps], replace(regions, queries=factor * regions.queries)
-    expected = head.predict_stages(maps, regions)
+    pyramid = FeaturePyramid([factor * x for x in maps], STRIDES)
+    regions = replace(regions, queries=factor * regions.queries)
+    expected = head.predict_stages(pyramid, regions)
     with torch.autocast("cpu", dtype=torch.float16):
-        found = head.predict_stages(maps, regions)
+        found = head.predict_stages(pyramid, regions)
     assert expected[-1].half().isinf().any() and all(x.half().isfinite().all() for x in expected[:-1])
     for logits, exact in zip(found, expected):
         assert (logits - exact).norm() < 0.01 * exact.norm()
@@ -211,30 +218,31 @@ def test_last_logits_of_refine_mask_may_exceed_float16() -> None:
 @torch.no_grad()
 def test_points_of_maps() -> None:
     """Bilinear reads of the region's own image, also beyond the border."""
-    maps, regions = make_maps(2), make_regions()
+    pyramid, regions = make_pyramid(2), make_regions()
     shares = torch.rand(3, 40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1.4 - 0.2
     expected = [
-        slow_read(maps[0][image], *((box[:2] + share * (box[2:] - box[:2])) / 4 - 0.5).tolist())
+        slow_read(pyramid.maps[0][image], *((box[:2] + share * (box[2:] - box[:2])) / 4 - 0.5).tolist())
         for box, image, points in zip(regions.boxes, regions.images, shares)
         for share in points
     ]
-    sampled = sample_map(maps[0], regions, shares, 4)
+    sampled = sample_finest(pyramid, regions, shares)
     torch.testing.assert_close(sampled, torch.stack(expected).view(3, 40, WIDTH).transpose(1, 2))
 
 
 @torch.no_grad()
 def test_subdivision() -> None:
     """The least certain cells of the doubled mask get the logits of points, the others keep theirs."""
-    head, maps, regions = make_head(PointRendHead, subdivisions=1, subdivision_points=50), make_maps(2), make_regions()
-    coarse = head.coarse_layers(head.fused_features(maps, regions))[torch.arange(3), regions.labels]
+    head, pyramid = make_head(PointRendHead, subdivisions=1, subdivision_points=50), make_pyramid(2)
+    regions = make_regions()
+    coarse = head.coarse_layers(head.fused_features(pyramid, regions))[torch.arange(3), regions.labels]
     doubled = F.interpolate(coarse[:, None], scale_factor=2, mode="bilinear")[:, 0]
-    masks = head.logits(maps, regions)
+    masks = head.logits(pyramid, regions)
     for i, (before, after) in enumerate(zip(doubled, masks)):
         distance = before.flatten().abs().tolist()
         order = sorted(range(56 * 56), key=distance.__getitem__)
         assert set((before != after).flatten().nonzero().flatten().tolist()) == set(order[:50])
         shares = torch.tensor([[(cell % 56 + 0.5) / 56, (cell // 56 + 0.5) / 56] for cell in order[:50]])
-        logits = slow_points(head, maps, regions[torch.tensor([i])], shares[None].double())
+        logits = slow_points(head, pyramid, regions[torch.tensor([i])], shares[None].double())
         torch.testing.assert_close(after.flatten()[order[:50]], logits[0, regions.labels[i]], rtol=1e-5, atol=1e-5)
 
 
@@ -282,28 +290,29 @@ def test_merged_masks() -> None:
 
 def compute_losses(head: ClassMaskHead, regions: Regions) -> Mapping[str, Tensor]:
     torch.manual_seed(7)  # PointRend draws points
-    return head.losses(make_maps(2), CANVAS, regions, make_targets())
+    return head.losses(make_pyramid(2), CANVAS, regions, make_targets())
 
 
 @torch.no_grad()
 def test_mask_rcnn_loss() -> None:
     head, regions = make_head(MaskRCNNHead), make_regions()
     targets = slow_targets(regions, make_targets(), 28)
-    expected = cross_entropy(head.logits(make_maps(2), regions), targets).sum() / 784
+    expected = cross_entropy(head.logits(make_pyramid(2), regions), targets).sum() / 784
     torch.testing.assert_close(compute_losses(head, regions)["loss_mask"], expected)
 
 
 @torch.no_grad()
 def test_pointrend_losses() -> None:
-    head, maps, regions, targets = make_head(PointRendHead, num_points=20), make_maps(2), make_regions(), make_targets()
+    head, pyramid = make_head(PointRendHead, num_points=20), make_pyramid(2)
+    regions, targets = make_regions(), make_targets()
     losses = compute_losses(head, regions)
-    coarse = head.coarse_layers(head.fused_features(maps, regions))[torch.arange(3), regions.labels]
+    coarse = head.coarse_layers(head.fused_features(pyramid, regions))[torch.arange(3), regions.labels]
     expected = cross_entropy(coarse, slow_targets(regions, targets, 28)).sum() / 784
     torch.testing.assert_close(losses["loss_mask"], expected)
 
     torch.manual_seed(7)
     shares = head.draw_points(coarse, torch.rand(3, 60 + 5, 2, dtype=torch.float64))
-    logits = slow_points(head, maps, regions, shares)[torch.arange(3), regions.labels]
+    logits = slow_points(head, pyramid, regions, shares)[torch.arange(3), regions.labels]
     points = regions.boxes[:, None, :2] + shares * (regions.boxes[:, None, 2:] - regions.boxes[:, None, :2]) - 0.5
     wanted = [
         slow_read(targets.masks[image][index, None].double(), *point.tolist())
@@ -318,7 +327,7 @@ def test_pointrend_losses() -> None:
 def test_refine_mask_loss() -> None:
     """Later stages count where the mask so far, or that of the target, has its boundary."""
     head, regions = make_head(RefineMaskHead), make_regions()
-    stages = head.predict_stages(make_maps(2), regions)
+    stages = head.predict_stages(make_pyramid(2), regions)
     targets = [slow_targets(regions, make_targets(), size) for size in (14, 28, 56, 112)]
     values = [cross_entropy(logits, target) for logits, target in zip(stages, targets)]
     expected = 0.5 * values[0].mean() + 0.75 * values[1].mean()

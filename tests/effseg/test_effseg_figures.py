@@ -11,7 +11,7 @@ from torch import nn
 from querymask.common.views import choose_view
 from querymask.common.visualization import class_colour
 from querymask.effseg.figures import OPACITY, Refinement, draw_active_cells, draw_refinement, refinement
-from querymask.effseg.masks import paste_probabilities
+from querymask.effseg.pasting import paste_probabilities
 
 SIZES = [14, 28, 56, 112]
 

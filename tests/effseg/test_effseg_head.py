@@ -9,12 +9,12 @@ from torch import Tensor
 from torchvision.ops import deform_conv2d
 
 from querymask.common.flops import flop_handles
+from querymask.common.pyramid import FeaturePyramid
 from querymask.common.sps import SparseMap
 from querymask.effseg.heads.effseg import EffSegHead, assemble_masks, encode_cells, sample_cells
-from querymask.effseg.heads.effseg_losses import is_border, mask_coverage
+from querymask.effseg.heads.effseg_losses import is_border
 from querymask.effseg.heads.processing import PROCESSING
-from querymask.effseg.heads.sampling import MapSampler
-from querymask.effseg.regions import Regions, RegionTargets
+from querymask.effseg.regions import LEVEL_RULE, STRIDES, Regions, RegionTargets, target_coverage
 
 IMAGE_SIZE = (60, 76)  # no multiple of the strides
 WIDTH = 16
@@ -26,10 +26,11 @@ def make_head(**settings) -> EffSegHead:
     return EffSegHead(**{"width": WIDTH, "refinements": 40, **settings}).double()
 
 
-def make_maps(batch: int = 2, width: int = WIDTH, image_size: tuple[int, int] = IMAGE_SIZE) -> list[Tensor]:
+def make_pyramid(batch: int = 2) -> FeaturePyramid:
     generator = torch.Generator().manual_seed(1)
-    sizes = [[-(-side // 2**level) for side in image_size] for level in range(2, 6)]
-    return [torch.randn(batch, width, *size, generator=generator, dtype=torch.float64) for size in sizes]
+    sizes = [[-(-side // 2**level) for side in IMAGE_SIZE] for level in range(2, 6)]
+    maps = [torch.randn(batch, WIDTH, *size, generator=generator, dtype=torch.float64) for size in sizes]
+    return FeaturePyramid(maps, STRIDES)
 
 
 def make_regions(images: tuple[int, ...] = (0, 1, 1)) -> Regions:
@@ -49,47 +50,17 @@ def make_targets(regions: Regions, batch: int = 2) -> RegionTargets:
     return RegionTargets([torch.stack([disc, rectangle])] * batch, torch.arange(len(regions)) % 2)
 
 
-def test_sampler_reads_as_grid_sample():
-    """Every point from its own map and image, with gradients to maps and points."""
-    maps, size = [feature.requires_grad_() for feature in make_maps(width=3)], torch.tensor(IMAGE_SIZE[::-1])
-    points = (torch.rand(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1.4 - 0.2) * size
-    points.requires_grad_()
-    images, levels = torch.arange(50) % 2, torch.arange(50) % 3
-    sampled = MapSampler(maps[:3], IMAGE_SIZE)(points, images, levels)
-    grid = 2 * points / size - 1
-    expected = torch.stack(
-        [
-            F.grid_sample(maps[level][image][None], grid[i].view(1, 1, 1, 2), align_corners=False).flatten()
-            for i, (image, level) in enumerate(zip(images.tolist(), levels.tolist()))
-        ]
-    )
-    torch.testing.assert_close(sampled, expected)
-    cotangent = torch.randn_like(sampled)
-    ours, theirs = (torch.autograd.grad((x * cotangent).sum(), [points, *maps[:3]]) for x in (sampled, expected))
-    for actual, wanted in zip(ours, theirs):
-        torch.testing.assert_close(actual, wanted)
-
-
-def test_points_that_are_nowhere():
-    """Far away, infinite or nan they read zeros."""
-    points = torch.tensor([[1e9, 3.0], [math.inf, 3], [3, math.nan], [-1e30, -math.inf]], requires_grad=True)
-    nowhere = torch.zeros(4, dtype=torch.long)
-    sampled = MapSampler([feature.float() for feature in make_maps()], IMAGE_SIZE)(points, nowhere, nowhere)
-    assert not sampled.any()
-
-
 def test_cells_read_one_map_finer_at_every_stage():
-    maps = [torch.full_like(feature, level) for level, feature in enumerate(make_maps())]
+    maps = [torch.full_like(feature, level) for level, feature in enumerate(make_pyramid().maps)]
+    pyramid = FeaturePyramid(maps, STRIDES)
     regions = make_regions()
-    assert regions.levels.tolist() == [0, 1, 0]
+    assert pyramid.level_of(regions.boxes, LEVEL_RULE).tolist() == [0, 1, 0]
     big = Regions(torch.tensor([[-400.0, -400, 500, 500]]), torch.tensor([0]), torch.zeros(1, WIDTH), torch.tensor([0]))
-    assert big.levels.tolist() == [3]
+    assert pyramid.level_of(big.boxes, LEVEL_RULE).tolist() == [3]
     sparse = SparseMap.from_dense(torch.zeros(1, WIDTH, 41, 41))
-    sampler = MapSampler(maps[:3], IMAGE_SIZE)
     centre = 20 * 41 + 20  # the pixel (50, 50)
-    assert [sample_cells(sparse, sampler, big, number)[centre, 0].item() for number in (1, 2, 3)] == pytest.approx(
-        [2, 1, 0]
-    )
+    sampled = [sample_cells(pyramid, IMAGE_SIZE, big, number, sparse)[centre, 0].item() for number in (1, 2, 3)]
+    assert sampled == pytest.approx([2, 1, 0])
 
 
 def test_position_encoding():
@@ -145,8 +116,9 @@ def test_processing(processing):
 def test_all_cells_active_equals_a_dense_network(processing):
     """With room for every cell, the head is a convolution network on upsampled maps."""
     head = make_head(processing=processing, refinements=10**6, num_stages=2, seg_weights=[1] * 3, ref_weights=[1] * 3)
-    maps, regions = make_maps(), make_regions()
-    stages = head.refine(maps, IMAGE_SIZE, regions)
+    pyramid, regions = make_pyramid(), make_regions()
+    levels = pyramid.level_of(regions.boxes, LEVEL_RULE)
+    stages = head.refine(pyramid, IMAGE_SIZE, regions)
     features = stages[0].features.dense()
     for number, stage in enumerate(head.stages, 1):
         parents = features.permute(0, 2, 3, 1)
@@ -156,11 +128,11 @@ def test_all_cells_active_equals_a_dense_network(processing):
         size = children.shape[1]
         steps = (torch.arange(size, dtype=torch.float64) + 0.5) / size
         sampled = []
-        for box, image, level in zip(regions.boxes, regions.images, regions.levels):
+        for box, image, level in zip(regions.boxes, regions.images, levels):
             x = 2 * (box[0] + steps * (box[2] - box[0])) / IMAGE_SIZE[1] - 1
             y = 2 * (box[1] + steps * (box[3] - box[1])) / IMAGE_SIZE[0] - 1
             grid = torch.stack([x.expand(size, -1), y[:, None].expand(-1, size)], -1)
-            feature = maps[max(int(level) - number, 0)][image]
+            feature = pyramid.maps[max(int(level) - number, 0)][image]
             sampled.append(F.grid_sample(feature[None], grid[None], align_corners=False)[0].permute(1, 2, 0))
         children = children + stage.fusion.layers(torch.cat([children, torch.stack(sampled)], -1))
         dense = SparseMap.from_dense(stage.transition(children).permute(0, 3, 1, 2))
@@ -174,14 +146,14 @@ def test_all_cells_active_equals_a_dense_network(processing):
 def test_dense_sfm_has_the_weights_of_sfm():
     dense, sparse = make_head(processing="dense_sfm"), make_head(processing="sfm", refinements=10**6)
     dense.load_state_dict(sparse.state_dict())
-    maps, regions = make_maps(1), make_regions((0, 0, 0))
-    torch.testing.assert_close(dense(maps, IMAGE_SIZE, regions), sparse(maps, IMAGE_SIZE, regions))
+    pyramid, regions = make_pyramid(1), make_regions((0, 0, 0))
+    torch.testing.assert_close(dense(pyramid, IMAGE_SIZE, regions), sparse(pyramid, IMAGE_SIZE, regions))
 
 
 def test_refinement():
     """Each stage keeps the cells of highest refinement logit, of all regions together; masks keep what was left."""
-    head, maps, regions = make_head(), make_maps(), make_regions()
-    stages = head.refine(maps, IMAGE_SIZE, regions)
+    head, pyramid, regions = make_head(), make_pyramid(), make_regions()
+    stages = head.refine(pyramid, IMAGE_SIZE, regions)
     assert [len(stage.segmentation) for stage in stages] == [3 * 196, 160, 160, 160]
     for coarse, fine in zip(stages, stages[1:]):
         assert fine.features.active.shape[1] * 2 == coarse.features.active.shape[1]
@@ -199,31 +171,31 @@ def test_refinement():
 
 def test_the_image_of_a_batch():
     """The regions of an image have the same masks whatever other images there are."""
-    head, maps = make_head(), make_maps()
+    head, pyramid = make_head(), make_pyramid()
     regions = make_regions((1, 1, 1))
     first = Regions(regions.boxes, torch.zeros(3, dtype=torch.long), regions.queries, regions.labels)
-    together = head(maps, IMAGE_SIZE, regions)
+    together = head(pyramid, IMAGE_SIZE, regions)
     assert together.shape == (3, 112, 112) and 0 < together.min() and together.max() < 1
-    torch.testing.assert_close(together, head([feature[1:] for feature in maps], IMAGE_SIZE, first))
-    assert not torch.allclose(together, head(maps, IMAGE_SIZE, first))
+    torch.testing.assert_close(together, head(pyramid.of_image(1), IMAGE_SIZE, first))
+    assert not torch.allclose(together, head(pyramid, IMAGE_SIZE, first))
 
 
 @ALL_PROCESSING
 def test_losses_have_the_right_gradients(processing):
     """Against differences, along a random direction: of parameters, maps, queries, and the boxes beyond RoIAlign."""
-    head, maps, regions = make_head(processing=processing), make_maps(), make_regions()
+    head, pyramid, regions = make_head(processing=processing), make_pyramid(), make_regions()
     if processing == "dense_sfm":  # cells enough for a test
         head = make_head(processing=processing, num_stages=1, seg_weights=[1, 1], ref_weights=[1, 1])
     for stage in head.stages:
         if processing == "deform_conv":
             torch.nn.init.normal_(stage.processing.core.offset.weight, std=0.1)
     targets = make_targets(regions)
-    leaves = [*head.parameters(), *maps[:2], regions.queries]
+    leaves = [*head.parameters(), *pyramid.maps[:2], regions.queries]
     for leaf in leaves:
         leaf.requires_grad_()
 
     def total() -> Tensor:
-        losses = head.losses(maps, IMAGE_SIZE, regions, targets)
+        losses = head.losses(FeaturePyramid(pyramid.maps, STRIDES), IMAGE_SIZE, regions, targets)
         assert set(losses) == {"loss_segmentation", "loss_refinement"}
         return losses["loss_segmentation"] + 2 * losses["loss_refinement"]
 
@@ -246,20 +218,20 @@ def test_losses_have_the_right_gradients(processing):
 
 def test_no_region():
     """No masks; losses of zero that reach every parameter."""
-    head, maps, regions = make_head(), make_maps(), make_regions(())
-    assert head(maps, IMAGE_SIZE, regions).shape == (0, 112, 112)
-    losses = head.losses(maps, IMAGE_SIZE, regions, make_targets(regions))
+    head, pyramid, regions = make_head(), make_pyramid(), make_regions(())
+    assert head(pyramid, IMAGE_SIZE, regions).shape == (0, 112, 112)
+    losses = head.losses(pyramid, IMAGE_SIZE, regions, make_targets(regions))
     grads = torch.autograd.grad(sum(losses.values()), list(head.parameters()))
     assert sum(losses.values()) == 0 and not any(grad.any() for grad in grads)
 
 
 def test_losses_by_their_formula():
     """Cell by cell: stage weight times number of regions times the mean over active cells."""
-    head, maps, regions = make_head(), make_maps(), make_regions()
+    head, pyramid, regions = make_head(), make_pyramid(), make_regions()
     targets = make_targets(regions)
-    losses = head.losses(maps, IMAGE_SIZE, regions, targets)
-    stages = head.refine(maps, IMAGE_SIZE, regions)
-    shares = mask_coverage(regions, targets, [14, 28, 56, 112])
+    losses = head.losses(pyramid, IMAGE_SIZE, regions, targets)
+    stages = head.refine(pyramid, IMAGE_SIZE, regions)
+    shares = target_coverage(regions, targets, [14, 28, 56, 112])
     segmentation = refinement = 0.0
     for stage, share, seg_weight in zip(stages, shares, (0.25, 0.375, 0.375, 0.5)):
         for name in ("segmentation", "refinement"):
@@ -284,7 +256,7 @@ def test_coverage():
     mask[0, 30, 50] = True
     boxes = torch.tensor([[0.0, 0, 56, 56], [2.0, 2, 58, 58]])
     regions = Regions(boxes, torch.zeros(2, dtype=torch.long), torch.zeros(2, 1), torch.zeros(2, dtype=torch.long))
-    (share,) = mask_coverage(regions, RegionTargets([mask], torch.zeros(2, dtype=torch.long)), [14])
+    (share,) = target_coverage(regions, RegionTargets([mask], torch.zeros(2, dtype=torch.long)), [14])
     # Samples of RoIAlign lie on the pixels' centres here
     torch.testing.assert_close(share[0], F.avg_pool2d(mask.float(), 4)[0])
     assert is_border(share[0]).nonzero().tolist() == [[7, 12]]
@@ -314,7 +286,7 @@ def test_cost():
             self.head = EffSegHead()
 
         def forward(self, *maps: Tensor) -> Tensor:
-            return self.head(maps, (800, 1088), regions)
+            return self.head(FeaturePyramid(maps, STRIDES), (800, 1088), regions)
 
     generator = torch.Generator().manual_seed(0)
     maps = [torch.randn(1, 256, -(-800 // s), 1088 // s, generator=generator) for s in (4, 8, 16, 32)]
@@ -337,5 +309,5 @@ def test_settings_that_do_not_fit():
         EffSegHead(refinements=0)
     with pytest.raises(ValueError, match="seg_weights must have 4 entries"):
         EffSegHead(seg_weights=(1, 1))
-    with pytest.raises(ValueError, match="reads the maps P2 to P5, got 3 maps"):
-        make_head().refine(make_maps()[:3], IMAGE_SIZE, make_regions())
+    with pytest.raises(ValueError, match=r"reads maps of the strides \[4, 8, 16, 32\], got \[4, 8, 16\]"):
+        make_head().refine(make_pyramid()[:3], IMAGE_SIZE, make_regions())

@@ -1,6 +1,6 @@
 """The tiny model with every head: training, detections, empty images, regions, scores, errors."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from querymask.common.masks import instance_masks
 from querymask.common.predictions import Assignment
 from querymask.common.processes import Processes
-from querymask.effseg.masks import paste_and_resize
+from querymask.common.pyramid import FeaturePyramid
+from querymask.effseg.pasting import paste_and_resize
 from querymask.effseg.region_branch import limit_pairs
 from querymask.effseg.regions import Regions, RegionTargets, SegmentationHead, pool_regions
 
@@ -149,16 +150,16 @@ class Recorder(SegmentationHead):
         self.per_class = per_class
         self.calls: list[tuple[Any, ...]] = []
 
-    def forward(self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions) -> Tensor:
-        self.calls.append((maps, image_size, regions))
-        certain = 0.6 + 0.03 * torch.arange(len(regions), dtype=maps[0].dtype, device=maps[0].device)
+    def forward(self, pyramid: FeaturePyramid, image_size: tuple[int, int], regions: Regions) -> Tensor:
+        self.calls.append((pyramid, image_size, regions))
+        certain = 0.6 + 0.03 * torch.arange(len(regions), dtype=regions.queries.dtype, device=regions.queries.device)
         return certain[:, None, None].expand(-1, 4, 4)
 
     def losses(
-        self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions, targets: RegionTargets
+        self, pyramid: FeaturePyramid, image_size: tuple[int, int], regions: Regions, targets: RegionTargets
     ) -> Mapping[str, Tensor]:
-        self.calls.append((maps, image_size, regions, targets))
-        return {"loss_recorded": regions.boxes.sum() + pool_regions(maps, regions).sum()}
+        self.calls.append((pyramid, image_size, regions, targets))
+        return {"loss_recorded": regions.boxes.sum() + pool_regions(pyramid, regions).sum()}
 
 
 def make_recording(make_model: MakeModel, per_class: bool, **overrides: Any) -> tuple[nn.Module, Recorder]:
@@ -187,7 +188,7 @@ def test_regions_at_inference(make_model: MakeModel, make_batch: MakeBatch, per_
         queries = selected.pred_queries if per_class else selected.pred_queries.unique()
         assert len(selected) == 30 and (per_class or len(queries) < 30)
         assert canvas == (80, 96) and not regions.images.any()
-        assert all(torch.equal(one[0], all_of[number]) and len(one) == 1 for one, all_of in zip(given, made))
+        assert all(torch.equal(one[0], all_of[number]) and len(one) == 1 for one, all_of in zip(given.maps, made.maps))
         assert torch.equal(regions.boxes, found.boxes[number, queries])
         assert torch.equal(regions.queries, found.hidden[0, number, queries])
         assert not per_class or torch.equal(regions.labels.cpu(), selected.pred_classes.cpu())
@@ -216,7 +217,7 @@ def test_regions_in_training(make_model: MakeModel, make_batch: MakeBatch) -> No
     model, head = make_recording(make_model, per_class=False)
     batch = make_batch([3, 0, 2], [(64, 96), (50, 50), (80, 50)])
     loss = model(batch)["loss_recorded"]
-    maps, canvas, regions, targets = head.calls[0]
+    _, canvas, regions, targets = head.calls[0]
     assert regions.queries.requires_grad and not regions.boxes.requires_grad
     assert canvas == (80, 96) and [len(m) for m in targets.masks] == [3, 0, 2]
     assert set(regions.images.tolist()) == {0, 2} and len(regions) == len(targets.index)

@@ -12,8 +12,9 @@ from torch import nn
 
 from querymask.common.boxes import cxcywh_to_xyxy
 from querymask.common.predictions import Targets, weighted
+from querymask.common.pyramid import FeaturePyramid
 from querymask.effseg.fqdet.anchors import apply_deltas
-from querymask.effseg.regions import Regions, pool_regions
+from querymask.effseg.regions import LEVEL_RULE, STRIDES, Regions, pool_regions
 
 MakeModel = Callable[..., nn.Module]
 MakeBatch = Callable[..., list[dict[str, Any]]]
@@ -27,10 +28,12 @@ def test_regions_are_pooled_to_the_pixel() -> None:
     sides = 2 ** (torch.rand(40, 1, generator=generator) * 6.5 + 3)
     images = torch.arange(40) // 20
     regions = Regions(torch.cat([low, low + sides], 1), images, torch.zeros(40, 3), images)
-    assert len(regions.levels.unique()) == 4
-    expected = pool_regions([x.double() for x in maps], replace(regions, boxes=regions.boxes.double()))
+    pyramid = FeaturePyramid(maps, STRIDES)
+    assert len(pyramid.level_of(regions.boxes, LEVEL_RULE).unique()) == 4
+    exact = FeaturePyramid([x.double() for x in maps], STRIDES)
+    expected = pool_regions(exact, replace(regions, boxes=regions.boxes.double()))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        pooled = pool_regions(maps, regions)
+        pooled = pool_regions(pyramid, regions)
     assert pooled.dtype == torch.float32
     torch.testing.assert_close(pooled.double(), expected, rtol=0, atol=1e-3)
 

@@ -4,11 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import FPN as Detectron2FPN
-from detectron2.modeling import Backbone
+from detectron2.modeling import FPN, Backbone
 from torch import Tensor
 
-from querymask.effseg.neck import FPN, DeformEncoder
+from querymask.effseg.neck import DeformEncoder, ExtendedFPN
 
 CHANNELS = [8, 12, 16, 20]
 SIZES = [(16, 24), (8, 12), (4, 6), (2, 3)]
@@ -41,8 +40,8 @@ class Maps(Backbone):
 
 def test_fpn_is_detectron2s() -> None:
     torch.manual_seed(0)
-    neck, maps = FPN(CHANNELS, 32, 4).double(), make_maps()
-    other = Detectron2FPN(Maps(maps), ["res2", "res3", "res4", "res5"], 32).double()
+    neck, maps = ExtendedFPN(CHANNELS, 32, 4).double(), make_maps()
+    other = FPN(Maps(maps), ["res2", "res3", "res4", "res5"], 32).double()
     state = {}
     for name, ours in (("lateral", neck.laterals), ("output", neck.outputs)):
         for level, conv in enumerate(ours, 2):
@@ -59,7 +58,7 @@ def test_fpn_is_detectron2s() -> None:
 def test_further_levels() -> None:
     """The first is made of the lateral of the last map, the second of its rectified values."""
     torch.manual_seed(0)
-    neck, maps = FPN(CHANNELS, 32, 6).double(), make_maps()
+    neck, maps = ExtendedFPN(CHANNELS, 32, 6).double(), make_maps()
     levels = neck(maps)
     assert [level.shape[2:] for level in levels] == [*SIZES, (1, 2), (1, 1)]
     lateral = neck.laterals[3](maps[3])
@@ -72,7 +71,7 @@ def test_further_levels() -> None:
 def test_odd_sizes() -> None:
     """A finer cell takes the coarser one that covers it: cell floor(i * coarse / fine)."""
     sizes = [(11, 13), (6, 7), (3, 4), (2, 2)]
-    neck, maps = FPN(CHANNELS, 32, 4).double(), make_maps(sizes)
+    neck, maps = ExtendedFPN(CHANNELS, 32, 4).double(), make_maps(sizes)
     for conv in neck.outputs:  # a level is what it was before the last convolution
         torch.nn.init.dirac_(conv.weight)
     expected = [lateral(feature) for lateral, feature in zip(neck.laterals, maps)]
@@ -128,7 +127,7 @@ def test_deform_encoder_without_a_fine_level() -> None:
     assert [level.shape for level in levels] == [(2, 32, *size) for size in [*SIZES[1:], (1, 2), (1, 1)]]
 
 
-@pytest.mark.parametrize("neck", [FPN(CHANNELS, 32, 6), DeformEncoder(CHANNELS, 32, 6, num_layers=2)])
+@pytest.mark.parametrize("neck", [ExtendedFPN(CHANNELS, 32, 6), DeformEncoder(CHANNELS, 32, 6, num_layers=2)])
 def test_every_parameter_has_a_gradient(neck: torch.nn.Module) -> None:
     neck = neck.double()
     sum((level**2).sum() for level in neck(make_maps())).backward()

@@ -16,7 +16,7 @@ from torch import nn
 from querymask.isda import masks as isda_masks
 from querymask.isda.detector import BoxFreePredictions
 from querymask.isda.mask_features import MaskFeatureHead, append_coordinates, coordinate_channels
-from querymask.isda.masks import maskness, reduce_masks, resize_masks
+from querymask.isda.masks import maskness, reduce_masks, resize_probabilities
 
 MakeCfg = Callable[..., CfgNode]
 MakeModel = Callable[..., nn.Module]
@@ -133,11 +133,11 @@ def test_resizing_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     torch.manual_seed(0)
     maps = torch.rand(7, 8, 12)
     arguments = (maps, 4, (30, 45), (57, 91), 0.5)
-    whole = resize_masks(*arguments)
+    whole = resize_probabilities(*arguments)
     monkeypatch.setattr(isda_masks, "CHUNK_ELEMENTS", 1)
-    assert torch.equal(resize_masks(*arguments), whole)
+    assert torch.equal(resize_probabilities(*arguments), whole)
     assert 0.2 < whole.float().mean() < 0.8
-    assert resize_masks(maps[:0], *arguments[1:]).shape == (0, 57, 91)
+    assert resize_probabilities(maps[:0], *arguments[1:]).shape == (0, 57, 91)
 
 
 def test_resizing_holds_few_maps_at_once() -> None:
@@ -153,7 +153,7 @@ def test_resizing_holds_few_maps_at_once() -> None:
             return result
 
     with Watch():
-        masks = resize_masks(torch.rand(100, 200, 336), 4, (800, 1333), (480, 800), 0.5)
+        masks = resize_probabilities(torch.rand(100, 200, 336), 4, (800, 1333), (480, 800), 0.5)
     assert masks.shape == (100, 480, 800)
     assert 0 < largest <= isda_masks.CHUNK_ELEMENTS
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import generalized_box_iou
 
-from querymask.common.coded_masks import CodedTargets
 from querymask.common.images import Canvas
 from querymask.common.mask_coding import DCTMaskCoding, MaskCoding, PCABasis, PCAMaskCoding
+from querymask.common.mask_coding.targets import CodedTargets
 from querymask.common.masks import crop_masks
 from querymask.common.predictions import Assignment, LossTerm, Targets, unweighted
 from querymask.common.set_criterion import SetDetector

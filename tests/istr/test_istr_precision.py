@@ -9,7 +9,7 @@ from float16_training import check_float16_training
 from rounded_products import check_precision
 from torch import nn
 
-from querymask.common.roi_pooling import FeaturePyramid
+from querymask.common.pyramid import FeaturePyramid
 
 
 @pytest.mark.parametrize("form", [{}, {"CLASSIFIER": "softmax", "ATTENTION": "multi_head"}], ids=["sigmoid", "softmax"])

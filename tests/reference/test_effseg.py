@@ -21,7 +21,7 @@ from querymask.effseg.fqdet import FQDet
 from querymask.effseg.fqdet.criterion import MATCHED_RANKS, SELECTED_RANKS, FQDetCriterion, rank_anchors
 from querymask.effseg.fqdet.predictions import FQDetPredictions
 from querymask.effseg.fqdet.suppression import detect
-from querymask.effseg.masks import foreground_certainty, paste_probabilities
+from querymask.effseg.pasting import foreground_certainty, paste_probabilities
 
 VERSIONS = {"FQDet": 1, "FQDetV2": 2}
 SETTINGS = {"kind", "canvas", "image_sizes", "model", "overrides", "slices", "inputs", "arrays", "file", "input_prefix"}

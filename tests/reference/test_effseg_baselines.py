@@ -11,13 +11,14 @@ from effseg_inputs import PastedDetections, make_input, paste
 from torch import Tensor
 
 from querymask.common.checkpoint import apply_rules
+from querymask.common.pyramid import FeaturePyramid
 from querymask.effseg.fqdet.suppression import Detections, detect
 from querymask.effseg.heads.checkpoint_baselines import BASELINE_HEAD_RULES
 from querymask.effseg.heads.class_masks import ClassMaskHead
 from querymask.effseg.heads.mask_rcnn import MaskRCNNHead
 from querymask.effseg.heads.pointrend import PointRendHead
 from querymask.effseg.heads.refine_mask import RefineMaskHead
-from querymask.effseg.regions import Regions
+from querymask.effseg.regions import STRIDES, Regions
 
 HEADS: dict[str, tuple[str, str, type[ClassMaskHead]]] = {
     "Mask R-CNN++ head": ("mrcnn", "MaskRCNNBranch", MaskRCNNHead),
@@ -69,6 +70,7 @@ def test_head(name: str) -> None:
     sizes = [tuple(-(-side // 2**level) for side in canvas) for level in LEVELS]
     batch = len(case["image_sizes"])
     maps = [make_input(case, f"p{level}", (batch, WIDTH, *size)) for level, size in zip(LEVELS, sizes)]
+    pyramid = FeaturePyramid(maps[: len(STRIDES)], STRIDES)
     compared = {"boxes", "box_image"}
 
     def compare(actual: Any, key: str, tolerance: float = 1e-5) -> None:
@@ -82,13 +84,13 @@ def test_head(name: str) -> None:
         steps.clear()
         # Of the image's own maps, as in the model: RefineMask's semantic convolutions are the most costly part
         own = Regions(regions.boxes, torch.zeros_like(regions.images), regions.queries, regions.labels)
-        logits = head.logits([feature[image : image + 1] for feature in maps], own)
+        logits = head.logits(pyramid.of_image(image), own)
         compare(steps["fused"][::10, ::8, ::2, ::2], f"img{image}_fused_roi_features")
         compare(logits[::5, ::2, ::2], f"img{image}_mask_logits")
         probabilities = logits.sigmoid()
         if image == batch - 1:  # found among the maps of all images
             few = slice(None, None, 40)
-            torch.testing.assert_close(head(maps, canvas, regions[few]), probabilities[few])
+            torch.testing.assert_close(head(pyramid, canvas, regions[few]), probabilities[few])
 
         pasted = paste(probabilities, regions.boxes, canvas)
         detections.add(image, pasted, found, chosen)

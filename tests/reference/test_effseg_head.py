@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from querymask.common.checkpoint import Drop, apply_rules
 from querymask.common.precision import full_precision
+from querymask.common.pyramid import FeaturePyramid
 from querymask.effseg.fqdet.suppression import Detections, detect
 from querymask.effseg.heads import effseg
 from querymask.effseg.heads.checkpoint_effseg import EFFSEG_HEAD_RULES
 from querymask.effseg.heads.effseg import EffSegHead, assemble_masks
-from querymask.effseg.regions import Regions
+from querymask.effseg.regions import STRIDES, Regions
 
 CASES = load_cases("effseg", "EffSeg head")
 SETTINGS = {"kind", "model", "canvas", "image_sizes", "head", "overrides", "inputs", "arrays", "file"}
@@ -65,6 +66,7 @@ def test_head(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = len(case["image_sizes"])
     sizes = [tuple(-(-side // 2**level) for side in canvas) for level in LEVELS]
     maps = [make_input(case, f"p{level}", (batch, 256, *size)) for level, size in zip(LEVELS, sizes)]
+    pyramid = FeaturePyramid(maps[: len(STRIDES)], STRIDES)
     compared = {"boxes", "box_image"}
 
     def compare(actual: Any, key: str, tolerance: float = 1e-5) -> None:
@@ -91,7 +93,7 @@ def test_head(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for image, (regions, found, chosen) in enumerate(make_regions(case, arrays)):
         steps.clear()
         compare(chosen, f"img{image}_roi_query")
-        stages = head.refine(maps, canvas, regions)
+        stages = head.refine(pyramid, canvas, regions)
         for key in ("roi_features", "query_fusion", "fcn_out"):
             compare(steps[key][DENSE], f"img{image}_{key}")
         for number, stage in enumerate(stages):
@@ -109,7 +111,7 @@ def test_head(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         logits = assemble_masks(stages)[-1]
         compare(logits[:, ::2, ::2], f"img{image}_mask_logits_112")
 
-        probabilities = head(maps, canvas, regions)
+        probabilities = head(pyramid, canvas, regions)
         torch.testing.assert_close(probabilities, full_precision(logits).sigmoid())
         pasted = paste(probabilities, regions.boxes, canvas)[torch.searchsorted(chosen, chosen[0] + found.queries)]
         detections.add(image, pasted, found, (arrays["box_image"] < image).sum() + found.queries)

@@ -11,7 +11,7 @@ from istr_model import double_precision, official_value, unpack
 from querymask.common.data.segmentation import crop_polygons
 from querymask.common.mask_coding import AutoencoderMaskCoding, DCTMaskCoding, PCAMaskCoding
 from querymask.common.mask_coding.incremental_pca import fit
-from querymask.common.mask_coding.pca import mask_logits
+from querymask.common.mask_coding.pca import label_logits
 from querymask.common.masks import crop_masks
 from querymask.istr.checkpoint import convert
 
@@ -106,7 +106,7 @@ def test_istr_fitted_basis(name: str) -> None:
     crops = torch.cat(crops)
     assert np.array_equal(crops, unpack(expected["crops"], (count, size, size)))
     variates = np.random.default_rng(first).random((count, pixels))
-    logits = mask_logits(crops.flatten(1).double(), torch.from_numpy(variates)).numpy()
+    logits = label_logits(crops.flatten(1).double(), torch.from_numpy(variates)).numpy()
     assert_close(logits[0], expected["logits_of_first"], "logits_of_first")
     basis = fit(logits, inputs["components"], inputs["batch_size"])
     for key, value in {

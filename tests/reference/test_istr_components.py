@@ -22,13 +22,13 @@ from istr_model import (
 from querymask.common.images import Canvas
 from querymask.common.mask_coding import PCAMaskCoding
 from querymask.common.predictions import Targets, unweighted
-from querymask.common.roi_pooling import FeaturePyramid
+from querymask.common.pyramid import FeaturePyramid
 from querymask.istr import ISTR
 from querymask.istr.checkpoint import convert
 from querymask.istr.detector import build_stage
 from querymask.istr.mask_head import MaskCode, build_mask_head
 from querymask.istr.predictions import RecurrentPredictions
-from querymask.istr.stage import apply_deltas
+from querymask.istr.stage import move_boxes
 
 STRIDES = (4, 8, 16, 32)
 
@@ -103,7 +103,7 @@ def test_istr_stage(name: str) -> None:
 def test_istr_deltas(name: str) -> None:
     expected = load_arrays("istr", load_cases("istr")[name])
     boxes, deltas = torch.from_numpy(expected["boxes"]), torch.from_numpy(expected["deltas"])
-    moved = apply_deltas(boxes, deltas)
+    moved = move_boxes(boxes, deltas)
     for row, truth in zip(moved, expected["out"], strict=True):  # scales differ by orders of magnitude
         assert_close(row, truth, "out")
 

@@ -16,8 +16,8 @@ from tiny_models import find_key
 from training_steps import training_step
 
 import querymask
-from querymask.common.coded_masks import CodedTargets
 from querymask.common.mask_coding import DCTMaskCoding, PCAMaskCoding, binarize_at_half_range
+from querymask.common.mask_coding.targets import CodedTargets
 from querymask.common.masks import crop_masks, paste_masks
 from querymask.common.position_encoding import sine_position_encoding
 from querymask.common.predictions import Assignment, Normalizers, Predictions, Targets, unweighted, weighted

@@ -12,11 +12,12 @@ from torch import nn
 from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
 
 from querymask.common.boxes import cxcywh_to_xyxy
-from querymask.common.coded_masks import CodedTargets
 from querymask.common.mask_coding import MaskCoding
+from querymask.common.mask_coding.targets import CodedTargets
+from querymask.common.matching import hungarian_assignment
 from querymask.common.predictions import Assignment, LossTerm, Targets, unweighted, weighted
 from querymask.common.set_criterion import SetDetector
-from querymask.solq.criterion import DETRCriterion
+from querymask.solq.criterion import DETRCriterion, cardinality_error, class_error
 from querymask.solq.predictions import DETRPredictions
 from querymask.solq.vectors import VECTOR_LOSS_REDUCTIONS, VectorBranch
 
@@ -306,3 +307,32 @@ def test_error_of_broken_values(tensor: str, term: str, culprit: str) -> None:
 def test_unknown_reduction() -> None:
     with pytest.raises(ValueError, match="VECTOR.LOSS_REDUCTION is 'median': choose one of .*'local_mean'"):
         make_branch(reduction="median")
+
+
+def test_class_error() -> None:
+    """Two of the four matched queries of the last layer have the right class; those of the first layer do not count."""
+    logits = torch.zeros(2, 2, 3, 4)
+    labels = torch.tensor([2, 1, 3, 3])
+    targets = Targets([1, 3], labels, torch.zeros(4, 4), [SIZE] * 2)
+    cost = torch.ones(2, 2, 3, 3)
+    cost[:, 0, 2, 0] = 0
+    for i in range(3):
+        cost[:, 1, i, i] = 0
+    assignment = hungarian_assignment({"cost": cost}, targets)
+    logits[1, 0, 2, 2] = 1  # right
+    logits[1, 1, 0, 0] = 1  # wrong
+    logits[1, 1, 1, 3] = 1  # right
+    logits[1, 1, 2, 1] = 1  # wrong
+    assert class_error(logits, labels, assignment).item() == 50
+    empty = Targets([0, 0], labels[:0], torch.zeros(0, 4), [SIZE] * 2)
+    nothing = hungarian_assignment({"cost": torch.zeros(2, 2, 3, 0)}, empty)
+    assert class_error(logits, labels[:0], nothing).item() == 100
+
+
+def test_cardinality_error() -> None:
+    logits = torch.zeros(2, 2, 3, 4)
+    logits[0, :, :, 3] = 1  # all of the last class: no object
+    logits[1, 0, :2, 0] = 1  # two objects
+    logits[1, 0, 2, 3] = 1
+    logits[1, 1, :, 1] = 1  # three objects
+    assert cardinality_error(logits, [4, 1]).tolist() == [(4 + 1) / 2, (2 + 2) / 2]

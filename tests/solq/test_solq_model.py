@@ -20,7 +20,7 @@ from torch import nn
 from training_steps import training_step
 
 from querymask.common.predictions import Predictions, Targets
-from querymask.solq.criterion import relative_boxes
+from querymask.solq.criterion import relative_cxcywh
 from querymask.solq.sqr import SQRBranch
 from querymask.solq.vectors import VectorBranch
 
@@ -161,7 +161,7 @@ def test_targets(make_model: MakeModel, make_batch: MakeBatch) -> None:
     batch = make_batch([2, 0, 1], [(64, 96), (32, 32), (40, 50)])
     targets = Targets.from_inputs(batch, model.device, with_masks=True)
     truth = model.mask_branch.encode(targets, Predictions(torch.zeros(0, dtype=torch.float64), torch.zeros(0)))
-    boxes = relative_boxes(targets, torch.zeros(0, dtype=torch.float64))
+    boxes = relative_cxcywh(targets, torch.zeros(0, dtype=torch.float64))
     assert (targets.counts, targets.images) == ([2, 0, 1], ["0.jpg", "1.jpg", "2.jpg"])
     assert boxes.dtype == truth.vectors.dtype == torch.float64
     row = 0

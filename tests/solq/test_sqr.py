@@ -14,8 +14,8 @@ from scipy.special import expit
 from torch import nn
 from training_steps import training_step
 
-from querymask.common.masks import inside_boxes, pad_masks
-from querymask.solq.sqr import AttentionMaps, MaskHead
+from querymask.common.masks import pad_masks
+from querymask.solq.sqr import AttentionMaps, MaskHead, inside_boxes
 
 MakeCfg = Callable[..., CfgNode]
 MakeModel = Callable[..., nn.Module]

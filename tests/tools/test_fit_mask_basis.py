@@ -23,7 +23,7 @@ from querymask.common.mask_coding import (
     SparseMaskCoding,
     build_mask_coding,
     fitting,
-    mask_logits,
+    label_logits,
 )
 from querymask.common.mask_coding.incremental_pca import IncrementalPCA, batch_slices, fit
 
@@ -107,7 +107,7 @@ def test_basis_of_a_data_set(tmp_path: Path) -> None:
     quality = tool.main([*arguments, "--batch-size", "32", "--seed", "5"])
     crops = torch.stack(list(MaskCrops([NAME], 12)))
     variates = torch.from_numpy(np.random.default_rng(5).random((80, 144)))
-    expected = fit(mask_logits(crops.flatten(1).double(), variates).numpy(), 10, 32)
+    expected = fit(label_logits(crops.flatten(1).double(), variates).numpy(), 10, 32)
     basis = PCABasis.load(output)
     for name in ("components", "mean", "explained_variance", "explained_variance_ratio"):
         assert np.allclose(getattr(basis, name), getattr(expected, name), atol=1e-4), name

@@ -10,7 +10,7 @@ from detectron2.utils import comm
 
 from querymask.common.data.annotations import read_dataset
 from querymask.common.data.image_files import ImageReader
-from querymask.common.picture_names import PictureNames
+from querymask.common.visualization import PictureNames
 
 logger = logging.getLogger(__name__)
 

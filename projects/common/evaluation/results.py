@@ -14,11 +14,9 @@ from querymask.common.data.annotations.findings import Findings, show
 from querymask.common.data.annotations.images import read_id
 from querymask.common.data.segmentation import clean_segmentation, encode_segmentation
 from querymask.common.evaluation.class_file import compare_class_file
-from querymask.common.evaluation.coco import InstanceEvaluator
+from querymask.common.evaluation.coco import InstanceEvaluator, Scores
 from querymask.common.evaluation.result_boxes import check_boxes
 from querymask.common.evaluation.scores import MAX_DETECTIONS
-
-Scores = dict[str, dict[str, float]]
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from querymask.common.mask_coding.base import (
 from querymask.common.mask_coding.build import MASK_CODINGS, build_mask_coding, coding_from_config
 from querymask.common.mask_coding.dct import DCTMaskCoding, zigzag_order
 from querymask.common.mask_coding.flatten import FlattenMaskCoding
-from querymask.common.mask_coding.pca import PCABasis, PCAMaskCoding, mask_logits
+from querymask.common.mask_coding.pca import PCABasis, PCAMaskCoding, label_logits
 from querymask.common.mask_coding.sparse import SparseBasis, SparseMaskCoding
 
 __all__ = [
@@ -30,6 +30,6 @@ __all__ = [
     "build_mask_coding",
     "coding_from_config",
     "fill_missing_bases",
-    "mask_logits",
+    "label_logits",
     "zigzag_order",
 ]

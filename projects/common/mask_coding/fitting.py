@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from querymask.common.mask_coding.base import MaskCoding
 from querymask.common.mask_coding.incremental_pca import IncrementalPCA, batch_slices
-from querymask.common.mask_coding.pca import PCABasis, mask_logits
+from querymask.common.mask_coding.pca import PCABasis, label_logits
 from querymask.common.mask_coding.sparse import SparseBasis
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def fit_pca_basis(
         for number, batch in enumerate(loader, start=1):
             rows = batch.flatten(1).to(torch.float64)
             variates = torch.from_numpy(noise.random((len(rows), pixels)))
-            pca.update(mask_logits(rows, variates).numpy())
+            pca.update(label_logits(rows, variates).numpy())
             progress.update(len(rows))
             if state is not None and number % SAVE_PERIOD == 0:
                 _write_state(pca, state, settings)

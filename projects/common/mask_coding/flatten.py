@@ -3,7 +3,7 @@
 import torch
 
 from querymask.common.mask_coding.base import MaskCoding
-from querymask.common.mask_coding.pca import mask_logits
+from querymask.common.mask_coding.pca import label_logits
 
 
 class FlattenMaskCoding(MaskCoding):
@@ -23,7 +23,7 @@ class FlattenMaskCoding(MaskCoding):
     def encode(self, masks: torch.Tensor) -> torch.Tensor:
         """(n, mask_size, mask_size) -> (n, length): 0 or 1, or with ``logits`` -3.66 or 3.66 (2.5 % and 97.5 %)."""
         pixels = masks.flatten(1).to(torch.get_default_dtype())
-        return mask_logits(pixels) if self.logits else pixels
+        return label_logits(pixels) if self.logits else pixels
 
     def decode(self, vectors: torch.Tensor) -> torch.Tensor:
         """(n, length) -> (n, mask_size, mask_size)."""

@@ -15,7 +15,7 @@ from querymask.common.precision import without_autocast
 NOISE_SCALE, LEAST_NOISE = 0.05, 0.01
 
 
-def mask_logits(masks: torch.Tensor, variates: torch.Tensor | None = None) -> torch.Tensor:
+def label_logits(masks: torch.Tensor, variates: torch.Tensor | None = None) -> torch.Tensor:
     """Logits of softened labels: +-ln((1 - n) / n), within +-[2.944, 4.595].
 
     Args:
@@ -140,7 +140,7 @@ class PCAMaskCoding(LearnedMaskCoding):
         if variates is None and self.noise is not None:
             variates = self.noise(pixels)
         with without_autocast(masks.device):
-            centred = mask_logits(pixels, variates) - self.means
+            centred = label_logits(pixels, variates) - self.means
             return centred @ self.components.T / self.explained_variances.sqrt()
 
     def decode_logits(self, vectors: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from querymask.common.boxes import cxcywh_to_xyxy
-from querymask.common.deformable_attention import cell_centers
+from querymask.common.deformable_attention import cell_centres
 from querymask.common.transfer import numbers_to_device
 
 SIZES_PER_OCTAVE = 3
@@ -41,8 +41,8 @@ def make_anchors(
     sizes = torch.stack([widths, aspects * widths], dim=-1).view(-1, 2)  # of one cell's anchors, in cells
     anchors = []
     for shape, level in zip(shapes, levels, strict=True):
-        centers = cell_centers(shape, dtype, device)[:, None].expand(-1, len(sizes), -1)
-        anchors.append(2.0**level * torch.cat([centers, sizes.expand_as(centers)], dim=-1).flatten(0, 1))
+        centres = cell_centres(shape, dtype, device)[:, None].expand(-1, len(sizes), -1)
+        anchors.append(2.0**level * torch.cat([centres, sizes.expand_as(centres)], dim=-1).flatten(0, 1))
     return torch.cat(anchors)
 
 
@@ -55,9 +55,9 @@ def apply_deltas(anchors: Tensor, deltas: Tensor) -> Tensor:
     Returns:
         (..., 4), not clipped.
     """
-    centers = anchors[..., :2] + deltas[..., :2] * anchors[..., 2:]
+    centres = anchors[..., :2] + deltas[..., :2] * anchors[..., 2:]
     sizes = anchors[..., 2:] * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp()
-    return cxcywh_to_xyxy(torch.cat([centers, sizes], dim=-1))
+    return cxcywh_to_xyxy(torch.cat([centres, sizes], dim=-1))
 
 
 def encode_deltas(anchors: Tensor, boxes: Tensor) -> Tensor:

@@ -28,14 +28,13 @@ from querymask.common.meta_arch import feature_shapes
 from querymask.common.precision import full_precision, without_autocast
 from querymask.common.predictions import Assignment, LossTerm, Normalizers, Targets
 from querymask.common.processes import TOGETHER, Processes
-from querymask.common.roi_pooling import FeaturePyramid
+from querymask.common.pyramid import FeaturePyramid, group_rows
 from querymask.common.transfer import instances_to_device, numbers_to_device
 from querymask.effseg.fqdet.anchors import ANCHORS_PER_CELL, apply_deltas, make_anchors
 from querymask.effseg.fqdet.criterion import FQDetCriterion
-from querymask.effseg.fqdet.layers import DecoderLayer, NormActLinear, Residual, Selector
+from querymask.effseg.fqdet.layers import FQDetLayer, NormActLinear, Residual, Selector
 from querymask.effseg.fqdet.predictions import FQDetAssignment, FQDetPredictions
 from querymask.effseg.fqdet.suppression import detect
-from querymask.effseg.grouping import group_rows
 from querymask.effseg.neck import build_neck
 
 LOSS_REDUCTIONS = ("global", "local")
@@ -100,7 +99,7 @@ class FQDet(Detector):
         self.selector = Selector(width)
         self.transitions = nn.ModuleList(NormActLinear(width, width) for _ in range(ANCHORS_PER_CELL))
         self.layers = nn.ModuleList(
-            DecoderLayer(width, num_heads, len(levels), num_points, ffn_dim) for _ in range(num_layers)
+            FQDetLayer(width, num_heads, len(levels), num_points, ffn_dim) for _ in range(num_layers)
         )
         if version == 1:
             self.anchor_encoder = nn.Sequential(nn.Linear(4, width), Residual(NormActLinear(width, width)))

@@ -1,15 +1,14 @@
 """The layers of FQDet: the selector of anchors, and the decoder's, which are pre-norm."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from querymask.common.deformable_attention import DeformableAttention
+from querymask.common.losses import PRIOR_LOGIT
 from querymask.effseg.fqdet.anchors import ANCHORS_PER_CELL
 
-PRIOR_PROBABILITY = 0.01  # of an anchor being selected, at first
 NORM_GROUPS = 8
 BOTTLENECK = 4  # width of the selector over that of its bottleneck
 
@@ -52,7 +51,7 @@ class Selector(nn.Module):
         bottleneck = nn.Sequential(NormActConv(width, inner), NormActConv(inner, inner, 3), NormActConv(inner, width))
         self.layers = nn.Sequential(NormActConv(width, width), Residual(bottleneck), nn.ReLU())
         self.projection = nn.Conv2d(width, ANCHORS_PER_CELL, 1)
-        nn.init.constant_(self.projection.bias, -math.log(1 / PRIOR_PROBABILITY - 1))
+        nn.init.constant_(self.projection.bias, PRIOR_LOGIT)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Maps (B, C, H_l, W_l) -> logits (B, A), in the order of the anchors."""
@@ -105,7 +104,7 @@ class SelfAttention(nn.Module):
         return queries + self.attention(key, key, value, need_weights=False)[0]
 
 
-class DecoderLayer(nn.Module):
+class FQDetLayer(nn.Module):
     """Cross-attention, self-attention, feed-forward network, in this order."""
 
     def __init__(self, width: int, num_heads: int, num_levels: int, num_points: int, ffn_dim: int) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from querymask.common.masks import crop_masks
 from querymask.common.precision import full_precision
+from querymask.common.pyramid import FeaturePyramid
 from querymask.common.transfer import numbers_to_device
-from querymask.effseg.regions import QueryFusion, Regions, RegionTargets, SegmentationHead
+from querymask.effseg.regions import QueryFusion, Regions, RegionTargets, SegmentationHead, target_coverage
 
 
 class ClassMaskHead(SegmentationHead):
@@ -30,45 +30,45 @@ class ClassMaskHead(SegmentationHead):
         super().__init__()
         self.query_fusion = QueryFusion(width)
 
-    def forward(self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions) -> Tensor:
+    def forward(self, pyramid: FeaturePyramid, image_size: tuple[int, int], regions: Regions) -> Tensor:
         """Probabilities (n, S, S). See :class:`SegmentationHead`."""
-        return self.logits(maps, regions).sigmoid()
+        return self.logits(pyramid, regions).sigmoid()
 
-    def logits(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
+    def logits(self, pyramid: FeaturePyramid, regions: Regions) -> Tensor:
         """Logits (n, S, S) of the regions' masks, in full precision; n may be 0."""
         if not len(regions):
-            return full_precision(maps[0].new_zeros(0, self.mask_size, self.mask_size))
-        return self.predict(maps, regions)
+            return full_precision(pyramid.maps[0].new_zeros(0, self.mask_size, self.mask_size))
+        return self.predict(pyramid, regions)
 
     def losses(
-        self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions, targets: RegionTargets
+        self, pyramid: FeaturePyramid, image_size: tuple[int, int], regions: Regions, targets: RegionTargets
     ) -> Mapping[str, Tensor]:
         """The losses of ``loss_names``. See :class:`SegmentationHead`."""
         if not len(regions):
-            self.follow(maps, regions)
+            self.follow(pyramid, regions)
             zero = 0 * torch.stack([parameter.sum() for parameter in self.parameters()]).sum()
             return dict.fromkeys(self.loss_names, zero)
-        return self.compute_losses(maps, image_size, regions, targets)
+        return self.compute_losses(pyramid, image_size, regions, targets)
 
-    def fused_features(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
+    def fused_features(self, pyramid: FeaturePyramid, regions: Regions) -> Tensor:
         """Features of the regions (n, C, 14, 14) with what the queries say about them."""
-        features = self.pool(maps, regions)
+        features = self.pool(pyramid, regions)
         return features + self.query_fusion(features, regions.queries)
 
-    def follow(self, maps: Sequence[Tensor], regions: Regions) -> None:
+    def follow(self, pyramid: FeaturePyramid, regions: Regions) -> None:
         """What ``compute_losses`` asks the other processes, in one that has no regions."""
 
     @abstractmethod
-    def pool(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
+    def pool(self, pyramid: FeaturePyramid, regions: Regions) -> Tensor:
         """Features of the regions (n, C, 14, 14)."""
 
     @abstractmethod
-    def predict(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
+    def predict(self, pyramid: FeaturePyramid, regions: Regions) -> Tensor:
         """``logits`` of n > 0 regions."""
 
     @abstractmethod
     def compute_losses(
-        self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions, targets: RegionTargets
+        self, pyramid: FeaturePyramid, image_size: tuple[int, int], regions: Regions, targets: RegionTargets
     ) -> Mapping[str, Tensor]:
         """``losses`` of n > 0 regions."""
 
@@ -104,9 +104,4 @@ def mask_targets(
     """
     limit = numbers_to_device([image_size[1], image_size[0]] * 2, regions.boxes.dtype, regions.boxes.device)
     boxes = regions.boxes.detach().clamp(min=0).minimum(limit)
-    crops = [torch.zeros(len(boxes), size, size, dtype=torch.bool, device=boxes.device) for size in sizes]
-    for masks, rows in zip(targets.masks, regions.rows_of_images(len(targets.masks)), strict=True):
-        if len(rows):
-            for crop, size in zip(crops, sizes):
-                crop[rows] = crop_masks(masks, boxes[rows], size, targets.index[rows])
-    return crops
+    return [coverage >= 0.5 for coverage in target_coverage(regions, targets, sizes, boxes)]

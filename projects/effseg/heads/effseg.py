@@ -16,8 +16,9 @@ Passive cells keep their features and stay neighbours; they never return.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +26,14 @@ from torch import Tensor, nn
 
 from querymask.common.precision import full_precision
 from querymask.common.processes import ALONE, Processes
+from querymask.common.pyramid import FeaturePyramid
 from querymask.common.sps import SparseMap
 from querymask.effseg.heads.effseg_losses import RefinementCriterion, Stage
 from querymask.effseg.heads.processing import PROCESSING
-from querymask.effseg.heads.sampling import MapSampler
 from querymask.effseg.regions import (
-    NUM_MAPS,
+    LEVEL_RULE,
     ROI_SIZE,
+    STRIDES,
     QueryFusion,
     Regions,
     RegionTargets,
@@ -101,42 +103,43 @@ class RefinementStage(nn.Module):
         self.transition = nn.Sequential(nn.Linear(width, width // 2), nn.ReLU())
         self.processing = PROCESSING[processing](width // 2, dilations)
 
-    def forward(self, sparse: SparseMap, sampler: MapSampler, regions: Regions, number: int) -> SparseMap:
+    def forward(self, sparse: SparseMap, sample: Callable[[SparseMap], Tensor]) -> SparseMap:
         """Refine.
 
         Args:
             sparse: F wide; the passive cells have been chosen.
-            sampler: of the backbone's maps.
-            regions: those of the map.
-            number: of the stage, from 1 on.
+            sample: reads the backbone's features (N_A, C) at the active cells.
         """
         children = self.child_features(sparse.active)
         sparse = sparse.upsample()
         active = full_precision(sparse.active) + children
-        active = active + self.fusion(active, sample_cells(sparse, sampler, regions, number))
+        active = active + self.fusion(active, sample(sparse))
         features = self.transition(torch.cat([active, sparse.passive]))
         sparse = sparse.replace_features(features[: len(active)], features[len(active) :])
         return sparse.replace_active(self.processing(sparse))
 
 
-def sample_cells(sparse: SparseMap, sampler: MapSampler, regions: Regions, number: int) -> Tensor:
+def sample_cells(
+    pyramid: FeaturePyramid, image_size: tuple[int, int], regions: Regions, number: int, sparse: SparseMap
+) -> Tensor:
     """The backbone's features at the centres of the active cells: (N_A, C).
 
     Each stage reads one map finer than the stage before, until the finest.
 
     Args:
-        sparse: the map of the regions.
-        sampler: of the backbone's maps.
+        pyramid: of the backbone's maps.
+        image_size: (height, width) of the padded images.
         regions: those of the map.
         number: of the stage, from 1 on.
+        sparse: the map of the regions.
     """
     region, y, x = sparse.cells.long().unbind(1)
     boxes = full_precision(regions.boxes)
     shares = (torch.stack([x, y], 1).to(boxes.dtype) + 0.5) / sparse.index_map.shape[2]
     corners, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
     points = corners.index_select(0, region) + shares * sides.index_select(0, region)
-    levels = (regions.levels - number).clamp(min=0)
-    return sampler(points, regions.images[region], levels[region])
+    levels = (pyramid.level_of(boxes, LEVEL_RULE) - number).clamp(min=0)
+    return pyramid.sample(points, regions.images[region], levels[region], image_size)
 
 
 class EffSegHead(SegmentationHead):
@@ -196,26 +199,25 @@ class EffSegHead(SegmentationHead):
         self.refinement = nn.ModuleList(_cell_classifier(w) for w in widths)
         self.criterion = RefinementCriterion(seg_weights, ref_weights)
 
-    def forward(self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions) -> Tensor:
+    def forward(self, pyramid: FeaturePyramid, image_size: tuple[int, int], regions: Regions) -> Tensor:
         """Probabilities (n, S, S), S being 112 for three stages. See :class:`SegmentationHead`."""
         if not len(regions):
             size = ROI_SIZE * 2 ** len(self.stages)
-            return full_precision(maps[0].new_zeros(0, size, size))
-        if len(maps[0]) > 1:  # the sampler would lay out those of other images for nothing
-            image = int(regions.images[0])
-            maps = [feature[image : image + 1] for feature in maps]
+            return full_precision(pyramid.maps[0].new_zeros(0, size, size))
+        if pyramid.num_images > 1:  # the maps of other images would be laid out for nothing
+            pyramid = pyramid.of_image(int(regions.images[0]))
             regions = replace(regions, images=torch.zeros_like(regions.images))
-        return assemble_masks(self.refine(maps, image_size, regions))[-1].sigmoid()
+        return assemble_masks(self.refine(pyramid, image_size, regions))[-1].sigmoid()
 
     def losses(
-        self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions, targets: RegionTargets
+        self, pyramid: FeaturePyramid, image_size: tuple[int, int], regions: Regions, targets: RegionTargets
     ) -> Mapping[str, Tensor]:
         """``loss_segmentation`` and ``loss_refinement``. See :class:`SegmentationHead`."""
         if not len(regions):
-            self._follow(full_precision(maps[0]).new_zeros(0))
+            self._follow(full_precision(pyramid.maps[0]).new_zeros(0))
             zero = 0 * torch.stack([parameter.sum() for parameter in self.parameters()]).sum()
             return {"loss_segmentation": zero, "loss_refinement": zero}
-        stages = self.refine(maps, image_size, regions, self.processes)
+        stages = self.refine(pyramid, image_size, regions, self.processes)
         return self.criterion(stages, regions, targets, self.processes)
 
     def _follow(self, no_scores: Tensor) -> None:
@@ -226,7 +228,7 @@ class EffSegHead(SegmentationHead):
 
     def refine(
         self,
-        maps: Sequence[Tensor],
+        pyramid: FeaturePyramid,
         image_size: tuple[int, int],
         regions: Regions,
         processes: Processes = ALONE,
@@ -234,7 +236,7 @@ class EffSegHead(SegmentationHead):
         """Run all stages.
 
         Args:
-            maps: P2, P3, ... (B, C, H_l, W_l).
+            pyramid: P2 to P5.
             image_size: (height, width) of the padded images.
             regions: n > 0, of any images; they compete for refinement.
             processes: whose regions compete, all calling this together.
@@ -243,24 +245,23 @@ class EffSegHead(SegmentationHead):
             Stage 0 and the refinement stages.
 
         Raises:
-            ValueError: fewer maps than the head reads.
+            ValueError: not the maps that the head reads.
         """
-        if len(maps) < NUM_MAPS:
-            raise ValueError(f"EffSeg reads the maps P2 to P{NUM_MAPS + 1}, got {len(maps)} maps")
-        sparse = SparseMap.from_dense(self._dense_features(maps, regions))
-        sampler = MapSampler(maps[: NUM_MAPS - 1], image_size)  # even stage 1 is one map finer than RoIAlign
+        if tuple(pyramid.strides) != STRIDES:
+            raise ValueError(f"EffSeg reads maps of the strides {list(STRIDES)}, got {pyramid.strides}")
+        sparse = SparseMap.from_dense(self._dense_features(pyramid, regions))
         stages = [self._classify(0, sparse)]
         for number, refine in enumerate(self.stages, 1):
             if self.refinements is not None:
                 scores = stages[-1].refinement.detach()
                 sparse = sparse.split_highest(scores, processes.share_of_highest(scores, self.refinements))
-            sparse = refine(sparse, sampler, regions, number)
+            sparse = refine(sparse, partial(sample_cells, pyramid, image_size, regions, number))
             stages.append(self._classify(number, sparse))
         return stages
 
-    def _dense_features(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
+    def _dense_features(self, pyramid: FeaturePyramid, regions: Regions) -> Tensor:
         """The features of stage 0 (n, C, 14, 14)."""
-        features = pool_regions(maps, regions)
+        features = pool_regions(pyramid, regions)
         if self.use_position:
             features = features + encode_cells(*features.shape[1:3], features.dtype, features.device)
         features = features + self.query_fusion(features, regions.queries)

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
 from querymask.common.precision import full_precision
 from querymask.common.processes import ALONE, Processes
 from querymask.common.sps import SparseMap
 from querymask.common.transfer import numbers_to_device
-from querymask.effseg.regions import Regions, RegionTargets
+from querymask.effseg.regions import Regions, RegionTargets, target_coverage
 
 COVERAGE_TOLERANCE = 1e-6
 """A cell that the mask covers up to this share is no border: rounding keeps the share of a full cell from being 1."""
@@ -30,30 +29,6 @@ class Stage:
     features: SparseMap
     segmentation: Tensor
     refinement: Tensor
-
-
-@torch.no_grad()
-def mask_coverage(regions: Regions, targets: RegionTargets, sizes: Sequence[int]) -> list[Tensor]:
-    """How much of each cell the mask of the region's target covers.
-
-    Args:
-        regions: n, of any images.
-        targets: theirs.
-        sizes: cells a side.
-
-    Returns:
-        (n, size, size) in [0, 1] for every size.
-    """
-    boxes = full_precision(regions.boxes.detach())
-    shares = [boxes.new_zeros(len(regions), size, size) for size in sizes]
-    for masks, rows in zip(targets.masks, regions.rows_of_images(len(targets.masks)), strict=True):
-        if not len(rows):
-            continue
-        rois = torch.cat([targets.index[rows, None].to(boxes.dtype), boxes[rows]], 1)
-        canvas = masks[:, None].to(boxes.dtype)
-        for share, size in zip(shares, sizes):
-            share[rows] = roi_align(canvas, rois, size, 1.0, sampling_ratio=0, aligned=True)[:, 0]
-    return shares
 
 
 def is_border(coverage: Tensor, tolerance: float = COVERAGE_TOLERANCE) -> Tensor:
@@ -119,7 +94,7 @@ class RefinementCriterion(nn.Module):
         factors = self.normalizers(len(regions), cells, processes, regions.boxes.device)
         sizes = [stage.features.index_map.shape[1] for stage in stages]
         segmentation, refinement = [], []
-        for stage, share in zip(stages, mask_coverage(regions, targets, sizes)):
+        for stage, share in zip(stages, target_coverage(regions, targets, sizes)):
             share = share[stage.features.cells.long().unbind(1)]
             segmentation.append(_cross_entropy(stage.segmentation, share > 0.5))
             refinement.append(_cross_entropy(stage.refinement, is_border(share, self.coverage_tolerance)))

@@ -1,11 +1,12 @@
 """Mask R-CNN++: the mask head of Mask R-CNN (He et al., https://arxiv.org/abs/1703.06870) on FQDet's queries."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch.nn.functional as F
 from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
 
+from querymask.common.pyramid import FeaturePyramid
 from querymask.effseg.heads.class_masks import ClassMaskHead, class_channels, mask_targets
 from querymask.effseg.regions import ROI_SIZE, Regions, RegionTargets, pool_regions
 
@@ -49,19 +50,19 @@ class MaskRCNNHead(ClassMaskHead):
         super().__init__(width)
         self.layers = MaskLayers(width, num_classes)
 
-    def pool(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
+    def pool(self, pyramid: FeaturePyramid, regions: Regions) -> Tensor:
         """See :class:`ClassMaskHead`."""
-        return pool_regions(maps, regions)
+        return pool_regions(pyramid, regions)
 
-    def predict(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
+    def predict(self, pyramid: FeaturePyramid, regions: Regions) -> Tensor:
         """See :class:`ClassMaskHead`."""
-        return class_channels(self.layers(self.fused_features(maps, regions)), regions.labels)
+        return class_channels(self.layers(self.fused_features(pyramid, regions)), regions.labels)
 
     def compute_losses(
-        self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions, targets: RegionTargets
+        self, pyramid: FeaturePyramid, image_size: tuple[int, int], regions: Regions, targets: RegionTargets
     ) -> Mapping[str, Tensor]:
         """``loss_mask``: binary cross-entropy, the mean over the cells summed over the regions."""
-        return {"loss_mask": mask_loss(self.predict(maps, regions), image_size, regions, targets)}
+        return {"loss_mask": mask_loss(self.predict(pyramid, regions), image_size, regions, targets)}
 
 
 def mask_loss(logits: Tensor, image_size: tuple[int, int], regions: Regions, targets: RegionTargets) -> Tensor:

@@ -4,23 +4,23 @@ A coarse mask as in Mask R-CNN is doubled in size several times; each time a sma
 least certain, with the finest map's features there.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
 
+from querymask.common.deformable_attention import cell_centres
 from querymask.common.precision import full_precision
+from querymask.common.pyramid import FeaturePyramid
 from querymask.common.transfer import numbers_to_device
 from querymask.effseg.heads.class_masks import ClassMaskHead, class_channels
 from querymask.effseg.heads.mask_rcnn import MaskLayers, mask_loss
-from querymask.effseg.heads.points import cell_centres, points_in_boxes, sample_map, sample_squares
+from querymask.effseg.heads.points import points_in_boxes, sample_finest, sample_squares
 from querymask.effseg.regions import ROI_SIZE, Regions, RegionTargets
 
 NUM_LAYERS = 3
-STRIDE = 4
-"""Of P2, the only map that is read."""
 
 
 class PointLayers(nn.Module):
@@ -94,29 +94,30 @@ class PointRendHead(ClassMaskHead):
         self.coarse_layers = MaskLayers(width, num_classes)
         self.point_layers = PointLayers(width, num_classes)
 
-    def pool(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
+    def pool(self, pyramid: FeaturePyramid, regions: Regions) -> Tensor:
         """The finest map at the cells' centres, however large the region."""
-        shares = cell_centres(ROI_SIZE, full_precision(regions.boxes).dtype, maps[0].device)
-        return sample_map(maps[0], regions, shares, STRIDE).unflatten(2, (ROI_SIZE, ROI_SIZE))
+        cells = ROI_SIZE, ROI_SIZE
+        centres = cell_centres(cells, full_precision(regions.boxes).dtype, regions.boxes.device)
+        return sample_finest(pyramid, regions, centres / ROI_SIZE).unflatten(2, cells)
 
-    def predict(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
+    def predict(self, pyramid: FeaturePyramid, regions: Regions) -> Tensor:
         """See :class:`ClassMaskHead`."""
-        coarse = self.coarse_layers(self.fused_features(maps, regions))
+        coarse = self.coarse_layers(self.fused_features(pyramid, regions))
         # Only the masks of the regions' classes are kept and doubled: the points get the coarse logits of all classes
         masks = class_channels(coarse, regions.labels)
         for _ in range(self.subdivisions):
             masks = F.interpolate(masks[:, None], scale_factor=2, mode="bilinear", align_corners=False)[:, 0]
             cells = uncertain_cells(masks, self.subdivision_points)
-            shares = cell_centres(masks.shape[1], masks.dtype, masks.device)[cells]
-            logits = class_channels(self.classify(maps, regions, coarse, shares), regions.labels)
+            shares = cell_centres(masks.shape[1:], masks.dtype, masks.device)[cells] / masks.shape[1]
+            logits = class_channels(self.classify(pyramid, regions, coarse, shares), regions.labels)
             masks = masks.flatten(1).scatter(1, cells, logits).view_as(masks)
         return masks
 
-    def classify(self, maps: Sequence[Tensor], regions: Regions, coarse: Tensor, shares: Tensor) -> Tensor:
+    def classify(self, pyramid: FeaturePyramid, regions: Regions, coarse: Tensor, shares: Tensor) -> Tensor:
         """Logits of points.
 
         Args:
-            maps: P2, P3, ... (B, C, H_l, W_l).
+            pyramid: whose finest map is read.
             regions: n of them.
             coarse: logits (n, K, 28, 28).
             shares: (n, P, 2) x, y of the points as shares of the regions' sides.
@@ -124,32 +125,32 @@ class PointRendHead(ClassMaskHead):
         Returns:
             (n, K, P).
         """
-        return self.point_layers(sample_map(maps[0], regions, shares, STRIDE), sample_squares(coarse, shares))
+        return self.point_layers(sample_finest(pyramid, regions, shares), sample_squares(coarse, shares))
 
     def compute_losses(
-        self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions, targets: RegionTargets
+        self, pyramid: FeaturePyramid, image_size: tuple[int, int], regions: Regions, targets: RegionTargets
     ) -> Mapping[str, Tensor]:
         """``loss_mask`` of the coarse masks, as Mask R-CNN's; ``loss_point``, for the points instead of the cells."""
-        coarse = self.coarse_layers(self.fused_features(maps, regions))
+        coarse = self.coarse_layers(self.fused_features(pyramid, regions))
         masks = class_channels(coarse, regions.labels)
-        shares = self.draw_points(masks.detach(), self._uniform(maps, regions))
-        logits = class_channels(self.classify(maps, regions, coarse, shares), regions.labels)
+        shares = self.draw_points(masks.detach(), self._uniform(pyramid, regions))
+        logits = class_channels(self.classify(pyramid, regions, coarse, shares), regions.labels)
         wanted = point_targets(regions, targets, shares)
         return {
             "loss_mask": mask_loss(masks, image_size, regions, targets),
             "loss_point": len(regions) * F.binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype)),
         }
 
-    def follow(self, maps: Sequence[Tensor], regions: Regions) -> None:
+    def follow(self, pyramid: FeaturePyramid, regions: Regions) -> None:
         """See :class:`ClassMaskHead`."""
-        self._uniform(maps, regions)
+        self._uniform(pyramid, regions)
 
-    def _uniform(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
+    def _uniform(self, pyramid: FeaturePyramid, regions: Regions) -> Tensor:
         """Random points (n, candidates + others, 2) that do not depend on how regions are spread over the processes."""
         number = self.num_candidates + self.num_points - self.num_uncertain
         boxes = full_precision(regions.boxes)
         return self.processes.draw(
-            lambda rows: boxes.new_empty(rows, number, 2).uniform_(), regions.images, len(maps[0])
+            lambda rows: boxes.new_empty(rows, number, 2).uniform_(), regions.images, pyramid.num_images
         )
 
     def draw_points(self, masks: Tensor, uniform: Tensor) -> Tensor:

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
 
+from querymask.common.deformable_attention import cell_centres
 from querymask.common.precision import full_precision, without_autocast
+from querymask.common.pyramid import FeaturePyramid
 from querymask.effseg.heads.class_masks import ClassMaskHead, class_channels, mask_targets
-from querymask.effseg.heads.points import cell_centres, sample_map
-from querymask.effseg.regions import ROI_SIZE, Regions, RegionTargets, pool_regions
+from querymask.effseg.heads.points import sample_finest
+from querymask.effseg.regions import ROI_SIZE, STRIDES, Regions, RegionTargets, pool_regions
 
-STRIDE = 4  # of P2, which the semantic features are made of
 DILATIONS = (1, 3, 5)
 FIRST_MERGED = 1  # the stage whose mask is the first to be refined
 MERGED_WIDTH, TRAINED_WIDTH = 1, 2  # of the boundaries where masks are replaced, and where they are trained
@@ -47,7 +48,7 @@ class BranchFusion(nn.Module):
         return self.merge(total)
 
 
-class RefineStage(nn.Module):
+class FusionStage(nn.Module):
     """Fuses features of regions with semantic features and the mask so far; half as wide afterwards.
 
     Args:
@@ -76,8 +77,9 @@ class RefineStage(nn.Module):
             (n, C / 2, S, S).
         """
         size = features.shape[2]
-        shares = cell_centres(size, logits.dtype, logits.device)
-        sampled = sample_map(self.semantic(semantic).relu(), regions, shares, STRIDE).unflatten(2, (size, size))
+        shares = cell_centres((size, size), logits.dtype, logits.device) / size
+        own = FeaturePyramid([self.semantic(semantic).relu()], STRIDES[:1])
+        sampled = sample_finest(own, regions, shares).unflatten(2, (size, size))
         mask = logits.sigmoid()[:, None]
         fused = self.reduce(torch.cat([features, sampled, mask], dim=1)).relu()
         fused = self.fusion(fused).relu()
@@ -125,7 +127,7 @@ class RefineMaskHead(ClassMaskHead):
             for count in (num_instance_convs, num_semantic_convs)
         )
         widths = [width // 2**number for number in range(num_stages + 1)]
-        self.stages = nn.ModuleList(RefineStage(w, width, dilations) for w in widths[:-1])
+        self.stages = nn.ModuleList(FusionStage(w, width, dilations) for w in widths[:-1])
         self.classifiers = nn.ModuleList(nn.Conv2d(w, num_classes, 1) for w in widths[:-1])
         self.classifiers.append(nn.Conv2d(widths[-1], 1, 1))
         for part in (self.instance_convs, self.semantic_convs, self.stages, self.classifiers):
@@ -133,32 +135,31 @@ class RefineMaskHead(ClassMaskHead):
                 if isinstance(layer, nn.Conv2d):
                     c2_msra_fill(layer)
 
-    def pool(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
+    def pool(self, pyramid: FeaturePyramid, regions: Regions) -> Tensor:
         """See :class:`ClassMaskHead`."""
-        return pool_regions(maps, regions)
+        return pool_regions(pyramid, regions)
 
-    def predict(self, maps: Sequence[Tensor], regions: Regions) -> Tensor:
+    def predict(self, pyramid: FeaturePyramid, regions: Regions) -> Tensor:
         """See :class:`ClassMaskHead`."""
-        stages = self.predict_stages(maps, regions)
+        stages = self.predict_stages(pyramid, regions)
         mask = stages[FIRST_MERGED]
         for finer in stages[FIRST_MERGED + 1 :]:
             mask = merge_masks(mask, finer)
         return mask
 
-    def forward(self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions) -> Tensor:
+    def forward(self, pyramid: FeaturePyramid, image_size: tuple[int, int], regions: Regions) -> Tensor:
         """Probabilities (n, S, S). See :class:`SegmentationHead`."""
-        if len(maps[0]) > 1 and len(regions):  # the semantic features of other images would be made for nothing
-            image = int(regions.images[0])
-            maps = [feature[image : image + 1] for feature in maps]
+        if pyramid.num_images > 1 and len(regions):  # semantic features of other images would be made for nothing
+            pyramid = pyramid.of_image(int(regions.images[0]))
             regions = replace(regions, images=torch.zeros_like(regions.images))
-        return super().forward(maps, image_size, regions)
+        return super().forward(pyramid, image_size, regions)
 
-    def predict_stages(self, maps: Sequence[Tensor], regions: Regions) -> list[Tensor]:
+    def predict_stages(self, pyramid: FeaturePyramid, regions: Regions) -> list[Tensor]:
         """Logits (n, S, S) of every stage before they are merged: S is 14, 28, 56, 112 for three stages."""
-        semantic = maps[0]
+        semantic = pyramid.maps[0]
         for conv in self.semantic_convs:
             semantic = conv(semantic).relu()
-        features = self.fused_features(maps, regions)
+        features = self.fused_features(pyramid, regions)
         for conv in self.instance_convs:
             features = conv(features).relu()
         masks = []
@@ -173,10 +174,10 @@ class RefineMaskHead(ClassMaskHead):
         return masks
 
     def compute_losses(
-        self, maps: Sequence[Tensor], image_size: tuple[int, int], regions: Regions, targets: RegionTargets
+        self, pyramid: FeaturePyramid, image_size: tuple[int, int], regions: Regions, targets: RegionTargets
     ) -> Mapping[str, Tensor]:
         """``loss_mask``: binary cross-entropy of the stages, the later ones near boundaries only."""
-        stages = self.predict_stages(maps, regions)
+        stages = self.predict_stages(pyramid, regions)
         wanted = mask_targets(image_size, regions, targets, [stage.shape[1] for stage in stages])
         sums, counts = [], []
         for number, (logits, target) in enumerate(zip(stages, wanted)):
@@ -187,7 +188,7 @@ class RefineMaskHead(ClassMaskHead):
                 merged = logits.detach()
                 continue
             region = boundary(merged >= 0, TRAINED_WIDTH) | boundary(wanted[number - 1], TRAINED_WIDTH)
-            region = resize_mask(region, logits.shape[1])
+            region = resize_binary(region, logits.shape[1])
             sums.append((loss * region).sum())
             counts.append(region.sum())
             merged = merge_masks(merged, logits.detach())
@@ -195,9 +196,9 @@ class RefineMaskHead(ClassMaskHead):
         factors = self._normalizers(len(regions), torch.stack(counts))
         return {"loss_mask": (weighted * factors.to(weighted.dtype)).sum()}
 
-    def follow(self, maps: Sequence[Tensor], regions: Regions) -> None:
+    def follow(self, pyramid: FeaturePyramid, regions: Regions) -> None:
         """See :class:`ClassMaskHead`."""
-        self._normalizers(0, torch.zeros(len(self.loss_weights), dtype=torch.int64, device=maps[0].device))
+        self._normalizers(0, torch.zeros(len(self.loss_weights), dtype=torch.int64, device=pyramid.maps[0].device))
 
     def _normalizers(self, regions: int, cells: Tensor) -> Tensor:
         """Regions over the cells (stages,) that have a loss, of all processes."""
@@ -216,7 +217,7 @@ def merge_masks(coarse: Tensor, fine: Tensor) -> Tensor:
         Logits (n, 2 S, 2 S).
     """
     size = fine.shape[1]
-    at_boundary = resize_mask(boundary(coarse >= 0, MERGED_WIDTH), size)
+    at_boundary = resize_binary(boundary(coarse >= 0, MERGED_WIDTH), size)
     return torch.where(at_boundary, fine, resize(coarse, size))
 
 
@@ -242,6 +243,6 @@ def resize(masks: Tensor, size: int) -> Tensor:
     return F.interpolate(masks[:, None], size=(size, size), mode="bilinear", align_corners=True)[:, 0]
 
 
-def resize_mask(masks: Tensor, size: int) -> Tensor:
+def resize_binary(masks: Tensor, size: int) -> Tensor:
     """As :func:`resize`, for bool."""
     return resize(masks.float(), size) >= 0.5

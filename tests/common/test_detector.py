@@ -2,7 +2,7 @@
 
 import torch
 
-from querymask.common.postprocessing import select_top_scores
+from querymask.common.detector import select_top_scores
 
 
 def test_select_top_scores() -> None:

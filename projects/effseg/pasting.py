@@ -25,6 +25,9 @@ PIXELS_AT_ONCE = 2**25
 def paste_probabilities(maps: Tensor, boxes: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
     """Probabilities at pixel centres of a part of the canvas: bilinear, zero outside of the map.
 
+    Each pixel's probability is wanted, of any part of the canvas, where :func:`querymask.common.masks.paste_masks`
+    gives masks of the whole.
+
     Args:
         maps: (n, S, S).
         boxes: (n, 4) x0, y0, x1, y1 in pixels; may reach beyond the canvas. Empty ones and such that are not finite

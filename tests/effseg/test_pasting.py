@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from querymask.common.masks import resize_masks
-from querymask.effseg import masks as masks_module
-from querymask.effseg.masks import foreground_certainty, paste_and_resize, paste_probabilities
+from querymask.effseg import pasting
+from querymask.effseg.pasting import foreground_certainty, paste_and_resize, paste_probabilities
 
 CANVAS = (9, 12)
 BOXES = [[2.3, 1.1, 9.4, 7.9], [-3.0, -2.5, 5.0, 4.25], [8.0, 5.0, 20.0, 14.0], [3.0, 3.0, 3.75, 3.5], [20, 2, 25, 6]]
@@ -59,8 +59,8 @@ def test_parts_make_the_whole(monkeypatch: pytest.MonkeyPatch, pixels: int | Non
     """One by one around the boxes, or so many whole canvases at a time: the same masks and certainties."""
     maps, boxes = make_maps()
     if pixels is not None:
-        monkeypatch.setattr(masks_module, "PIXELS_AT_ONCE", pixels)
-        monkeypatch.setattr(masks_module, "_uses_windows", lambda device: False)
+        monkeypatch.setattr(pasting, "PIXELS_AT_ONCE", pixels)
+        monkeypatch.setattr(pasting, "_uses_windows", lambda device: False)
     masks, certainty = paste_and_resize(maps, boxes, CANVAS, (8, 10), (13, 20))
     pasted = paste_probabilities(maps, boxes, (0, CANVAS[0]), (0, CANVAS[1]))
     torch.testing.assert_close(certainty, foreground_certainty(pasted))
