@@ -17,7 +17,12 @@ from querymask.common.solver import build_lr_scheduler, build_optimizer, paramet
 zoo = load_tool("make_model_zoo")
 LEAVES = {leaf.name: leaf for leaf in zoo.find_leaves() if leaf.method == "effseg"}
 SHAPES = {name for name in LEAVES if name.endswith("_shapes")}  # on other data than COCO, with a schedule of their own
-HEADS = {"effseg": 4_208_872, "mask_rcnn": 2_906_192, "pointrend": 3_191_968, "refine_mask": 6_580_590}
+HEADS = {
+    "EffSegBranch": 4_208_872,
+    "MaskRCNNBranch": 2_906_192,
+    "PointRendBranch": 3_191_968,
+    "RefineMaskBranch": 6_580_590,
+}
 # Trained parameters of the whole models, as measured on the release or summed from its parts
 TRAINED = {
     "mask_rcnn_r50": 37_507_214,
@@ -42,10 +47,10 @@ PARTS = {"backbone": 23_232_512, "neck": 4_524_544, "detector": 6_843_966}
 DETECTOR_V2, DEFORM_ENCODER = 9_860_926, 12_037_184
 LOSSES = {
     "none": set(),
-    "effseg": {"loss_segmentation", "loss_refinement"},
-    "mask_rcnn": {"loss_mask"},
-    "pointrend": {"loss_mask", "loss_point"},
-    "refine_mask": {"loss_mask"},
+    "EffSegBranch": {"loss_segmentation", "loss_refinement"},
+    "MaskRCNNBranch": {"loss_mask"},
+    "PointRendBranch": {"loss_mask", "loss_point"},
+    "RefineMaskBranch": {"loss_mask"},
 }
 DETECTOR_LOSSES = {"loss_selection", "loss_class", "loss_box"}
 
