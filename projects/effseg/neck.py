@@ -13,7 +13,7 @@ from querymask.common.layers import LevelProjections
 from querymask.common.position_encoding import sine_position_encoding
 from querymask.common.precision import full_precision
 
-NORM_GROUPS = 32
+FINE_GROUPS = 32
 FIRST_ENCODED_LEVEL = 3
 """Of the deformable encoder: maps of stride 4 have too many cells for it."""
 
@@ -128,9 +128,9 @@ class FineLevel(nn.Module):
 
     def __init__(self, in_channels: int, width: int) -> None:
         super().__init__()
-        self.lateral = nn.Sequential(nn.Conv2d(in_channels, width, 1, bias=False), nn.GroupNorm(NORM_GROUPS, width))
+        self.lateral = nn.Sequential(nn.Conv2d(in_channels, width, 1, bias=False), nn.GroupNorm(FINE_GROUPS, width))
         self.join = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(NORM_GROUPS, width), nn.ReLU()
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(FINE_GROUPS, width), nn.ReLU()
         )
         self.projection = nn.Conv2d(width, width, 1)
         for conv in (self.lateral[0], self.join[0], self.projection):
