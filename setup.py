@@ -21,14 +21,6 @@ from typing import NoReturn
 
 from setuptools import find_packages, setup
 
-SOURCES = [
-    "csrc/registration.cpp",
-    "csrc/msda/check.cpp",
-    "csrc/msda/cpu.cpp",
-    "csrc/sps/check.cpp",
-    "csrc/sps/cpu.cpp",
-]
-CUDA_SOURCES = ["csrc/msda/cuda.cu", "csrc/sps/cuda.cu", "csrc/sps/cuda_tensor_core.cu"]
 DEFAULT_ARCHITECTURES = "7.5;8.0;8.6;9.0+PTX"  # where no GPU tells; PTX serves later ones
 
 # Loops are written to be vectorised over channels. GCC's unroll-and-jam would merge iterations of the loop around them
@@ -60,6 +52,11 @@ def set_cuda_home() -> None:
     steps = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     if found := re.search(r"^#\$ TOP=(.+)$", steps, re.MULTILINE):
         os.environ["CUDA_HOME"] = str(Path(found.group(1)).resolve())
+
+
+def sources(pattern: str) -> list[str]:
+    """The files of all operators that match, and those that they share."""
+    return sorted(path.as_posix() for path in Path("csrc").rglob(pattern))
 
 
 def compiles(compiler: str, code: str, *flags: str) -> str | None:
@@ -188,17 +185,17 @@ def make_extension(torch):
         flags.append("-fopenmp-simd")
         print(f"{compiler} has no OpenMP: QueryMask's CPU kernels will use one thread.")
     options = {
-        "sources": SOURCES,
+        "sources": sources("*.cpp"),
         "extra_compile_args": {"cxx": [*flags, *threads]},
         "extra_link_args": threads,
-        "depends": sorted(str(path) for path in Path("csrc").rglob("*.h")),
+        "depends": sources("*.h"),
     }
     if cuda is None:
         print(f"QueryMask is built for the CPU with {compiler}, torch {torch.__version__}.")
         return CppExtension("querymask._C", **options)
     os.environ["TORCH_CUDA_ARCH_LIST"] = chosen = architectures(torch)
     print(f"QueryMask is built with {compiler}, CUDA {cuda} for {chosen}, torch {torch.__version__}.")
-    options["sources"] = SOURCES + CUDA_SOURCES
+    options["sources"] += sources("*.cu")
     options["extra_compile_args"]["nvcc"] = ["-O3"]
     options["define_macros"] = [
         ("QUERYMASK_CUDA_VERSION", cuda),

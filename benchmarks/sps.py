@@ -22,7 +22,7 @@ from torch.nn.functional import conv2d, interpolate, linear
 
 from querymask.common.measuring import machine, median_time, peak_memory
 from querymask.common.ops import sparse_conv2d
-from querymask.common.ops.sps_reference import neighbour_rows
+from querymask.common.ops.sps.reference import neighbour_rows
 from querymask.common.sps import SparseMap
 
 DENSITY = 0.39  # of active cells

@@ -1,6 +1,9 @@
 """QueryMask: instance segmentation with object queries, as an extension of Detectron2.
 
-Importing the package registers the meta-architectures, backbones and data sets with Detectron2.
+Importing the package registers the meta-architectures, backbones and data sets with Detectron2. What it changes outside
+of itself are two functions, which are called here and nowhere else: ``compat.apply_shims`` makes Detectron2 work with
+current libraries, ``data.install`` reads DETECTRON2_DATASETS and has COCO's files read by the reader that checks. What
+was imported before, Detectron2 included, stays in place.
 """
 
 from querymask.common import compat
@@ -13,6 +16,8 @@ if compat.detectron2_available():
     from querymask import effseg, isda, istr, solq
     from querymask.common import backbones, data
     from querymask.config import add_querymask_config, get_cfg
+
+    data.install()
 
     __all__ = ["add_querymask_config", "backbones", "data", "effseg", "get_cfg", "isda", "istr", "solq"]
 else:

@@ -1,4 +1,4 @@
-// Argument checks of multi-scale deformable attention. The same texts are in querymask/common/ops/msda_reference.py.
+// Argument checks of multi-scale deformable attention. The same texts are in querymask/common/ops/msda/reference.py.
 
 #include "msda.h"
 

@@ -1,4 +1,4 @@
-// Argument checks of the sparse convolution. The same texts are in querymask/common/ops/sps_reference.py.
+// Argument checks of the sparse convolution. The same texts are in querymask/common/ops/sps/reference.py.
 
 #include "sps.h"
 

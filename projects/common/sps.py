@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from querymask.common.ops import sparse_conv2d
-from querymask.common.ops.sps_reference import as_pair, neighbour_rows
+from querymask.common.ops.sps.reference import as_pair, neighbour_rows
 
 
 def keep_highest(scores: Tensor, count: int) -> Tensor:

@@ -79,6 +79,32 @@ def test_the_package_imports_no_tool() -> None:
         assert not tools & {name.partition(".")[0] for name in imports(path)}, path
 
 
+def test_modules_change_nothing_but_themselves_at_import() -> None:
+    """Environment variables are read, and other packages changed, by functions: projects/__init__.py says which."""
+
+    def executed(node: ast.AST) -> Iterator[ast.AST]:
+        for child in ast.iter_child_nodes(node):
+            if not isinstance(child, ast.FunctionDef | ast.Lambda):
+                yield child
+                yield from executed(child)
+
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        foreign = {
+            (alias.asname or alias.name).partition(".")[0]
+            for node in tree.body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        }
+        for node in executed(tree):
+            if isinstance(node, ast.Attribute):
+                text = ast.unparse(node)
+                assert text not in ("os.environ", "os.getenv"), f"{path}:{node.lineno}: {text}"
+            if isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
+                root = ast.unparse(node.value).partition(".")[0]
+                assert root not in foreign, f"{path}:{node.lineno}: {ast.unparse(node)} is changed"
+
+
 def test_no_circle() -> None:
     """Modules that import each other can only be imported in one order."""
     graph = {name: {n for n in imports(path, at_import=True) if n in MODULES} for name, path in MODULES.items()}

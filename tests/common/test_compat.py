@@ -41,6 +41,11 @@ from detectron2.data import build
 
 assert AfterInstances is Instances
 assert isinstance(querymask.get_cfg(), CfgNode)
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets import coco, load_coco_json
+
+assert MetadataCatalog.get("shapes_train").json_file.startswith("chosen_folder")
+assert coco.load_coco_json is load_coco_json is querymask.data.load_coco_json
 for name, module in before.items():
     assert sys.modules[name] is module, name
 build.print_instances_class_histogram([{{"annotations": [{{"category_id": 0}}]}}], ["cell"])
@@ -65,7 +70,7 @@ assert After is DatasetCatalog and After.get("mine") == [1] and Metadata.get("mi
 
 
 def run(*command: str) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DETECTRON2_DATASETS": "chosen_folder"}
     result = subprocess.run(
         [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300, check=False
     )

@@ -20,7 +20,6 @@ HERE = Path(__file__).parent
 SIMULATOR = HERE / "simulator"
 REPOSITORY = HERE.parents[1]
 CACHE = REPOSITORY / "build" / "cuda_on_cpu"
-OPERATORS = ("msda", "sps")
 KEPT_FILES = 60  # of the cache
 
 
@@ -135,7 +134,7 @@ class Builder:
         objects = [self.compile(name, self.variant.runtime, {}) for name in ("scheduler", "races", "atomics")]
         objects += [
             self.compile("operator", (*self.variant.kernels, f"-DOPERATOR={operator}"), self.sources(operator))
-            for operator in OPERATORS
+            for operator in sorted(path.parent.name for path in self.csrc.glob("*/cuda.cu"))
         ]
         target = CACHE / f"kernels-{self.key(*map(str, objects), *self.variant.link)}.so"
         if target.is_file():

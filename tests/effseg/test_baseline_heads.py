@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from querymask.common.ops.flops import flop_formulas
+from querymask.common.ops import flop_formulas
 from querymask.common.pyramid import FeaturePyramid
 from querymask.effseg.heads import mask_rcnn, refine_mask
 from querymask.effseg.heads.class_masks import ClassMaskHead

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from querymask.common.ops import extension, multi_scale_deformable_attention
+from querymask.common.ops import extension, multi_scale_deformable_attention, registration
 from querymask.common.ops.extension import Extension, incompatibility
 
 BUILD = {"torch": "2.15.0", "cuda": "13.0", "cuda_architectures": "9.0", "compiler": "g++", "threads": "OpenMP"}
@@ -87,12 +87,15 @@ def test_library_for_another_torch(tmp_path):
 
 def test_library_of_older_sources(monkeypatch):
     """Not used, even for what it has: its kernels may differ from the present ones."""
-    monkeypatch.setattr(extension, "OPERATORS", (*extension.OPERATORS, "made_up_tomorrow"))
-    found = extension.load(extension.EXTENSION.path.parent)
+    monkeypatch.setattr(extension, "EXTENSION", extension.EXTENSION)
+    assert extension.provides(registration.OPERATORS)
+    assert not extension.provides(["sparse_conv2d", "made_up_tomorrow"])
     assert re.search(
-        r"does not fit: it was built from older sources, without made_up_tomorrow\. .*pip install", found.error
+        r"does not fit: it was built from older sources, without made_up_tomorrow\. .*pip install",
+        extension.EXTENSION.error,
     )
-    assert not found.device_types
+    assert not extension.EXTENSION.device_types
+    assert not extension.provides(registration.OPERATORS)
 
 
 @pytest.fixture
@@ -159,12 +162,18 @@ def test_reference_only(make_msda_inputs):
     assert "querymask" in str(torch.export.export(Layer(), inputs.tensors).graph)
 
 
+def copy_of_operators(folder: Path) -> Path:
+    """A package ``querymask`` in ``folder`` that has the operators alone, without the compiled part."""
+    package = folder / "querymask"
+    shutil.copytree(Path(extension.__file__).parent, package / "common" / "ops")
+    for part in (package, package / "common"):
+        (part / "__init__.py").touch()
+    return package
+
+
 def test_import_without_the_library(tmp_path):
     """A copy of the operators without the compiled part imports and computes."""
-    package = tmp_path / "querymask"
-    shutil.copytree(Path(extension.__file__).parent, package / "common" / "ops")
-    for folder in (package, package / "common"):
-        (folder / "__init__.py").touch()
+    copy_of_operators(tmp_path)
     code = """
 import torch
 from querymask.common.ops import extension, multi_scale_deformable_attention
@@ -176,3 +185,58 @@ print(multi_scale_deformable_attention(*arguments).shape)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.strip() == "torch.Size([1, 5, 3])"
     assert finished.stderr.count("extension is not in use") == 1
+
+
+NEW_OPERATOR = """
+import torch
+from querymask.common.ops.registration import register_operator
+
+__all__ = ["square"]
+library = torch.library.Library("querymask", "FRAGMENT")
+library.define("square(Tensor x) -> Tensor")
+library.define("square_backward(Tensor grad, Tensor x) -> Tensor")
+library.impl("square", lambda x: x * x, "CPU")
+library.impl("square_backward", lambda grad, x: 2 * grad * x, "CPU")
+
+def square(x):
+    return torch.ops.querymask.square(x)
+
+register_operator(
+    "square",
+    fake=torch.empty_like,
+    fake_backward=lambda grad, x: torch.empty_like(x),
+    save=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    backward=lambda ctx, grad: torch.ops.querymask.square_backward(grad, *ctx.saved_tensors),
+    multiply_adds=lambda x: x[0],
+)
+"""
+
+
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_a_new_operator_is_a_new_folder(has_kernels, tmp_path):
+    """That is found without a list. A library that was built before it came is not used."""
+    package = copy_of_operators(tmp_path)
+    shutil.copy(extension.EXTENSION.path, package)
+    (package / "common" / "ops" / "square").mkdir()
+    kernels = NEW_OPERATOR if has_kernels else NEW_OPERATOR.replace("\nlibrary.", "\n# library.")
+    (package / "common" / "ops" / "square" / "__init__.py").write_text(kernels)
+    code = """
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from querymask.common.ops import extension, fvcore_handles, square
+assert "querymask::square" in fvcore_handles()
+if extension.EXTENSION.error is not None:
+    print(extension.EXTENSION.error)
+else:
+    x = torch.tensor([2.0, 3.0, 4.0], requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        square(x).sum().backward()
+    print(x.grad.tolist(), counter.get_total_flops())
+    print(square(torch.empty(3, device="meta")).shape)
+"""
+    finished = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    if has_kernels:
+        assert finished.stdout.split("\n")[:2] == ["[4.0, 6.0, 8.0] 18", "torch.Size([3])"]
+    else:
+        assert "built from older sources, without square, square_backward. Build it" in finished.stdout

@@ -10,8 +10,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from querymask.common.ops import multi_scale_deformable_attention, multi_scale_deformable_attention_reference
+from querymask.common.ops import (
+    flop_formulas,
+    multi_scale_deformable_attention,
+    multi_scale_deformable_attention_reference,
+)
 
 FORMS = pytest.mark.parametrize(
     "form", [multi_scale_deformable_attention, multi_scale_deformable_attention_reference], ids=["op", "reference"]
@@ -324,6 +329,21 @@ def test_compile(device, make_msda_inputs):
             output = function(tensors[0], feature, *tensors[1:])
             results.append([output, *torch.autograd.grad(output.square().sum(), tensors)])
         torch.testing.assert_close(*results)
+
+
+@FORMS
+def test_flops(form, make_msda_inputs):
+    """Four multiply-adds of two operations each for a bilinear sample, twice as many for its gradients."""
+    inputs = make_msda_inputs([(5, 4), (3, 6)], batch=2, queries=5, heads=3, channels=7, points=2)
+    samples = 2 * 5 * 3 * 2 * 2 * 7
+    with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
+        form(*inputs)
+    assert counter.get_total_flops() == 8 * samples
+    for tensor in inputs.tensors:
+        tensor.requires_grad_()
+    with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
+        form(*inputs).sum().backward()
+    assert counter.get_total_flops() == 24 * samples
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:FutureWarning", "ignore::torch.jit.TracerWarning")

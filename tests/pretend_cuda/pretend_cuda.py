@@ -90,11 +90,11 @@ def install() -> None:
 
 def adopt_querymask() -> None:
     """Serves the project's operators by their CPU kernels, as if they had been built with CUDA."""
-    from querymask.common.ops import extension
+    from querymask.common.ops import extension, registration
 
     if extension.EXTENSION.error is not None or extension.EXTENSION.build["cuda"] == NAME:
         return
-    for name in extension.OPERATORS:
+    for name in registration.OPERATORS:
         _library.adopt(f"querymask::{name}")
     extension.EXTENSION.build["cuda"] = NAME
 

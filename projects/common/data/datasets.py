@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import datasets as detectron2_datasets
+from detectron2.data.datasets import coco as detectron2_coco
 
 from querymask.common.data.annotations import load_coco_json
 from querymask.common.data.shapes import (
@@ -76,3 +78,14 @@ def register_all(root: str | os.PathLike) -> None:
             register_shapes(f"shapes_{split}", root, split)
         if f"balloon_{split}" not in taken:
             register_balloon(f"balloon_{split}", root, split)
+
+
+def install() -> None:
+    """What ``import querymask`` does to Detectron2's data sets, once.
+
+    What ``register_coco_instances`` registers, Detectron2's own COCO sets included, is read by the reader that checks.
+    ``shapes_train``, ``shapes_val``, ``balloon_train`` and ``balloon_val`` are registered in the folder that
+    DETECTRON2_DATASETS names by now.
+    """
+    detectron2_coco.load_coco_json = detectron2_datasets.load_coco_json = load_coco_json
+    register_all(datasets_root())

@@ -1,19 +1,17 @@
-"""Operators with compiled kernels. Needs torch alone: nothing here imports Detectron2."""
+"""Operators with compiled kernels. Needs torch alone: nothing here imports Detectron2.
 
-from querymask.common.ops.flops import flop_formulas, fvcore_handles
-from querymask.common.ops.msda import multi_scale_deformable_attention
-from querymask.common.ops.msda_reference import multi_scale_deformable_attention_reference
-from querymask.common.ops.sps import multi_dilation_sparse_conv2d, sparse_conv2d
-from querymask.common.ops.sps_deformable import deformable_sparse_conv2d
-from querymask.common.ops.sps_reference import sparse_conv2d_reference
+Every folder is one operator, which registers itself when it is imported, and whose public names are found here as well.
+"""
 
-__all__ = [
-    "deformable_sparse_conv2d",
-    "flop_formulas",
-    "fvcore_handles",
-    "multi_dilation_sparse_conv2d",
-    "multi_scale_deformable_attention",
-    "multi_scale_deformable_attention_reference",
-    "sparse_conv2d",
-    "sparse_conv2d_reference",
-]
+import importlib
+import pkgutil
+
+from querymask.common.ops.registration import flop_formulas, fvcore_handles
+
+__all__ = ["flop_formulas", "fvcore_handles"]
+
+for _found in pkgutil.iter_modules(__path__, f"{__name__}."):
+    if _found.ispkg:
+        _operator = importlib.import_module(_found.name)
+        globals().update({name: getattr(_operator, name) for name in _operator.__all__})
+        __all__ += _operator.__all__

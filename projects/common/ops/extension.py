@@ -10,9 +10,9 @@ import mmap
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,14 +21,6 @@ REQUIRE_VARIABLE = "QUERYMASK_REQUIRE_EXTENSION"
 """Environment variable: ``1`` turns the fall-back to PyTorch into an error."""
 
 REMEDY = "Build it with `pip install -e . --no-build-isolation` in a clone (docs/installation.md)."
-
-OPERATORS = (
-    "multi_scale_deformable_attention",
-    "multi_scale_deformable_attention_backward",
-    "sparse_conv2d",
-    "sparse_conv2d_backward",
-)
-"""What a library of the present sources registers."""
 
 _BUILD_INFO = re.compile(rb"querymask-build(\{[^{}\0]*\})\0")
 
@@ -99,15 +91,26 @@ def load(folder: Path) -> Extension:
         error = incompatibility(build, torch.__version__, torch.version.cuda)
         if error is None:
             from querymask import _C  # noqa: F401
-
-            if missing := [name for name in OPERATORS if not hasattr(torch.ops.querymask, name)]:
-                error = f"it was built from older sources, without {', '.join(missing)}. {REMEDY}"
     except (ImportError, OSError, ValueError) as failure:
         return Extension(path, {}, f"{path} cannot be loaded ({failure}). {REMEDY}")
     return Extension(path, build, error and f"{path} does not fit: {error}")
 
 
 EXTENSION = load(Path(__file__).resolve().parents[2])
+
+
+def provides(operators: Sequence[str]) -> bool:
+    """Whether the extension is in use and has these operators in ``torch.ops.querymask``.
+
+    One that lacks some is not used any more, even for what it has: its kernels may differ from the present ones.
+    """
+    global EXTENSION
+    missing = [name for name in operators if not hasattr(torch.ops.querymask, name)]
+    if EXTENSION.error is None and missing:
+        reason = f"it was built from older sources, without {', '.join(missing)}. {REMEDY}"
+        EXTENSION = replace(EXTENSION, error=f"{EXTENSION.path} does not fit: {reason}")
+    return EXTENSION.error is None
+
 
 _reference_only = False
 _warned: set[str] = set()

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from querymask.common.ops import multi_dilation_sparse_conv2d
-from querymask.common.ops.sps_deformable import deformable_sparse_conv2d
+from querymask.common.ops import deformable_sparse_conv2d, multi_dilation_sparse_conv2d
 from querymask.common.sps import SparseMap
 
 MLP_RATIO = 4

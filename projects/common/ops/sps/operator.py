@@ -8,6 +8,7 @@ convolution. :class:`querymask.common.sps.SparseMap` builds and refines such map
 Shape letters: N rows of features, R regions of H x W cells, N_A active cells, kH x kW taps, C_in and C_out channels.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from querymask.common.ops import extension
-from querymask.common.ops.sps_reference import as_pair, check_grad_output, check_inputs, sparse_conv2d_reference
+from querymask.common.ops.registration import Shape, register_operator
+from querymask.common.ops.sps.reference import as_pair, check_grad_output, check_inputs, sparse_conv2d_reference
 
 
 def sparse_conv2d(
@@ -147,12 +149,16 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, Tensor
     return grad_features, None, None, grad_weight, grad_bias if ctx.has_bias else None, None
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("sparse_conv2d is differentiable once: it has no second derivative")
+def _multiply_adds(features: Shape, index_map: Shape, cells: Shape, weight: Shape, *options: Any) -> int:
+    """N_A * C_out * C_in * kH * kW, the zeros beyond the border included, as of a dense convolution."""
+    return cells[0] * math.prod(weight)
 
 
-if extension.EXTENSION.error is None:
-    torch.library.register_fake("querymask::sparse_conv2d", _fake)
-    torch.library.register_fake("querymask::sparse_conv2d_backward", _fake_backward)
-    torch.library.register_autograd("querymask::sparse_conv2d", _backward, setup_context=_save)
-    torch.library.register_autograd("querymask::sparse_conv2d_backward", _refuse_second_derivative)
+register_operator(
+    "sparse_conv2d",
+    fake=_fake,
+    fake_backward=_fake_backward,
+    save=_save,
+    backward=_backward,
+    multiply_adds=_multiply_adds,
+)

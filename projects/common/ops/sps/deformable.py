@@ -5,7 +5,7 @@ https://arxiv.org/abs/1703.06211, equation 2).
 A composition of PyTorch's operators. ``embedding_bag`` with a weight for each row is the bilinear read: it sums the
 four neighbours of a position without storing them, which is what a kernel of our own would do.
 
-Shape letters: as in sps.py.
+Shape letters: as in operator.py.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from querymask.common.ops.msda_reference import AUTOCAST_DEVICES
-from querymask.common.ops.sps_reference import as_pair, check_cells, check_inputs, look_up, multiply, tap_cells
+from querymask.common.ops.autocast import autocast_type, cast
+from querymask.common.ops.sps.reference import as_pair, check_cells, check_inputs, look_up, multiply, tap_cells
 
 
 def deformable_sparse_conv2d(
@@ -49,13 +49,9 @@ def deformable_sparse_conv2d(
         ValueError, TypeError, IndexError: as :func:`querymask.common.ops.sparse_conv2d`.
     """
     device = features.device.type
-    if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        features, weight, bias = (
-            tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
-            for tensor in (features, weight, bias)
-        )
-        offsets = offsets.float() if offsets.dtype in (torch.float16, torch.bfloat16) else offsets
+    if (dtype := autocast_type(device)) is not None:
+        features, weight, bias = (cast(tensor, dtype) for tensor in (features, weight, bias))
+        offsets = cast(offsets, torch.float32)
         with torch.autocast(device, enabled=False):
             return _compose(features, index_map, cells, offsets, weight, bias, as_pair(dilation))
     return _compose(features, index_map, cells, offsets, weight, bias, as_pair(dilation))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")  # torch.amp.is_autocast_available cannot be exported before 2.7
+from querymask.common.ops.autocast import autocast_type, cast
+
 VALUE_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -106,13 +107,9 @@ def multi_scale_deformable_attention_reference(
     """
     shapes = flatten_shapes(spatial_shapes)
     device = value.device.type
-    if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
-        if value.dtype != torch.float64:
-            value = value.to(torch.get_autocast_dtype(device))
-        if sampling_locations.dtype != torch.float64:
-            sampling_locations = sampling_locations.float()
-        if attention_weights.dtype != torch.float64:
-            attention_weights = attention_weights.to(torch.get_autocast_dtype(device))
+    if (dtype := autocast_type(device)) is not None:
+        value, attention_weights = cast(value, dtype), cast(attention_weights, dtype)
+        sampling_locations = cast(sampling_locations, torch.float32)
         with torch.autocast(device, enabled=False):
             return _compose(value, shapes, sampling_locations, attention_weights)
     return _compose(value, shapes, sampling_locations, attention_weights)

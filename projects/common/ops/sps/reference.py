@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from querymask.common.ops.msda_reference import AUTOCAST_DEVICES
+from querymask.common.ops.autocast import autocast_type, cast
 
 FEATURE_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_TYPES = (torch.int32, torch.int64)
@@ -154,12 +154,8 @@ def sparse_conv2d_reference(
     float16 and bfloat16 are computed in float32, the result has features' type.
     """
     device = features.device.type
-    if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        features, weight, bias = (
-            tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
-            for tensor in (features, weight, bias)
-        )
+    if (dtype := autocast_type(device)) is not None:
+        features, weight, bias = (cast(tensor, dtype) for tensor in (features, weight, bias))
         with torch.autocast(device, enabled=False):
             return _compose(features, index_map, cells, weight, bias, as_pair(dilation))
     return _compose(features, index_map, cells, weight, bias, as_pair(dilation))

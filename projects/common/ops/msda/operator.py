@@ -3,6 +3,7 @@
 Shape letters: B batch, S tokens, M heads, D channels of a head, Q queries, L levels, P points.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor
 
 from querymask.common.ops import extension
-from querymask.common.ops.msda_reference import (
+from querymask.common.ops.msda.reference import (
     check_grad_output,
     check_inputs,
     flatten_shapes,
     multi_scale_deformable_attention_reference,
 )
+from querymask.common.ops.registration import Shape, register_operator
 
 
 def multi_scale_deformable_attention(
@@ -92,12 +94,28 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, Tensor, Tens
     return grad_value, None, grad_locations, grad_weights
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("multi_scale_deformable_attention is differentiable once: it has no second derivative")
+def _multiply_adds(value: Shape, spatial_shapes: Any, locations: Shape, weights: Shape) -> int:
+    """Four for each channel of a bilinear sample; neither counter counts the elementwise product with the weights."""
+    return 4 * math.prod(locations[:-1]) * value[-1]
 
 
-if extension.EXTENSION.error is None:
-    torch.library.register_fake("querymask::multi_scale_deformable_attention", _fake)
-    torch.library.register_fake("querymask::multi_scale_deformable_attention_backward", _fake_backward)
-    torch.library.register_autograd("querymask::multi_scale_deformable_attention", _backward, setup_context=_save)
-    torch.library.register_autograd("querymask::multi_scale_deformable_attention_backward", _refuse_second_derivative)
+def _grid_sampler(image: Shape, grid: Shape, *options: Any, out_shape: Shape, **unused: Any) -> int:
+    return 8 * math.prod(out_shape)
+
+
+def _grid_sampler_backward(grad_output: Shape, *options: Any, **unused: Any) -> int:
+    return 16 * math.prod(grad_output)
+
+
+register_operator(
+    "multi_scale_deformable_attention",
+    fake=_fake,
+    fake_backward=_fake_backward,
+    save=_save,
+    backward=_backward,
+    multiply_adds=_multiply_adds,
+    reference_formulas={
+        torch.ops.aten.grid_sampler_2d: _grid_sampler,
+        torch.ops.aten.grid_sampler_2d_backward: _grid_sampler_backward,
+    },
+)
