@@ -4,8 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 from devices import DEVICE
 from tool_loader import load_tool
+
+from querymask.command_line import load_config
+from querymask.common.flops import measure
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "projects" / "solq" / "configs"
@@ -83,10 +87,9 @@ def tiny(tmp_path: Path) -> Path:
 
 def test_cost_of_solq(tiny: Path) -> None:
     """Multiply-adds of the parts whose inputs are known."""
-    cfg = tool.get_cfg()
-    cfg.merge_from_file(str(tiny))
     pixels = torch.zeros(3, 64, 96)
-    flops = tool.measure(tool.build_model(cfg), {"image": pixels, "height": 64, "width": 96}).flops_by_module
+    model = build_model(load_config(tiny))
+    flops = measure(model, {"image": pixels, "height": 64, "width": 96}).flops_by_module
     tokens = 8 * 12 + 4 * 6 + 2 * 3 + 1 * 2
     assert flops["detector.transformer.encoder.layers.0.linear1"] == tokens * 64 * 16
     assert flops["detector.transformer.encoder.layers.0.self_attn.value_proj"] == tokens * 64 * 64
