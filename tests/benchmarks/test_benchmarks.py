@@ -37,7 +37,7 @@ BENCHMARKS = {
     "isda_memory": (["--height", "64", "--width", "64"], r"all masks at once +\| +100 \|"),
     "istr": (
         ["--height", "64", "--width", "64", "--batch", "1", "--instances", "2", "--repeats", "1"],
-        r"ISTR +\| [\d,]+ +\| \d",
+        r"ISTR +\| +[\d,]+ +\| +\d",
     ),
     "msda": (["--images", "64x96", "--queries", "5", "--repeat", "1"], r"this operator +\| +\d"),
     "segmentation_heads": (
