@@ -9,10 +9,9 @@ Letters: A anchors, T targets of an image, Q queries, K classes, F matched queri
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import box_iou
+from torchvision.ops import box_convert, box_iou, sigmoid_focal_loss
 
-from querymask.common.boxes import area, cxcywh_to_xyxy, xyxy_to_cxcywh
-from querymask.common.losses import sigmoid_focal_loss
+from querymask.common.boxes import area
 from querymask.common.predictions import Assignment, LossTerm, Targets
 from querymask.effseg.fqdet.anchors import encode_deltas
 from querymask.effseg.fqdet.predictions import FQDetAssignment, FQDetPredictions
@@ -38,7 +37,7 @@ def rank_anchors(anchors: Tensor, boxes: Tensor, count: int = MATCHED_RANKS) -> 
     size = max(count, PAIRS_AT_ONCE // max(len(boxes), 1))
     values, indices = [], []
     for start in range(0, len(anchors), size):
-        overlaps = box_iou(boxes, cxcywh_to_xyxy(anchors[start : start + size]))
+        overlaps = box_iou(boxes, box_convert(anchors[start : start + size], "cxcywh", "xyxy"))
         best = overlaps.topk(min(count, overlaps.shape[1]), dim=1)
         values.append(best.values)
         indices.append(start + best.indices)
@@ -159,7 +158,7 @@ class FQDetCriterion:
         if self.version == 2:
             return extended_iou_loss(predicted, targets.to(predicted)).sum()
         anchors = found.query_anchors[assignment.image, assignment.query]
-        wanted = encode_deltas(anchors, xyxy_to_cxcywh(targets.to(anchors)))
+        wanted = encode_deltas(anchors, box_convert(targets.to(anchors), "xyxy", "cxcywh"))
         return (found.deltas[assignment.image, assignment.query] - wanted).abs().sum()
 
 
