@@ -217,7 +217,7 @@ def _train_epoch(
 
 @torch.no_grad()
 def reconstruction_quality(
-    coding: MaskCoding, masks: Dataset, threshold: float = 0.5, batch_size: int = 1024, workers: int = 0
+    coding: MaskCoding, masks: Dataset, batch_size: int = 1024, workers: int = 0
 ) -> dict[str, float]:
     """What is lost by coding masks.
 
@@ -231,7 +231,7 @@ def reconstruction_quality(
     slices = list(batch_slices(len(masks), batch_size, 0))
     for batch in tqdm(_loader(masks, slices, workers), unit="batch", mininterval=1):
         truth = batch.to(device)
-        decoded = coding.decode(coding.encode(truth)) >= threshold
+        decoded = coding.decode(coding.encode(truth)) >= 0.5
         intersection = (decoded & truth).sum((1, 2))
         union = (decoded | truth).sum((1, 2))
         ious += float((intersection / union.clamp(min=1)).where(union > 0, torch.ones(())).sum())

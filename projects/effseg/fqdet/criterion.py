@@ -18,6 +18,7 @@ from querymask.effseg.fqdet.predictions import FQDetAssignment, FQDetPredictions
 
 SELECTED_RANKS = 5  # the best anchors of a target are to be selected
 MATCHED_RANKS = 15  # and queries from these are matched to it
+BETA = 0.1  # a loss of boxes below it is quadratic
 PAIRS_AT_ONCE = 2**20  # of target and anchor: bounds the memory at about 50 MB
 
 
@@ -68,12 +69,11 @@ def match_queries(ranked: Tensor, selected: Tensor, num_anchors: int) -> Tensor:
     return torch.where(claim < ranks * num_targets, claim % num_targets, -1)
 
 
-def extended_iou_loss(boxes: Tensor, targets: Tensor, beta: float = 0.1) -> Tensor:
+def extended_iou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
     """Smooth L1 of 1 - extended IoU, box by box: an IoU whose intersection turns negative where boxes are apart.
 
     Args:
         boxes, targets: (n, 4) x0, y0, x1, y1.
-        beta: below it the loss is quadratic.
 
     Returns:
         (n,)
@@ -85,7 +85,7 @@ def extended_iou_loss(boxes: Tensor, targets: Tensor, beta: float = 0.1) -> Tens
     intersection = area(high) + area(inner) - low[:, 0] * outer[:, 1] - outer[:, 0] * low[:, 1]
     areas = area(boxes[:, 2:] - boxes[:, :2]) + area(targets[:, 2:] - targets[:, :2])
     miss = 1 - intersection / (areas - intersection + 1e-7)
-    return torch.where(miss < beta, miss.square() / (2 * beta), miss - beta / 2)
+    return torch.where(miss < BETA, miss.square() / (2 * BETA), miss - BETA / 2)
 
 
 class FQDetCriterion:
