@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import querymask  # isort: skip  (before Detectron2: makes it importable)
+import querymask  # isort: skip  (before Detectron2: makes it importable)  # noqa: F401
 import cv2
 import numpy as np
 import torch
@@ -24,9 +24,9 @@ from detectron2.config import CfgNode
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from querymask.command_line import load_config, make_parser
 from querymask.common.data.annotations import read_dataset
 from querymask.common.data.image_files import ImageFileError, ImageReader, find_file
-from querymask.common.engine import choose_device
 from querymask.common.fonts import set_font
 from querymask.common.predictor import Predictor
 from querymask.common.views import choose_view, find_views
@@ -40,7 +40,7 @@ Draw = Callable[[np.ndarray], np.ndarray]
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--config-file", required=True, metavar="FILE")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", metavar="PATH", help="images, folders of images, or patterns in quotes")
@@ -52,15 +52,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--view", metavar="NAME", help=f"a look inside: {', '.join(sorted(find_views()))}")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides")
     return parser.parse_args(arguments)
-
-
-def load_config(args: argparse.Namespace) -> CfgNode:
-    """The config with its overrides."""
-    cfg = querymask.get_cfg()
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
-    choose_device(cfg)
-    return cfg
 
 
 def make_draw(args: argparse.Namespace, cfg: CfgNode) -> Draw:
@@ -199,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit status."""
     args = parse_arguments(arguments)
     try:
-        cfg = load_config(args)
+        cfg = load_config(args.config_file, args.opts)
         if args.test_images is not None:
             args.input = [entry["file_name"] for entry in read_dataset(cfg.DATASETS.TEST[0])[: args.test_images]]
         set_font(cfg.VIS_FONT)

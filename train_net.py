@@ -9,8 +9,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from querymask import get_cfg
-from querymask.common.engine import Trainer, choose_device, default_argument_parser, default_setup, launch
+from querymask.command_line import load_config
+from querymask.common.engine import Trainer, default_argument_parser, default_setup, launch
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -25,11 +25,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def setup(args: argparse.Namespace) -> Any:
     """The config of the run: that of the file, with the KEY VALUE pairs of the command line."""
-    cfg = get_cfg()
-    if args.config_file:
-        cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
-    choose_device(cfg)
+    cfg = load_config(args.config_file, args.opts)
     cfg.freeze()
     return cfg
 

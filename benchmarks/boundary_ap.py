@@ -7,10 +7,8 @@ little, and others at random places of random classes, as models give them. Time
 last column scales them to 5,000.
 """
 
-import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import querymask  # isort: skip  (before Detectron2: makes it importable)  # noqa: F401
@@ -19,8 +17,8 @@ import numpy as np
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from tabulate import tabulate
 
+from querymask.command_line import add_save, make_parser, markdown_table, show_page
 from querymask.common.evaluation.boundary import BoundaryEval
 from querymask.common.evaluation.scores import evaluate, load_results
 
@@ -66,10 +64,10 @@ def make_data(num_images: int, objects: int) -> tuple[COCO, list[dict[str, Any]]
 
 def main() -> None:
     """Measure both, print and save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--objects", type=int, default=7, help="in an image (7; COCO has 7.3 on average)")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the table to this file")
+    add_save(parser)
     args = parser.parse_args()
     truth, results = make_data(args.images, args.objects)
     kinds: dict[str, Callable[..., COCOeval]] = {
@@ -85,15 +83,10 @@ def main() -> None:
         rows.append((name, f"{scores['AP']:.2f}", f"{spent:.1f} s", f"{spent * 5000 / args.images / 60:.1f} min"))
     headers = ["", "AP", f"{args.images} images", "5,000 images"]
     text = (
-        "# Boundary AP beside mask AP\n\nWritten by `benchmarks/boundary_ap.py`.\n\n"
         f"{WIDTH}x{HEIGHT} pixels, {args.objects} objects and {DETECTIONS} detections an image, {CLASSES} classes; CPU "
-        "time of one thread, pycocotools' own evaluation included.\n\n"
-        + tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=("left", *["right"] * 3))
-        + "\n"
+        "time of one thread, pycocotools' own evaluation included.\n\n" + markdown_table(rows, headers)
     )
-    print(text)
-    if args.save:
-        args.save.write_text(text)
+    show_page("Boundary AP beside mask AP", "benchmarks/boundary_ap.py", text, args.save)
 
 
 if __name__ == "__main__":

@@ -6,17 +6,16 @@ Every variant runs in a process of its own, because the peak of a process never 
 image, 100 detections.
 """
 
-import argparse
 import multiprocessing
 import resource
 import sys
 import time
 
-import querymask  # isort: skip  (before Detectron2: makes it importable)
 import torch
-from detectron2.modeling import build_model
 from tabulate import tabulate
 
+from querymask.command_line import load_config, make_parser
+from querymask.common.measured_models import random_model
 from querymask.isda import masks
 
 CONFIG = "projects/isda/configs/isda_r50.yaml"
@@ -31,11 +30,7 @@ def peak_mib() -> float:
 def measure(chunk: int, height: int, width: int, queue: multiprocessing.Queue) -> None:
     """Put (peak of the libraries, and what building, network and detections added to it, their seconds and number)."""
     libraries = peak_mib()
-    cfg = querymask.get_cfg()
-    cfg.merge_from_file(CONFIG)
-    cfg.MODEL.DEVICE = "cpu"
-    torch.manual_seed(0)
-    model = build_model(cfg).eval()
+    model = random_model(load_config(CONFIG, device="cpu")).eval()
     masks.CHUNK_ELEMENTS = chunk
     peaks = [libraries, peak_mib()]
     with torch.no_grad():
@@ -51,7 +46,7 @@ def measure(chunk: int, height: int, width: int, queue: multiprocessing.Queue) -
 
 def main() -> None:
     """Run all variants and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--height", type=int, default=800)
     parser.add_argument("--width", type=int, default=1333)
     args = parser.parse_args()

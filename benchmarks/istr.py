@@ -14,24 +14,22 @@ of the machine disturb little; a GPU in its own time.
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-import querymask  # before Detectron2, which it makes importable on current libraries
+import querymask  # noqa: F401  before Detectron2, which it makes importable on current libraries
 
 # isort: split
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_model
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
-from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
-from tabulate import tabulate
 from torch import nn
 
+from querymask.command_line import load_config, make_parser, markdown_table, parse_benchmark, show_page
 from querymask.common.flops import count_parameters
-from querymask.common.mask_coding import fill_missing_bases
+from querymask.common.measured_models import make_batch, random_model
 from querymask.common.measuring import machine, median_time
 from querymask.common.solver import build_optimizer
 
@@ -40,10 +38,7 @@ SHAPES = "projects/istr/configs/istr_shapes.yaml"
 
 def istr_config(args: argparse.Namespace) -> CfgNode:
     """The config to measure, on the device."""
-    cfg = querymask.get_cfg()
-    cfg.merge_from_file(args.config)
-    cfg.merge_from_list(["MODEL.DEVICE", args.device, "MODEL.WEIGHTS", "", "TEST.DETECTIONS_PER_IMAGE", 100])
-    return cfg
+    return load_config(args.config, ["MODEL.WEIGHTS", "", "TEST.DETECTIONS_PER_IMAGE", 100], args.device)
 
 
 def mask_rcnn_config(istr: CfgNode) -> CfgNode:
@@ -84,36 +79,6 @@ def with_p6(name: str) -> str:
     return build.__name__
 
 
-def make_model(cfg: CfgNode) -> nn.Module:
-    """With random weights that give the full number of detections."""
-    torch.manual_seed(0)
-    model = build_model(cfg)
-    fill_missing_bases(model)
-    for name, parameter in model.named_parameters():
-        if "bboxes_delta" in name:
-            nn.init.zeros_(parameter)
-    return model
-
-
-def make_batch(batch: int, size: tuple[int, int], instances: int, num_classes: int) -> list[dict[str, Any]]:
-    """Random images of (height, width) ``size``, each with as many discs."""
-    generator = torch.Generator().manual_seed(0)
-    y, x = torch.meshgrid(*(torch.arange(side) + 0.5 for side in size), indexing="ij")
-    items = []
-    for _ in range(batch):
-        radius = (torch.rand(instances, generator=generator) * 0.15 + 0.08) * min(size)
-        center = torch.rand(instances, 2, generator=generator) * 0.5 + 0.25
-        center = center * torch.tensor([size[1], size[0]])
-        distance = (x - center[:, 0, None, None]) ** 2 + (y - center[:, 1, None, None]) ** 2
-        found = Instances(size)
-        found.gt_boxes = Boxes(torch.cat((center - radius[:, None], center + radius[:, None]), dim=1))
-        found.gt_classes = torch.randint(num_classes, (instances,), generator=generator)
-        found.gt_masks = BitMasks(distance < radius[:, None, None] ** 2)
-        image = torch.randint(256, (3, *size), generator=generator, dtype=torch.uint8)
-        items.append({"image": image, "instances": found, "height": size[0], "width": size[1]})
-    return items
-
-
 def limit_candidates(model: nn.Module, batch: list[dict[str, Any]]) -> None:
     """Set the Mask R-CNN's score threshold to leave as many candidates as there are proposals."""
     images = model.preprocess_image(batch)
@@ -129,7 +94,7 @@ def limit_candidates(model: nn.Module, batch: list[dict[str, Any]]) -> None:
 
 def measure(cfg: CfgNode, args: argparse.Namespace) -> tuple[str, ...]:
     """A row of the table."""
-    model = make_model(cfg)
+    model = random_model(cfg)
     istr, device = cfg.MODEL.META_ARCHITECTURE == "ISTR", args.device
     batch = make_batch(args.batch, (args.height, args.width), args.instances, cfg.MODEL.ISTR.NUM_CLASSES)
     optimizer = build_optimizer(cfg, model)
@@ -159,33 +124,25 @@ def measure(cfg: CfgNode, args: argparse.Namespace) -> tuple[str, ...]:
 
 def main() -> None:
     """Measure both models, print and save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--config", default=SHAPES, help=f"of the ISTR; its backbone is Mask R-CNN's too ({SHAPES})")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--height", type=int, default=128)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--instances", type=int, default=5, help="in every image")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the table to this file")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parse_benchmark(parser)
     cfg = istr_config(args)
     rows = [measure(config, args) for config in (mask_rcnn_config(cfg), cfg)]
     headers = ["model", "parameters", "training images/s", "inference images/s", "detections"]
     text = (
-        "# ISTR beside Mask R-CNN\n\nWritten by `benchmarks/istr.py`.\n\n"
         f"Backbone, pyramid and number of classes of `{args.config}`, {args.height}x{args.width} pixels, batch "
         f"{args.batch}, {args.instances} instances an image; random weights. Training is a whole step with the "
         f"optimiser.\nMeasured on: {machine(args.device)}\nMedian of {args.repeats} runs after one for warming up; "
         "Mask R-CNN with 1,000 proposals and as many candidates for the suppression of duplicates.\n\n"
-        + tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
-        + "\n"
+        + markdown_table(rows, headers)
     )
-    print(text)
-    if args.save:
-        args.save.write_text(text)
+    show_page("ISTR beside Mask R-CNN", "benchmarks/istr.py", text, args.save)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,15 @@ All forms run in this process on the same inputs: locations are pixel centres of
 CPU is timed in CPU time, which other jobs of the machine disturb little; everything else in wall or device time.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from gpu_parts.rates import H200, Rates, element_size
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
+from querymask.command_line import make_parser, markdown_table, parse_benchmark, show_page
 from querymask.common.measuring import machine, median_time, peak_memory
 from querymask.common.ops import multi_scale_deformable_attention
 
@@ -166,26 +165,21 @@ def describe(device: str, dtype: torch.dtype, repeat: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float16", "bfloat16", "float32", "float64"])
-    parser.add_argument("--threads", type=int, default=1, help="on the CPU")
+    parser = make_parser(__doc__)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--images", nargs="+", default=["400x533", "800x1066"], choices=list(LEVELS))
     parser.add_argument("--queries", type=int, default=300, help="of the decoder")
-    parser.add_argument("--repeat", type=int, help="timed runs; default 50 on CUDA, 11 on the CPU")
     parser.add_argument("--compile", action="store_true", help="also torch.compile the accumulated composition")
-    parser.add_argument("--save", type=Path, help="write the tables to this file")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    dtype, device = getattr(torch, arguments.dtype), arguments.device
-    repeat = arguments.repeat or (50 if device == "cuda" else 11)
+    arguments = parse_benchmark(parser, repeat=(50, 11), dtypes=["float32", "float16", "bfloat16", "float64"])
+    dtype, device, repeat = getattr(torch, arguments.dtype), arguments.device, arguments.repeat
     forms = {"grid_sample, stacked": stacked, "grid_sample, accumulated": accumulated}
     if arguments.compile:
         forms["grid_sample, torch.compile"] = torch.compile(accumulated)
     forms["this operator"] = multi_scale_deformable_attention
 
     lines = describe(device, dtype, repeat)
+    columns = ("forward ms", "+ backward ms", "forward MiB", "+ backward MiB")
+    header = ["form", *(text for column in columns for text in (column, "x")), "error"]
     for image in arguments.images:
         for queries in (None, arguments.queries):
             case = Case(image, queries, arguments.batch)
@@ -193,9 +187,8 @@ def main() -> None:
             if device == "cuda":
                 bound = bounds(case, dtype)[0]
                 lines += [f"bounds of the forward pass: HBM {bound.memory:.3f} ms, L1 {bound.l1:.3f} ms (H200)", ""]
-            lines += ["| form | forward ms | x | + backward ms | x | forward MiB | x | + backward MiB | x | error |"]
-            lines += ["|---|" + "---:|" * 9]
-            first = None
+            print(case.name)
+            rows, first = [], None
             for name, form in forms.items():
                 result = measure(form, case, dtype, device, repeat)
                 first = first or result
@@ -203,11 +196,10 @@ def main() -> None:
                 for field in ("forward", "both", "forward_memory", "both_memory"):
                     number = getattr(result, field)
                     cells += [f"{number:.4g}", f"{getattr(first, field) / max(number, 1e-3):.1f}"]
-                lines.append("| " + " | ".join([*cells, f"{result.error:.1e}"]) + " |")
-                print("\n".join(lines[-(1 if result is not first else 6) :]), flush=True)
-    text = "\n".join(["# Multi-scale deformable attention", "", "Written by `benchmarks/msda.py`.", "", *lines, ""])
-    if arguments.save:
-        arguments.save.write_text(text)
+                rows.append([*cells, f"{result.error:.1e}"])
+                print(", ".join(rows[-1]), flush=True)
+            lines += [markdown_table(rows, header)]
+    show_page("Multi-scale deformable attention", "benchmarks/msda.py", "\n".join(lines), arguments.save)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,15 @@ other jobs of the machine disturb little; everything else in wall or device time
 import argparse
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
-from pathlib import Path
 
 import querymask  # noqa: F401  (before Detectron2, which it makes importable on current libraries)
 
 # isort: split
 import torch
-from fvcore.nn import FlopCountAnalysis
-from tabulate import tabulate
 from torch import Tensor, nn
 
-from querymask.common.flops import count_parameters, flop_handles
+from querymask.command_line import make_parser, markdown_table, parse_benchmark, show_page
+from querymask.common.flops import count_flops, count_parameters
 from querymask.common.measuring import machine, median_time, peak_memory
 from querymask.common.pyramid import FeaturePyramid
 from querymask.effseg.heads.effseg import EffSegHead
@@ -112,26 +110,18 @@ def measure(head: SegmentationHead, case: Case, arguments: argparse.Namespace) -
         torch.autograd.grad(sum(losses.values()), leaves, allow_unused=True)  # not every head reads every map
 
     with torch.no_grad():
-        analysis = FlopCountAnalysis(module, inputs).set_op_handle(**flop_handles())
-        gflops = analysis.unsupported_ops_warnings(False).tracer_warnings("none").total() / 1e9
+        gflops = count_flops(module, inputs).total() / 1e9
     times = [median_time(run, device, arguments.repeat) for run in (infer, train)]
     return Measurement(gflops, *times, *(peak_memory(run, device) for run in (infer, train)))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--heads", nargs="+", default=list(HEADS), choices=list(HEADS), help="the first is the measure")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of autocast")
-    parser.add_argument("--threads", type=int, default=1, help="on the CPU")
     parser.add_argument("--height", type=int, default=800)
     parser.add_argument("--width", type=int, default=1088)
     parser.add_argument("--regions", type=int, default=100)
-    parser.add_argument("--repeat", type=int, help="timed runs; default 20 on CUDA, 3 on the CPU")
-    parser.add_argument("--save", type=Path, help="write the table to this file")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    arguments.repeat = arguments.repeat or (20 if arguments.device == "cuda" else 3)
+    arguments = parse_benchmark(parser, repeat=(20, 3), dtypes=["float32", "bfloat16", "float16"])  # of autocast
 
     case, rows, measurements = Case(arguments), [], []
     for name in arguments.heads:
@@ -152,16 +142,9 @@ def main() -> None:
         f"Median of {arguments.repeat} runs; peak memory beyond weights and inputs; x: how many times as much as "
         f"{HEADS[arguments.heads[0]][0]}.",
         "",
-        tabulate(
-            rows, header, tablefmt="pipe", disable_numparse=True, colalign=("left", *["right"] * (len(header) - 1))
-        ),
+        markdown_table(rows, header),
     ]
-    print("\n".join(lines))
-    if arguments.save:
-        title = "# Segmentation heads"
-        arguments.save.write_text(
-            "\n".join([title, "", "Written by `benchmarks/segmentation_heads.py`.", "", *lines, ""])
-        )
+    show_page("Segmentation heads", "benchmarks/segmentation_heads.py", "\n".join(lines), arguments.save)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,16 @@ free. One thread on the CPU is timed in CPU time, which other jobs of the machin
 wall or device time.
 """
 
-import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from gpu_parts.rates import H200, Rates, element_size
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, linear
 
+from querymask.command_line import make_parser, markdown_table, parse_benchmark, show_page
 from querymask.common.measuring import machine, median_time, peak_memory
 from querymask.common.ops import sparse_conv2d
 from querymask.common.ops.sps.reference import neighbour_rows
@@ -158,19 +157,12 @@ def measure(form: Form, case: Case, device: str, repeat: int) -> Measurement:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float16", "bfloat16", "float32", "float64"])
-    parser.add_argument("--threads", type=int, default=1, help="on the CPU")
+    parser = make_parser(__doc__)
     parser.add_argument("--active", type=int, default=10000, help="active cells, a multiple of 4")
     parser.add_argument("--channels", type=int, nargs="+", default=[32, 64, 128, 256])
     parser.add_argument("--dilation", type=int, default=1)
-    parser.add_argument("--repeat", type=int, help="timed runs; default 50 on CUDA, 11 on the CPU")
-    parser.add_argument("--save", type=Path, help="write the tables to this file")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    dtype, device = getattr(torch, arguments.dtype), arguments.device
-    repeat = arguments.repeat or (50 if device == "cuda" else 11)
+    arguments = parse_benchmark(parser, repeat=(50, 11), dtypes=["float32", "float16", "bfloat16", "float64"])
+    dtype, device, repeat = getattr(torch, arguments.dtype), arguments.device, arguments.repeat
 
     lines = [
         f"3 x 3, dilation {arguments.dilation}, {arguments.dtype}.",
@@ -178,14 +170,11 @@ def main() -> None:
         f"Median of {repeat} runs; peak memory beyond the inputs; x: how many times as long as the product alone, "
         "which has the gathered matrix for input.",
     ]
-    print("\n".join(lines))
+    columns = ("form", "forward ms", "x", "+ backward ms", "x", "forward MiB", "+ backward MiB", "error")
     for channels in arguments.channels:
         case = Case(arguments.active, channels, arguments.dilation, dtype, device)
-        lines += ["", f"## {case.name}", ""]
-        lines += ["| form | forward ms | x | + backward ms | x | forward MiB | + backward MiB | error |"]
-        lines += ["|---|" + "---:|" * 7]
-        print("\n".join(lines[-5:]))
-        least = None
+        print(case.name)
+        rows, least = [], None
         for name, form in FORMS.items():
             result = measure(form, case, device, repeat)
             least = least or result
@@ -193,12 +182,12 @@ def main() -> None:
             for field in ("forward", "both"):
                 number = getattr(result, field)
                 cells += [f"{number:.4g}", f"{number / getattr(least, field):.2f}"]
-            cells += [f"{result.forward_memory:.4g}", f"{result.both_memory:.4g}", f"{result.error:.1e}"]
-            lines.append("| " + " | ".join(cells) + " |")
-            print(lines[-1], flush=True)
-    if arguments.save:
-        title = "# Convolution on structure-preserving sparsity"
-        arguments.save.write_text("\n".join([title, "", "Written by `benchmarks/sps.py`.", "", *lines, ""]))
+            rows.append([*cells, f"{result.forward_memory:.4g}", f"{result.both_memory:.4g}", f"{result.error:.1e}"])
+            print(", ".join(rows[-1]), flush=True)
+        table = markdown_table(rows, columns)
+        lines += ["", f"## {case.name}", "", table]
+    title = "Convolution on structure-preserving sparsity"
+    show_page(title, "benchmarks/sps.py", "\n".join(lines), arguments.save)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ in and out, 3 x 3 taps: to issue the loop's instructions, for the products at th
 traffic of shared memory, and for that of the L2 cache if no row is found in L1.
 """
 
-import argparse
 import math
 import re
 from collections import Counter
@@ -16,8 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from count_instructions import ROOT, Graph, Listing, disassemble, read_listings
+from gpu_parts.instructions import Graph, Listing, disassemble, read_listings
+from tabulate import tabulate
 
+from querymask.command_line import add_save, make_parser, show_page
+
+ROOT = Path(__file__).parents[1]
 CELLS, TAPS, WIDTHS = 40_000, 9, (32, 64, 128)
 SIDE, STAGE_ROW, STAGES, WARPS, WANTED_BLOCKS = 128, 64, 4, 4, 264  # as in csrc/sps/cuda_tensor_core.cu
 MULTIPROCESSORS, CLOCK, L2 = 132, 1.755e9, 5.5e12  # of an H100 SXM; bytes a second
@@ -57,13 +60,12 @@ def count_loop(listing: Listing) -> Counter[str]:
     return Counter(re.match(r"(?:@\S+ )?(\w+)", line)[1] for line in lines)
 
 
-def rows(listings: list[Listing]) -> Iterator[str]:
-    """Rows of Markdown."""
-    yield (
-        "| kernel | C | type | instructions a chunk | HMMA | registers | stack B | shared KB | blocks/SM | issue µs | "
-        "tensor µs | shared µs | L2 µs |"
-    )
-    yield "|---|---:|---|" + "---:|" * 10
+COLUMNS = ("kernel", "C", "type", "instructions a chunk", "HMMA", "registers", "stack B", "shared KB", "blocks/SM")
+COLUMNS += ("issue µs", "tensor µs", "shared µs", "L2 µs")
+
+
+def rows(listings: list[Listing]) -> Iterator[list[object]]:
+    """The cells of the table's rows."""
     for kernel in KERNELS:
         for channels in WIDTHS:
             for name, (mangled, size) in TYPES.items():
@@ -89,21 +91,19 @@ def rows(listings: list[Listing]) -> Iterator[str]:
                 registers = listing.resources["REG"]
                 resident = min(65536 // (SIDE * math.ceil(registers / 8) * 8), 227 * 1024 // (shared + 1024))
                 cells = [total, counts["HMMA"], registers, listing.resources["STACK"], f"{shared / 1024:.1f}", resident]
-                cells += [f"{value:.1f}" for value in times]
-                yield f"| {kernel.replace('_', ' ')} | {channels} | {name} | {' | '.join(map(str, cells))} |"
+                yield [kernel.replace("_", " "), channels, name, *cells, *(f"{value:.1f}" for value in times)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--listing", type=Path, help="output of `cuobjdump -res-usage -sass`, instead of compiling")
-    parser.add_argument("--save", type=Path, help="write the table to this file as well")
+    add_save(parser)
     args = parser.parse_args()
     source = ROOT / "csrc/sps/cuda_tensor_core.cu"
     text = args.listing.read_text() if args.listing else disassemble(source, "sm_90")
+    alignment = ("left", "right", "left", *["right"] * 10)
     lines = [
-        "# Instructions of the sparse convolution on tensor cores",
-        "",
-        "Written by `benchmarks/sps_instructions.py`, without a GPU: nothing here is measured.",
+        "Compiled without a GPU: nothing here is measured.",
         "",
         "Least times of an H100 (132 multiprocessors, 1.755 GHz) for 40,000 cells, C channels in and out, 3 x 3 taps.",
         "Issue: all instructions of the loop over chunks of 64 bytes. Tensor: the dense peak; `mma.sync` is said to",
@@ -111,12 +111,10 @@ def main() -> None:
         "the rows of the forward pass that several taps read are kept. The backward pass to features also adds",
         f"{CELLS * TAPS * 128 * 4 / 1e6:.0f} MB to memory atomically at C = 128. A stack: registers are spilled.",
         "",
-        *rows(list(read_listings(text))),
+        tabulate(rows(list(read_listings(text))), COLUMNS, tablefmt="pipe", disable_numparse=True, colalign=alignment),
     ]
-    table = "\n".join(lines) + "\n"
-    print(table)
-    if args.save is not None:
-        args.save.write_text(table)
+    title = "Instructions of the sparse convolution on tensor cores"
+    show_page(title, "benchmarks/sps_instructions.py", "\n".join(lines), args.save)
 
 
 if __name__ == "__main__":

@@ -8,23 +8,20 @@ and how: docs/analysis.md.
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from querymask import get_cfg  # before Detectron2, which it makes importable on current libraries
+import querymask  # noqa: F401  before Detectron2, which it makes importable on current libraries
 
 # isort: split
 import numpy as np
-import torch
-from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from tabulate import tabulate
 
-from querymask.common.data.annotations import read_dataset
-from querymask.common.data.mapper import InstanceMapper
-from querymask.common.engine import StrictCheckpointer, choose_device
+from querymask.command_line import add_config, add_images, check_images, load_config, make_parser, read_images
+from querymask.common.engine import StrictCheckpointer
 from querymask.common.flops import Cost, Parameters, count_parameters, measure
 from querymask.common.mask_coding import fill_missing_bases
+from querymask.common.measured_models import build_on_meta
 
 GIGA = 1e9
 MEGA = 1e6
@@ -32,61 +29,39 @@ MEGA = 1e6
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, metavar="FILE")
-    parser.add_argument("--num-images", type=int, metavar="N", help="the first N images of DATASETS.TEST")
-    parser.add_argument("--height", type=int, metavar="H", help="rows of an image of random pixels")
-    parser.add_argument("--width", type=int, metavar="W", help="columns of it")
+    parser = make_parser(__doc__)
+    add_config(parser)
+    add_images(parser)
     parser.add_argument("--depth", type=int, default=3, metavar="D", help="levels of modules in the tables (default 3)")
     parser.add_argument("--parameters-only", action="store_true", help="leave FLOPs and activations out")
     parser.add_argument(
         "--load-weights", action="store_true", help="load MODEL.WEIGHTS, for costs that depend on what is detected"
     )
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
     args = parser.parse_intermixed_args(arguments)
-    if (args.height is None) != (args.width is None):
-        parser.error("--height and --width belong together")
-    if args.num_images is not None and (args.height is not None or args.num_images < 1):
-        parser.error("--num-images must be positive, and excludes --height and --width")
+    check_images(parser, args)
     return args
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the analysis; returns the exit status."""
     args = parse_arguments(arguments)
-    cfg = get_cfg()
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
     if args.parameters_only:
-        cfg.MODEL.DEVICE = "meta"
-        with torch.device("meta"):
-            print(parameter_table(count_parameters(build_model(cfg)), args.depth))
+        model = build_on_meta(load_config(args.config_file, args.opts, "meta"))
+        print(parameter_table(count_parameters(model), args.depth))
         return 0
-    choose_device(cfg)
+    cfg = load_config(args.config_file, args.opts)
     model = build_model(cfg)
     print(parameter_table(count_parameters(model), args.depth))
     if args.load_weights:
         StrictCheckpointer(model, cfg=cfg, complete=True).load(cfg.MODEL.WEIGHTS)
     fill_missing_bases(model)
     costs = []
-    for item in inputs(args, cfg):
+    for item in read_images(args, cfg):
         costs.append(measure(model, item))
         height, width = item["image"].shape[1:]
         print(f"image {len(costs)}: {height} x {width}, {costs[-1].flops_by_module[''] / GIGA:.2f} GFLOP", flush=True)
     print(cost_tables(costs, args.depth))
     return 0
-
-
-def inputs(args: argparse.Namespace, cfg: CfgNode) -> Iterator[dict[str, Any]]:
-    """What the model gets, image by image."""
-    if args.num_images:
-        mapper = InstanceMapper(cfg, is_train=False)
-        for item in read_dataset(cfg.DATASETS.TEST[0])[: args.num_images]:
-            yield mapper(item)
-        return
-    height, width = args.height or cfg.INPUT.MIN_SIZE_TEST, args.width or cfg.INPUT.MIN_SIZE_TEST * 4 // 3
-    pixels = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    yield {"image": pixels, "height": height, "width": width}
 
 
 def within(depth: int, name: str) -> bool:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from querymask import get_cfg  # before Detectron2, which it makes importable on current libraries
+import querymask  # noqa: F401  before Detectron2, which it makes importable on current libraries
 
 # isort: split
 import torch
@@ -23,9 +23,10 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
+from querymask.command_line import add_config, load_config, make_parser
 from querymask.common.data.annotations import read_dataset
 from querymask.common.data.image_files import ImageReader
-from querymask.common.engine import Trainer, choose_device
+from querymask.common.engine import Trainer
 from querymask.common.engine.checkpointer import StrictCheckpointer
 from querymask.common.engine.checks import check_num_classes
 from querymask.common.evaluation.coco import InstanceEvaluator
@@ -40,23 +41,19 @@ Results = list[dict[str, float]]
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="config of an ISTR")
+    parser = make_parser(__doc__)
+    add_config(parser, "config of an ISTR")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where results go")
     parser.add_argument("--images", type=int, default=0, metavar="N", help="evaluate the first N images only (0: all)")
     parser.add_argument("--pictures", type=int, default=4, metavar="N", help="draw the first N images (4)")
     parser.add_argument("--score", type=float, default=0.3, help="least score of what is drawn (0.3)")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
     return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> Results:
     """Evaluate, write and draw; returns AP by task, of every stage."""
     args = parse_arguments(arguments)
-    cfg = get_cfg()
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
-    choose_device(cfg)
+    cfg = load_config(args.config_file, args.opts)
     if cfg.MODEL.META_ARCHITECTURE != "ISTR":
         raise SystemExit(f"{args.config_file} is a {cfg.MODEL.META_ARCHITECTURE}: only ISTR has refinement stages")
     dataset = cfg.DATASETS.TEST[0]

@@ -18,21 +18,21 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from querymask import get_cfg  # before Detectron2, which it makes importable on current libraries
+import querymask  # noqa: F401  before Detectron2, which it makes importable on current libraries
 
 # isort: split
 import torch
-from analyze_model import GIGA, MEGA, inputs
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
-from make_model_zoo import MISSING, force_detections, prepare_for_measurement
 from tabulate import tabulate
 from torch import nn
 
-from querymask.common.engine import StrictCheckpointer, choose_device
+from querymask.command_line import add_images, add_save, check_images, load_config, make_parser, read_images, show_page
+from querymask.common.engine import StrictCheckpointer
 from querymask.common.flops import count_parameters, measure
+from querymask.common.measured_models import random_model
 from querymask.common.measuring import machine, median_time, peak_memory
 from querymask.effseg.effseg import EffSeg
+from querymask.effseg.measuring import force_detections
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPERS = Path(__file__).resolve().parent / "paper_costs"
@@ -70,27 +70,22 @@ class Result:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     papers = sorted(path.stem for path in PAPERS.glob("*.json"))
     parser.add_argument("configs", nargs="*", metavar="CONFIG", help="default with --paper: the paper's models")
     parser.add_argument("--paper", choices=papers, help="print what it says beside what is measured")
-    parser.add_argument("--num-images", type=int, metavar="N", help="mean over the first N images of DATASETS.TEST")
-    parser.add_argument("--height", type=int, metavar="H", help="rows of an image of random pixels")
-    parser.add_argument("--width", type=int, metavar="W", help="columns of it")
+    add_images(parser, "mean over the first N images of DATASETS.TEST")
     parser.add_argument("--detections", type=int, default=100, metavar="D", help="of an image (default 100)")
     parser.add_argument("--regions", type=int, metavar="R", help="EffSeg: queries that these are of (default: D)")
     parser.add_argument("--load-weights", action="store_true", help="load MODEL.WEIGHTS; EffSeg finds what it finds")
     parser.add_argument("--repeat", type=int, default=3, metavar="K", help="timed runs; 0: no FPS and no memory")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the table to this file")
+    add_save(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file, for plot_costs.py")
     parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="overrides of the configs")
     args = parser.parse_args(arguments)
     if not args.configs and not args.paper:
         parser.error("name configs, or a paper with --paper")
-    if (args.height is None) != (args.width is None):
-        parser.error("--height and --width belong together")
-    if args.num_images is not None and (args.height is not None or args.num_images < 1):
-        parser.error("--num-images must be positive, and excludes --height and --width")
+    check_images(parser, args)
     args.regions = args.detections if args.regions is None else args.regions
     if not 1 <= args.regions <= args.detections:
         parser.error(f"--regions must be from 1 to the number of detections, {args.detections}")
@@ -116,10 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     remarks = [describe(args)]
     if paper:
         remarks.append(f'"{paper["mark"]}": {paper["source"]}.')
-    text = "\n\n".join([*remarks, table(results)]) + "\n"
-    print(text)
-    if args.save:
-        args.save.write_text(f"# Costs\n\nWritten by `tools/compare_costs.py`.\n\n{text}")
+    show_page("Costs", "tools/compare_costs.py", "\n\n".join([*remarks, table(results)]), args.save)
     if args.json:
         args.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
     return 0
@@ -171,20 +163,14 @@ def measure_config(path: Path, args: argparse.Namespace) -> Result:
     Raises:
         ValueError: more regions are asked for than EffSeg has queries.
     """
-    cfg = get_cfg()
-    cfg.merge_from_file(str(path))
-    cfg.merge_from_list(["TEST.DETECTIONS_PER_IMAGE", args.detections, *args.opts])
-    choose_device(cfg)
-    torch.manual_seed(0)
-    model = build_model(cfg).eval()
+    cfg = load_config(path, ["TEST.DETECTIONS_PER_IMAGE", args.detections, *args.opts])
+    model = random_model(cfg).eval()
     if args.load_weights:
         StrictCheckpointer(model, cfg=cfg, complete=True).load(cfg.MODEL.WEIGHTS)
-    else:
-        prepare_for_measurement(model)
     detections, regions = cfg.TEST.DETECTIONS_PER_IMAGE, None
     if isinstance(model, EffSeg) and not args.load_weights:
         regions = force_detections(model, detections, args.regions)
-    items = list(inputs(args, cfg))
+    items = list(read_images(args, cfg))
     costs = [measure(model, item).flops_by_module for item in items]
     # Without decoding and pasting, which are no modules
     branch = None if getattr(model, "mask_branch", None) is None else type(model.mask_branch).__name__
@@ -194,8 +180,8 @@ def measure_config(path: Path, args: argparse.Namespace) -> Result:
         name=path.stem,
         parameters=counts.total,
         trainable=counts.trainable,
-        gflops=fmean(cost[""] for cost in costs) / GIGA,
-        head_gflops=fmean(cost["mask_branch"] for cost in costs) / GIGA if branch else None,
+        gflops=fmean(cost[""] for cost in costs) / 1e9,
+        head_gflops=fmean(cost["mask_branch"] for cost in costs) / 1e9 if branch else None,
         head=branch,
         detections=detections,
         regions=regions,
@@ -219,8 +205,8 @@ COLUMNS: dict[str, Callable[[Result], str | None]] = {
     "model": lambda r: r.name,
     "source": lambda r: r.source,
     "mask AP": lambda r: _number(r.ap, 1, 1),
-    "parameters (M)": lambda r: _number(r.parameters, MEGA, 2),
-    "trainable (M)": lambda r: _number(r.trainable, MEGA, 2 if r.source == "measured" else 1),
+    "parameters (M)": lambda r: _number(r.parameters, 1e6, 2),
+    "trainable (M)": lambda r: _number(r.trainable, 1e6, 2 if r.source == "measured" else 1),
     "GFLOPs": lambda r: _number(r.gflops, 1, 1),
     "head GFLOPs": lambda r: _number(r.head_gflops, 1, 1),
     "head": lambda r: r.head,
@@ -237,10 +223,8 @@ def _number(value: float | None, unit: float, digits: int) -> str | None:
 
 def table(results: Sequence[Result]) -> str:
     """The rows in Markdown."""
-    rows = [
-        [MISSING if (cell := column(result)) is None else cell for column in COLUMNS.values()] for result in results
-    ]
-    return tabulate(rows, headers=list(COLUMNS), tablefmt="pipe", disable_numparse=True)
+    rows = [[column(result) for column in COLUMNS.values()] for result in results]
+    return tabulate(rows, headers=list(COLUMNS), tablefmt="pipe", disable_numparse=True, missingval="–")
 
 
 if __name__ == "__main__":

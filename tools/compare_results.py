@@ -5,7 +5,6 @@
 A result file is what evaluation writes as inference/coco_instances_results.json: COCO's result format, of any code.
 """
 
-import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 from tqdm import tqdm
 
+from querymask.command_line import make_parser
 from querymask.common.data.annotations import read_dataset
 from querymask.common.data.image_files import ImageReader
 from querymask.common.data.segmentation import decode_segmentation
@@ -73,7 +73,7 @@ def draw_results(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read, draw, write; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--dataset", required=True, metavar="NAME", help="registered data set of the results")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the pictures are written")
     parser.add_argument("--num-images", type=int, default=8, help="first images of the set (default: 8)")

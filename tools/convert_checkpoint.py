@@ -6,7 +6,6 @@ The format of INPUT is recognised. Nothing in it is executed. Formats and option
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,17 +14,15 @@ from typing import Any
 import querymask  # before Detectron2, which it makes importable on current libraries
 
 # isort: split
-import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
-from detectron2.modeling import build_model
 
-from querymask import get_cfg
+from querymask.command_line import add_config, load_config, make_parser
 from querymask.common.checkpoint import (
     FORMATS,
     CheckpointError,
     Options,
     Report,
+    coco_class_ids,
     fit_to_model,
     read_checkpoint,
     read_content,
@@ -33,7 +30,8 @@ from querymask.common.checkpoint import (
     write_checkpoint,
 )
 from querymask.common.engine import num_classes_key
-from querymask.common.meta_arch import mask_branch_name
+from querymask.common.measured_models import build_on_meta
+from querymask.model_zoo import fitting_configs, get_value
 
 SHOWN_KEYS = 12
 SHOWN_CONFIGS = 5
@@ -41,8 +39,7 @@ SHOWN_CONFIGS = 5
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="config of the model to convert for")
+    parser = make_parser(__doc__)
     parser.add_argument("--report", metavar="FILE", help="write what became of every key to this file")
     classes = parser.add_mutually_exclusive_group()
     classes.add_argument(
@@ -59,17 +56,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("input", metavar="INPUT", help="a .pth, .pkl or .safetensors file")
     parser.add_argument("output", metavar="OUTPUT", help="the file to write, ending in .pth")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
+    add_config(parser, "config of the model to convert for")
     return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the conversion; returns the exit status."""
     args = parse_arguments(arguments)
-    cfg = get_cfg()
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
-    cfg.MODEL.DEVICE = "meta"  # only names and shapes of the model are needed
+    cfg = load_config(args.config_file, args.opts, "meta")  # only names and shapes of the model are needed
     try:
         convert(args, cfg)
     except CheckpointError as error:
@@ -96,8 +90,7 @@ def convert(args: argparse.Namespace, cfg: CfgNode) -> None:
     if format.convert is None:
         raise CheckpointError(f"{args.input} looks like {format.name}. {format.advice}")
 
-    with torch.device(cfg.MODEL.DEVICE):
-        shapes = {key: tuple(value.shape) for key, value in build_model(cfg).state_dict().items()}
+    shapes = {key: tuple(value.shape) for key, value in build_on_meta(cfg).state_dict().items()}
     options = Options(
         class_ids=None if args.keep_classes or args.drop_classes else coco_class_ids(),
         drop_classes=args.drop_classes,
@@ -113,7 +106,7 @@ def convert(args: argparse.Namespace, cfg: CfgNode) -> None:
         Path(args.report).write_text(report.details() + "\n")
         print(f"All keys: {args.report}")
     settings = format.settings(state, options) if format.settings else {}
-    same = all(lookup(cfg, key) == value for key, value in settings.items())
+    same = all(get_value(cfg, key) == value for key, value in settings.items())
     if not (report.fits and same) and not args.partial:
         raise CheckpointError(refusal(args, cfg, format.description(state), settings, report))
     if not fitted:
@@ -127,22 +120,16 @@ def class_names(path: str, cfg: CfgNode) -> list[str]:
     """The names of the classes that a file of this project has, if the config's model has as many."""
     content, key = read_content(path), num_classes_key(cfg)
     names = list(content.get("class_names") or ()) if isinstance(content, Mapping) else []
-    return names if key is not None and len(names) == lookup(cfg, key) else []
-
-
-def coco_class_ids() -> list[int]:
-    """COCO's 80 raw category ids in the order of Detectron2's contiguous classes."""
-    contiguous = MetadataCatalog.get("coco_2017_train").thing_dataset_id_to_contiguous_id
-    return sorted(contiguous, key=contiguous.__getitem__)
+    return names if key is not None and len(names) == get_value(cfg, key) else []
 
 
 def refusal(args: argparse.Namespace, cfg: CfgNode, description: str, settings: dict[str, Any], report: Report) -> str:
     """Why a file was not converted: what it looks like, where the config differs, and which configs fit."""
     lines = [f"{args.input} does not fit {args.config_file}. It looks like {description}."]
-    differing = {key: value for key, value in settings.items() if lookup(cfg, key) != value}
+    differing = {key: value for key, value in settings.items() if get_value(cfg, key) != value}
     if differing:
         lines.append("It needs other settings than the config has:")
-        lines += [f"  {key} {value} (config: {lookup(cfg, key)})" for key, value in differing.items()]
+        lines += [f"  {key} {value} (config: {get_value(cfg, key)})" for key, value in differing.items()]
         configs = fitting_configs(settings)
         more = f", and {len(configs) - SHOWN_CONFIGS} more" if len(configs) > SHOWN_CONFIGS else ""
         if configs:
@@ -153,27 +140,6 @@ def refusal(args: argparse.Namespace, cfg: CfgNode, description: str, settings: 
         lines.append(report.details(*Report.MISFITS, limit=SHOWN_KEYS))
     lines.append("--partial writes what fits; --drop-classes leaves out the class head. See docs/checkpoints.md.")
     return "\n".join(lines)
-
-
-def lookup(cfg: CfgNode, key: str) -> Any:
-    """The value of a dotted config key, with tuples as lists; a method's own mask branch has its name, too."""
-    if key == "MODEL.MASK_BRANCH.NAME":
-        return mask_branch_name(cfg)
-    value: Any = cfg
-    for name in key.split("."):
-        value = value[name]
-    return list(value) if isinstance(value, tuple) else value
-
-
-def fitting_configs(settings: dict[str, Any]) -> list[str]:
-    """The project's configs that have these settings, those with the shortest names first."""
-    fitting = []
-    for path in Path(querymask.__file__).parent.glob("*/configs/**/*.yaml"):
-        cfg = get_cfg()
-        cfg.merge_from_file(str(path))
-        if not path.name.startswith("Base") and all(lookup(cfg, key) == value for key, value in settings.items()):
-            fitting.append(os.path.relpath(path))
-    return sorted(fitting, key=lambda path: (len(path), path))
 
 
 if __name__ == "__main__":

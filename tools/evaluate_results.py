@@ -8,7 +8,6 @@ With --lvis, masks are evaluated against LVIS's annotations of the same images, 
 EffSeg. See querymask.common.evaluation.lvis for the rules.
 """
 
-import argparse
 import json
 import logging
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import querymask  # isort: skip  (before Detectron2: makes it importable)  # noqa: F401
 
+from querymask.command_line import make_parser
 from querymask.common.data.annotations import read_coco
 from querymask.common.engine.checks import dataset_classes
 from querymask.common.evaluation import lvis, scores
@@ -27,7 +27,7 @@ from querymask.common.evaluation.truth import dataset_truth, index
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate and print; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("results", metavar="FILE", help="detections in COCO's result format")
     truth = parser.add_mutually_exclusive_group(required=True)
     truth.add_argument("--dataset", metavar="NAME", help="registered data set of the results")

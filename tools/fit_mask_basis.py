@@ -21,6 +21,7 @@ import querymask  # noqa: F401  before Detectron2, which it makes importable on 
 import matplotlib
 import numpy as np
 
+from querymask.command_line import add_masks, make_parser
 from querymask.common.data.mask_crops import MaskCrops
 from querymask.common.mask_coding import MaskCoding, PCABasis, PCAMaskCoding, SparseBasis, SparseMaskCoding
 from querymask.common.mask_coding.fitting import fit_dictionary, fit_pca_basis, reconstruction_quality
@@ -35,29 +36,21 @@ DEFAULT_LENGTHS = {"pca": 60, "sparse": 256}
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--method", choices=sorted(DEFAULT_LENGTHS), default="pca", help="principal components (pca) or a dictionary"
     )
-    parser.add_argument("--train", nargs="+", required=True, metavar="NAME", help="registered data sets to learn from")
+    add_masks(parser, ending=".npz", size=28)
     parser.add_argument("--test", nargs="*", default=[], metavar="NAME", help="data sets to evaluate the basis on")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE.npz", help="the file to write")
     parser.add_argument(
         "--components", type=int, metavar="K", help="length of the vectors: components (60), or atoms (256)"
     )
     parser.add_argument(
         "--penalty", type=float, default=1.0, metavar="BETA", help="sparse: weight of the sum of absolute entries (1)"
     )
-    parser.add_argument("--mask-size", type=int, default=28, metavar="S", help="side of the masks (28)")
-    parser.add_argument("--batch-size", type=int, default=1024, metavar="B", help="masks of an update (1024)")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="use the first N masks of a split (0: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise on the labels, or of the dictionary (0)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that rasterise masks (0: this one)")
     args = parser.parse_args(arguments)
     if args.components is None:
         args.components = DEFAULT_LENGTHS[args.method]
-    if args.output.suffix != ".npz":
-        parser.error(f"{args.output}: the name must end in .npz")
     return args
 
 

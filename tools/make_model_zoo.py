@@ -2,57 +2,30 @@
 
     python tools/make_model_zoo.py [--keep-gflops]
 
-What a config is and where its numbers come from stands in the comments at its head:
-
-    # One line whose first sentence says what the model is
-    # Paper: row of the paper | numbers of its authors
-    # Measured: numbers of this project
-    # Weights: whose published file fits, a name of RELEASES, and which it is
-    # Any other line is a remark for readers of the config
-
-All but the first line may be missing. Parameters and FLOPs are measured. A file named Base... is no model of its own.
+What the page says of a config stands at its head: see querymask.model_zoo. Parameters and FLOPs are measured.
 """
 
-import argparse
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import querymask  # before Detectron2, which it makes importable on current libraries
-
-# isort: split
-import torch
 import yaml
-from detectron2.config import CfgNode
-from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
 from tabulate import tabulate
-from torch import nn
 
+from querymask.command_line import load_config, make_parser
 from querymask.common.engine.unused_keys import leaves as keys_of
 from querymask.common.flops import count_parameters, measure
-from querymask.common.mask_coding import fill_missing_bases
+from querymask.common.measured_models import build_on_meta, random_image, random_model
 from querymask.effseg.effseg import EffSeg
-from querymask.effseg.fqdet.predictions import FQDetPredictions
+from querymask.effseg.measuring import force_detections
+from querymask.model_zoo import RELEASES, Leaf, find_leaves, read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "docs" / "model_zoo.md"
 MISSING = "–"
-NOT_PUBLISHED = "none were published"
 COLUMNS = ("Config", "Model", "Paper", "Measured here", "Parameters", "Trainable", "GFLOPs", "Weights")
 # FLOPs are those of one image of this size, COCO's usual 480x640 at a shorter side of 800
 HEIGHT, WIDTH = 800, 1066
-
-
-@dataclass(frozen=True)
-class Release:
-    """Published files: the page that links them, where they lie, and their format."""
-
-    page: str
-    host: str
-    format: str
-
 
 INTRODUCTION = f"""# Model zoo
 
@@ -64,33 +37,6 @@ set's own number of classes and without frozen batch norms, are measured, and so
 on one image of {HEIGHT}x{WIDTH}, those of EffSeg with as many different queries as detections. Time and memory
 on a GPU are not yet measured ([gpu.md](gpu.md)).
 """
-
-RELEASES = {
-    "SOLQ's release": Release(
-        "https://github.com/megvii-research/SOLQ",
-        "Google Drive",
-        "`.pth`, weights under `model`; class heads of 91 rows, indexed by COCO's raw category ids: conversion picks "
-        "80",
-    ),
-    "Deformable DETR's release": Release(
-        "https://github.com/fundamentalvision/Deformable-DETR", "Google Drive", "as SOLQ's"
-    ),
-    "ISTR's release of May 2021": Release(
-        "https://github.com/hujiecpp/ISTR",
-        "no longer linked: the second release took its place",
-        "`.pth` of Detectron2; class heads of 80 rows, COCO's categories in order",
-    ),
-    "ISTR's release of March 2022": Release(
-        "https://github.com/hujiecpp/ISTR", "Baidu, some on Google Drive", "as the first; another network"
-    ),
-    "EffSeg's release": Release(
-        "https://github.com/CedricPicron/DetSeg",
-        "a file-sharing drive",
-        "`.pth`, weights under `model` beside the optimiser's state; class heads of 81 rows, COCO's 80 in order and "
-        '"no object"',
-    ),
-}
-"""What the fact ``Weights`` of a config can begin with; the rest says which file it is."""
 
 ABLATIONS = ("<!-- Written by tools/make_model_zoo.py -->", "<!-- Until here -->")
 """What encloses the table of ablations in a method's page."""
@@ -137,135 +83,19 @@ uv run tools/convert_checkpoint.py --config-file projects/solq/configs/solq_swin
 """
 
 
-@dataclass(frozen=True)
-class Leaf:
-    """A config and what its head says.
-
-    Attributes:
-        method: the folder below ``projects``.
-        name: path below the method's configs, without suffix: ``solq_r50``, ``ablations/stages_1``.
-        path: the file.
-        title: what the model is.
-        facts: the values of ``Paper``, ``Measured`` and ``Weights`` where they are given.
-    """
-
-    method: str
-    name: str
-    path: Path
-    title: str
-    facts: dict[str, str] = field(default_factory=dict)
-
-    def config(self) -> CfgNode:
-        """The config, to be changed freely."""
-        return read_config(self.path)
-
-
-def read_config(path: Path) -> CfgNode:
-    """The config of a file."""
-    cfg = querymask.get_cfg()
-    cfg.merge_from_file(str(path))
-    return cfg
-
-
-def find_leaves(projects: Path = ROOT / "projects") -> list[Leaf]:
-    """Every config that is a model, those with published weights first, then those of the papers, then by name."""
-    paths = (path for path in projects.glob("*/configs/**/*.yaml") if not path.name.startswith("Base"))
-    return sorted((read_leaf(path, projects) for path in paths), key=_order)
-
-
-def read_leaf(path: Path, projects: Path) -> Leaf:
-    """Read the head of a config.
-
-    Raises:
-        ValueError: there is none, or weights of an unknown release.
-    """
-    comments = re.match(r"(?:#.*\n)*", path.read_text())
-    lines = [line.lstrip("# ") for line in comments[0].splitlines()] if comments else []
-    if not lines:
-        raise ValueError(f"{path}: its first line must be a comment that says what the model is")
-    facts = dict(match.groups() for line in lines if (match := re.match(r"(Paper|Measured|Weights): (.*)", line)))
-    release = facts.get("Weights", NOT_PUBLISHED).partition(", ")[0]
-    if release not in {*RELEASES, NOT_PUBLISHED}:
-        raise ValueError(f"{path}: weights of {release}, which is none of {', '.join(RELEASES)}")
-    method, _, name = path.relative_to(projects).with_suffix("").as_posix().partition("/configs/")
-    title = lines[0].partition(". ")[0].rstrip(".")
-    return Leaf(method, name, path, title, facts)
-
-
-def _order(leaf: Leaf) -> tuple[object, ...]:
-    folder, _, name = leaf.name.rpartition("/")
-    row = leaf.facts.get("Paper", "").partition(" |")[0]
-    paper = row if row.startswith("Table") else "without a table"
-    by_value = [part.zfill(6) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-    return leaf.method, folder, "Paper" not in leaf.facts, "Weights" not in leaf.facts, paper, by_value
-
-
-def build_on_meta(cfg: CfgNode) -> nn.Module:
-    """The model without memory for its parameters."""
-    cfg.MODEL.DEVICE = "meta"
-    with torch.device("meta"):
-        return build_model(cfg)
-
-
 def measure_gflops(leaves: Sequence[Leaf]) -> Iterator[tuple[str, str]]:
     """Names of configs with their cells of the GFLOPs column; equal networks are measured once."""
-    pixels = torch.randint(256, (3, HEIGHT, WIDTH), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     by_network: dict[str, str] = {}
     for leaf in leaves:
         network = repr(build_on_meta(leaf.config()))
         if network not in by_network:
-            cfg = leaf.config()
-            cfg.MODEL.DEVICE = "cpu"
-            torch.manual_seed(0)
-            model = build_model(cfg)
-            prepare_for_measurement(model)
+            cfg = load_config(leaf.path, device="cpu")
+            model = random_model(cfg)
             if isinstance(model, EffSeg):
                 force_detections(model, cfg.TEST.DETECTIONS_PER_IMAGE, cfg.TEST.DETECTIONS_PER_IMAGE)
-            cost = measure(model, {"image": pixels, "height": HEIGHT, "width": WIDTH})
+            cost = measure(model, random_image(HEIGHT, WIDTH))
             by_network[network] = f"{cost.flops_by_module[''] / 1e9:.1f}"
         yield leaf.name, by_network[network]
-
-
-def prepare_for_measurement(model: nn.Module) -> None:
-    """Let a model with random weights do what a trained one does: have a mask basis, and find objects in the image.
-
-    Boxes that stages of random weights move would soon leave the image, and no mask is made outside of it.
-    """
-    fill_missing_bases(model)
-    for name, parameter in model.named_parameters():
-        if "bboxes_delta" in name:
-            nn.init.zeros_(parameter)
-
-
-def force_detections(model: EffSeg, detections: int, queries: int) -> int | None:
-    """Have EffSeg detect a fixed number of pairs of query and class, of as many queries as said.
-
-    Random weights would otherwise decide how many queries the pairs are of, on which EffSeg's cost depends.
-
-    Returns:
-        how many masks are made for them: one a query, or one a pair where masks depend on the class; None without
-        masks.
-
-    Raises:
-        ValueError: the model has fewer queries.
-    """
-    available = model.detector.num_queries
-    if queries > available:
-        raise ValueError(f"{queries} regions are asked for, but the model has {available} queries: lower --regions")
-
-    def select(found: FQDetPredictions, image: int, size: tuple[int, int], layer: int | None = None) -> Instances:
-        numbers = torch.arange(detections, device=found.boxes.device)
-        instances = Instances(size)
-        instances.pred_queries = numbers % queries
-        instances.pred_classes = numbers // queries % (found.logits.shape[3] - 1)
-        instances.scores = found.logits[0, image].sigmoid()[instances.pred_queries, instances.pred_classes]
-        instances.pred_boxes = Boxes(found.boxes[image, instances.pred_queries])
-        return instances
-
-    model.detector.select = select  # type: ignore[method-assign]
-    if model.mask_branch is None:
-        return None
-    return detections if model.mask_branch.head.per_class else queries
 
 
 def row(leaf: Leaf, gflops: str) -> tuple[str, ...]:
@@ -302,9 +132,14 @@ def render(leaves: Sequence[Leaf], gflops: Mapping[str, str]) -> str:
         sections.setdefault(f"{_heading(leaf.method)}{folder and ': '}{folder}", []).append(leaf)
     parts = [INTRODUCTION]
     for title, members in sections.items():
-        rows = [COLUMNS, ("---",) * len(COLUMNS), *(row(leaf, gflops.get(leaf.name, MISSING)) for leaf in members)]
-        parts.append(f"## {title}\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in rows))
+        rows = [row(leaf, gflops.get(leaf.name, MISSING)) for leaf in members]
+        parts.append(f"## {title}\n\n{table_of(rows, COLUMNS)}\n")
     return "\n".join([*parts, USAGE.replace("{releases}", render_releases())])
+
+
+def table_of(rows: Sequence[Sequence[str]], columns: Sequence[str]) -> str:
+    """A table without alignment, and so without the width of the widest cell in every row."""
+    return tabulate(rows, columns, tablefmt="github", stralign=None, numalign=None, disable_numparse=True)
 
 
 def render_ablations(page: str, leaves: Sequence[Leaf]) -> str:
@@ -319,15 +154,15 @@ def render_ablations(page: str, leaves: Sequence[Leaf]) -> str:
     folder = ROOT / "projects" / leaves[0].method
     shared = dict(keys_of(read_config(base)))
     link = f"[{base.stem}]({base.relative_to(folder).as_posix()})"
-    rows = [("Config", f"Instead of what {link} has", "Paper"), ("---",) * 3]
+    rows = []
     for leaf in ablations:
         own = {key: value for key, value in keys_of(leaf.config()) if value != shared[key] and key != "OUTPUT_DIR"}
         changes = ", ".join(f"`{key.removeprefix('MODEL.')} {value}`" for key, value in own.items())
         paper = leaf.facts.get("Paper", MISSING).replace(" | ", "<br>")
         rows.append((f"[{leaf.path.stem}]({leaf.path.relative_to(folder).as_posix()})", changes or "nothing", paper))
-    table = "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+    table = table_of(rows, ("Config", f"Instead of what {link} has", "Paper"))
     before, after = page.split(ABLATIONS[0])[0], page.split(ABLATIONS[1])[1]
-    return f"{before}{ABLATIONS[0]}\n{table}{ABLATIONS[1]}{after}"
+    return f"{before}{ABLATIONS[0]}\n{table}\n{ABLATIONS[1]}{after}"
 
 
 def first_base(path: Path) -> Path:
@@ -352,7 +187,7 @@ def read_gflops(page: str) -> dict[str, str]:
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--keep-gflops", action="store_true", help="measure only what the page has no GFLOPs of")
     args = parser.parse_args()
     leaves = find_leaves()

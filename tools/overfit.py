@@ -9,12 +9,13 @@ import argparse
 import json
 from pathlib import Path
 
-import querymask  # isort: skip  (before Detectron2: makes it importable)
+import querymask  # isort: skip  (before Detectron2: makes it importable)  # noqa: F401
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from querymask.common.engine import Trainer, choose_device, default_setup
+from querymask.command_line import add_config, load_config, make_parser
+from querymask.common.engine import Trainer, default_setup
 from querymask.common.engine.checks import dataset_classes
 from querymask.common.evaluation.truth import dataset_truth
 
@@ -48,9 +49,7 @@ def register_first_images(name: str, count: int, folder: Path) -> str:
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """The config with the small data set, its image size and no augmentation."""
-    cfg = querymask.get_cfg()
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
+    cfg = load_config(args.config_file, args.opts)
     name = register_first_images(cfg.DATASETS.TRAIN[0], args.num_images, Path(cfg.OUTPUT_DIR))
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
     cfg.INPUT.MIN_SIZE_TRAIN = (cfg.INPUT.MIN_SIZE_TEST,)
@@ -58,17 +57,15 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg.INPUT.RANDOM_FLIP = "none"
     cfg.INPUT.DETR_CROP.ENABLED = cfg.INPUT.LSJ.ENABLED = False
     cfg.SOLVER.IMS_PER_BATCH = args.num_images
-    choose_device(cfg)
     cfg.freeze()
     return cfg
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="the config to check")
+    parser = make_parser(__doc__)
+    add_config(parser, "the config to check")
     parser.add_argument("--num-images", type=int, default=4, help="images to learn, all in one batch (default: 4)")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides as KEY VALUE pairs")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     cfg = setup(args)
     default_setup(cfg, args)
     trainer = Trainer(cfg)

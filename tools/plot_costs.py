@@ -5,7 +5,6 @@
 Result files are those of compare_costs.py --json, with AP in the file or on the command line.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib.figure import Figure  # noqa: E402
+
+from querymask.command_line import make_parser  # noqa: E402
 
 COSTS = {
     "parameters": ("parameters (million)", 1e6),
@@ -78,7 +79,7 @@ def draw(points: Sequence[Mapping[str, Any]], cost: str) -> Figure | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read, draw, write; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="of compare_costs.py --json")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where plots are written")
     parser.add_argument("--ap", nargs="+", default=[], metavar="NAME=VALUE", help="mask AP of measured models")

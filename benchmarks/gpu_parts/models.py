@@ -1,20 +1,17 @@
 """Training steps and inference of the four R50 methods: time, memory, and how often the host waits for the device."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import querymask  # before Detectron2, which it makes importable on current libraries
+import querymask  # noqa: F401  before Detectron2, which it makes importable on current libraries
 
 # isort: split
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from istr import make_batch
 from torch import nn
 
 from gpu_parts.device import Waits, count_waits
@@ -22,14 +19,13 @@ from gpu_parts.operators import PRECISIONS
 from gpu_parts.rates import set_tf32
 from gpu_parts.results import Cell, Part
 from gpu_parts.sizes import Sizes
+from querymask.command_line import load_config
 from querymask.common.engine.step import TrainingStep
+from querymask.common.measured_models import make_batch, random_model
 from querymask.common.measuring import median_time, peak_memory
 from querymask.common.solver import build_optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tools"))
-from make_model_zoo import prepare_for_measurement  # noqa: E402
-
 METHODS = {"solq": "SOLQ", "isda": "ISDA", "istr": "ISTR", "effseg": "EffSeg"}
 INSTANCES = 7  # of an image, as COCO has on average
 COLUMNS = (
@@ -48,12 +44,9 @@ COLUMNS = (
 
 def config(method: str, sizes: Sizes, graphs: bool = False) -> CfgNode:
     """Of the method's R50 model, on the device, with random weights; ``graphs``: as CUDA graphs in inference."""
-    cfg = querymask.get_cfg()
-    cfg.merge_from_file(str(ROOT / "projects" / method / "configs" / f"{method}_r50.yaml"))
-    cfg.merge_from_list(sizes.model_settings(method))
-    cfg.merge_from_list(["MODEL.DEVICE", "cuda", "MODEL.WEIGHTS", "", "SOLVER.WARMUP_ITERS", 0])
-    cfg.merge_from_list(["TEST.CUDA_GRAPHS.ENABLED", graphs])
-    return cfg
+    settings = ["MODEL.WEIGHTS", "", "SOLVER.WARMUP_ITERS", 0, "TEST.CUDA_GRAPHS.ENABLED", graphs]
+    file = ROOT / "projects" / method / "configs" / f"{method}_r50.yaml"
+    return load_config(file, [*sizes.model_settings(method), *settings], "cuda")
 
 
 @dataclass
@@ -66,10 +59,8 @@ class Subject:
 
     @classmethod
     def make(cls, method: str, sizes: Sizes, graphs: bool = False) -> "Subject":
-        torch.manual_seed(0)
         cfg = config(method, sizes, graphs)
-        model = build_model(cfg)
-        prepare_for_measurement(model)
+        model = random_model(cfg)
         classes = cfg.MODEL[cfg.MODEL.META_ARCHITECTURE.upper()].NUM_CLASSES
         return cls(cfg, model, make_batch(sizes.batch, (sizes.height, sizes.width), INSTANCES, classes))
 

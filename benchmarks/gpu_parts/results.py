@@ -165,7 +165,7 @@ def render(results: Results) -> str:
 
 
 def render_table(table: Mapping[str, Any]) -> list[str]:
-    """Its lines; columns of numbers are aligned at the right."""
+    """Its lines; columns of numbers are aligned at the right. Without tabulate, which may not be installed yet."""
     rows, columns = table["rows"], table["columns"]
     numbers = [any(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
     lines = ["| " + " | ".join(columns) + " |", "|" + "|".join("---:" if n else "---" for n in numbers) + "|"]

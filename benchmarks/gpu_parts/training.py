@@ -2,11 +2,11 @@
 
 import tempfile
 import time
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import querymask  # before Detectron2, which it makes importable on current libraries
+import querymask  # noqa: F401  before Detectron2, which it makes importable on current libraries
 
 # isort: split
 import torch
@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 
 from gpu_parts.results import Part
 from gpu_parts.sizes import Sizes
+from querymask.command_line import load_config
 from querymask.common.data import register_shapes
 from querymask.common.data.datasets import datasets_root
 from querymask.common.engine import Trainer, default_setup
@@ -24,24 +25,20 @@ QUICK = "solq_shapes_quick"
 
 def config(name: str, sizes: Sizes, output: str) -> CfgNode:
     """A config of SOLQ that trains on the built-in data set, which is drawn when it is first used."""
-    cfg = querymask.get_cfg()
-    cfg.merge_from_file(str(ROOT / "projects" / "solq" / "configs" / f"{name}.yaml"))
     train, val = (
         dataset(split, number) for split, number in (("train", sizes.train_images), ("val", sizes.val_images))
     )
-    cfg.merge_from_list(sizes.model_settings("solq", backbone=False))
     settings: dict[str, Any] = {
         "DATASETS.TRAIN": (train,),
         "DATASETS.TEST": (val,),
-        "MODEL.DEVICE": "cuda",
         "MODEL.WEIGHTS": "",
         "MODEL.SOLQ.NUM_CLASSES": 6,
         "OUTPUT_DIR": output,
         "VIS_NUM_IMAGES": 0,
         "SEED": 1,
     }
-    for key, value in settings.items():
-        cfg.merge_from_list([key, value])
+    overrides = [*sizes.model_settings("solq", backbone=False), *chain.from_iterable(settings.items())]
+    cfg = load_config(ROOT / "projects" / "solq" / "configs" / f"{name}.yaml", overrides, "cuda")
     if sizes.pretended:
         cfg.merge_from_list(["INPUT.MIN_SIZE_TRAIN", (sizes.height,), "INPUT.DETR_CROP.ENABLED", False])
     if sizes.iterations is not None:

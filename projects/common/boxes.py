@@ -1,4 +1,4 @@
-"""Box formats and their overlaps. XYXY boxes are (x0, y0, x1, y1); CXCYWH boxes are (cx, cy, w, h)."""
+"""Boxes and their overlaps, where torchvision's functions do not do. XYXY boxes are (x0, y0, x1, y1)."""
 
 import torch
 from detectron2.structures import Boxes
@@ -9,18 +9,6 @@ def unrounded_boxes(boxes: torch.Tensor) -> Boxes:
     result = Boxes(boxes)
     result.tensor = boxes
     return result
-
-
-def cxcywh_to_xyxy(boxes: torch.Tensor) -> torch.Tensor:
-    """(..., 4) -> (..., 4)."""
-    centre, size = boxes[..., :2], boxes[..., 2:]
-    return torch.cat((centre - 0.5 * size, centre + 0.5 * size), dim=-1)
-
-
-def xyxy_to_cxcywh(boxes: torch.Tensor) -> torch.Tensor:
-    """(..., 4) -> (..., 4)."""
-    low, high = boxes[..., :2], boxes[..., 2:]
-    return torch.cat((0.5 * (low + high), high - low), dim=-1)
 
 
 def area(sides: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ fvcore's conventions: one multiply-add is one FLOP; activations are the sizes of
 products. Detectron2's own ``detectron2.utils.analysis`` does the same but cannot be imported everywhere.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from detectron2.structures import Boxes, Instances
 from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
+from fvcore.nn.jit_analysis import JitModelAnalysis
 from fvcore.nn.jit_handles import Handle, elementwise_flop_counter, generic_activation_jit, get_shape
 from torch import Tensor, nn
 
@@ -62,14 +63,23 @@ def measure(model: nn.Module, item: Mapping[str, Any]) -> Cost:
     wrapper = _TensorsOnly(model, item)
     training = model.training
     model.eval()
-    flops = FlopCountAnalysis(wrapper, (item["image"],)).set_op_handle(**flop_handles())
-    activations = ActivationCountAnalysis(wrapper, (item["image"],)).set_op_handle(**activation_handles())
+    flops = count_flops(wrapper, (item["image"],))
+    activations = _silent(ActivationCountAnalysis(wrapper, (item["image"],)).set_op_handle(**activation_handles()))
     with torch.no_grad():
         for analysis in (flops, activations):
-            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none").total()
+            analysis.total()
     model.train(training)
     by_module = _of_model(flops.by_module()), _of_model(activations.by_module())
     return Cost(flops.by_operator(), *by_module, flops.unsupported_ops())
+
+
+def count_flops(module: nn.Module, inputs: tuple[Tensor, ...]) -> FlopCountAnalysis:
+    """fvcore's count for any module of tensors, with the formulas that it lacks."""
+    return _silent(FlopCountAnalysis(module, inputs).set_op_handle(**flop_handles()))
+
+
+def _silent(analysis: JitModelAnalysis) -> JitModelAnalysis:
+    return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
 
 
 def _of_model(counts: Mapping[str, float]) -> dict[str, float]:
@@ -122,8 +132,18 @@ def flop_handles() -> dict[str, Handle | None]:
         "aten::scaled_dot_product_attention": _attention_flops,
         "aten::baddbmm": _baddbmm_flops,
         "aten::upsample_bicubic2d": elementwise_flop_counter(0, 16),
+        "aten::embedding_bag": _bilinear_flops,
         **fvcore_handles(),
     }
+
+
+def _bilinear_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+    """Of the sums of four rows that bilinear reads of points are, as many as fvcore counts for ``grid_sample``.
+
+    The longer sums, which are RoIAlign's, count as nothing: fvcore does not count torchvision's ``roi_align`` either.
+    """
+    (rows,), (bags, channels) = get_shape(inputs[1]), get_shape(outputs[0])
+    return 4 * bags * channels if rows == 4 * bags else 0
 
 
 def activation_handles() -> dict[str, Handle]:

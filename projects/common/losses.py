@@ -1,32 +1,11 @@
-"""Losses, each as a value per element or per instance: the caller sums and normalises."""
+"""Losses, each as a value per instance: the caller sums and normalises. The focal loss is torchvision's."""
 
 import math
 
 import torch
-import torch.nn.functional as F
 
 PRIOR_LOGIT = -math.log((1 - 0.01) / 0.01)
 """Of every class at first, whose focal loss begins at a probability of 0.01 (Lin et al. 2017, section 3.3)."""
-
-
-def sigmoid_focal_loss(
-    logits: torch.Tensor, targets: torch.Tensor, alpha: float = 0.25, gamma: float = 2.0
-) -> torch.Tensor:
-    """Focal loss of independent binary classifiers (Lin et al. 2017, equation 5).
-
-    Args:
-        logits: any shape, before the sigmoid.
-        targets: same shape, 0 or 1.
-        alpha: weight of the positives; 1 - alpha is that of the negatives.
-
-    Returns:
-        Same shape.
-    """
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    probability = logits.sigmoid()
-    miss = probability + targets - 2 * probability * targets  # 1 - p where the target is 1, p elsewhere
-    weight = (1 - alpha) + (2 * alpha - 1) * targets
-    return weight * cross_entropy * miss**gamma
 
 
 def dice_loss(

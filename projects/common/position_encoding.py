@@ -4,11 +4,13 @@ import math
 
 import torch
 
+TEMPERATURE = 10000.0
 
-def _frequencies(num_features: int, temperature: float, like: torch.Tensor) -> torch.Tensor:
+
+def _frequencies(num_features: int, like: torch.Tensor) -> torch.Tensor:
     """Divisors (num_features,) of the argument: feature 2i (sine) and 2i + 1 (cosine) share one."""
     index = torch.arange(num_features, dtype=like.dtype, device=like.device)
-    return temperature ** (2 * torch.div(index, 2, rounding_mode="floor") / num_features)
+    return TEMPERATURE ** (2 * torch.div(index, 2, rounding_mode="floor") / num_features)
 
 
 def _interleaved_sine(arguments: torch.Tensor) -> torch.Tensor:
@@ -20,7 +22,6 @@ def sine_position_encoding(
     padding_mask: torch.Tensor,
     num_features: int,
     dtype: torch.dtype,
-    temperature: float = 10000.0,
     shift: float = 0.5,
 ) -> torch.Tensor:
     """Encoding of the cells of a map by their share of the unpadded height and width.
@@ -44,11 +45,11 @@ def sine_position_encoding(
     scale = 2 * math.pi
     y = (y - shift) / (y[:, -1:, :] + 1e-6) * scale
     x = (x - shift) / (x[:, :, -1:] + 1e-6) * scale
-    divisors = _frequencies(num_features, temperature, y)
+    divisors = _frequencies(num_features, y)
     return torch.cat((_interleaved_sine(y[..., None] / divisors), _interleaved_sine(x[..., None] / divisors)), dim=-1)
 
 
-def sine_box_encoding(boxes: torch.Tensor, num_features: int, temperature: float = 10000.0) -> torch.Tensor:
+def sine_box_encoding(boxes: torch.Tensor, num_features: int) -> torch.Tensor:
     """Encoding of normalised boxes (Zhu et al. 2021, two-stage variant).
 
     Args:
@@ -58,5 +59,5 @@ def sine_box_encoding(boxes: torch.Tensor, num_features: int, temperature: float
     Returns:
         (..., 4 * num_features) in the order of the coordinates.
     """
-    divisors = _frequencies(num_features, temperature, boxes)
+    divisors = _frequencies(num_features, boxes)
     return _interleaved_sine(boxes[..., None] * (2 * math.pi) / divisors).flatten(-2)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.ops import sigmoid_focal_loss
 
 from querymask.common.detector import Detector
-from querymask.common.losses import sigmoid_focal_loss
 from querymask.common.matching import hungarian_assignment
 from querymask.common.precision import full_precision
 from querymask.common.predictions import Assignment, LossTerm, Normalizers, Predictions, Targets, loss_terms

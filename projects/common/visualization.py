@@ -177,13 +177,10 @@ def contact_sheet(images: Sequence[np.ndarray], columns: int, titles: Sequence[s
     return np.asarray(sheet)
 
 
-def write_image(path: str | Path, image: np.ndarray, quality: int = 92) -> None:
-    """Write uint8 [H, W, 3] RGB as PNG or JPEG, by the name's ending; the folder is made where it lacks.
-
-    ``quality`` is that of JPEG files, from 1 to 95.
-    """
+def write_image(path: str | Path, image: np.ndarray) -> None:
+    """Write uint8 [H, W, 3] RGB as PNG or JPEG, by the name's ending; the folder is made where it lacks."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path, quality=quality)
+    Image.fromarray(image).save(path, quality=92)  # of JPEG, up to 95
 
 
 def plot_curves(metrics_file: str | Path, path: str | Path) -> None:

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_convert
 
-from querymask.common.boxes import cxcywh_to_xyxy, generalized_iou, xyxy_to_cxcywh
+from querymask.common.boxes import generalized_iou
 from querymask.common.matching import focal_class_cost, pad_targets
 from querymask.common.precision import full_precision
 from querymask.common.predictions import Assignment, Normalizers, Targets
@@ -33,7 +34,7 @@ class DETRCriterion(SetCriterion):
         labels = pad_targets(targets.labels, targets.counts)
         boxes = full_precision(found.boxes)[:, :, :, None]  # (N, B, Q, 1, 4)
         target_boxes = pad_targets(relative_cxcywh(targets, boxes), targets.counts)[None, :, None]  # (1, B, 1, T, 4)
-        giou = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
+        giou = generalized_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(target_boxes, "cxcywh", "xyxy"))
         return {
             "class cost": self.costs["class"] * focal_class_cost(found.logits, labels, self.focal_alpha),
             "L1 box cost": self.costs["bbox"] * (boxes - target_boxes).abs().sum(-1),
@@ -47,7 +48,7 @@ class DETRCriterion(SetCriterion):
         count = normalizers.targets
         boxes = assignment.select(full_precision(found.boxes))
         target_boxes = relative_cxcywh(targets, boxes)[assignment.target]
-        giou = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
+        giou = generalized_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(target_boxes, "cxcywh", "xyxy"))
         return {
             "loss_ce": focal_class_loss(found.logits, targets.labels, assignment, count, self.focal_alpha),
             "loss_bbox": assignment.sum_layers((boxes - target_boxes).abs().sum(-1)) / count,
@@ -57,7 +58,7 @@ class DETRCriterion(SetCriterion):
 
 def relative_cxcywh(targets: Targets, like: Tensor) -> Tensor:
     """(sum of counts, 4) cx, cy, w, h relative to the images without padding."""
-    return xyxy_to_cxcywh(targets.boxes.to(like.dtype)) / targets.sides(like.dtype)
+    return box_convert(targets.boxes.to(like.dtype), "xyxy", "cxcywh") / targets.sides(like.dtype)
 
 
 @torch.no_grad()

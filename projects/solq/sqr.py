@@ -20,9 +20,10 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Instances
 from torch import nn
+from torchvision.ops import sigmoid_focal_loss
 
 from querymask.common.detector import Detector
-from querymask.common.losses import dice_loss, sigmoid_focal_loss
+from querymask.common.losses import dice_loss
 from querymask.common.mask_branch import MASK_BRANCH_REGISTRY, MaskBranch
 from querymask.common.masks import pad_masks
 from querymask.common.precision import full_precision

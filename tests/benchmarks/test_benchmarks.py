@@ -32,19 +32,19 @@ BENCHMARKS = {
     "boundary_ap": (["--images", "1", "--objects", "2"], r"boundary AP \| +\d+\.\d+ \|"),
     "count_instructions": (
         ["--operators", "msda", "--listing", "tests/benchmarks/listing.txt"],
-        r"forward, float32 \| 10\.0 \|",
+        r"forward, float32 +\| +10\.0 \|",
     ),
     "isda_memory": (["--height", "64", "--width", "64"], r"all masks at once +\| +100 \|"),
     "istr": (
         ["--height", "64", "--width", "64", "--batch", "1", "--instances", "2", "--repeats", "1"],
-        r"ISTR +\| [\d,]+ +\| \d",
+        r"ISTR +\| +[\d,]+ +\| +\d",
     ),
-    "msda": (["--images", "64x96", "--queries", "5", "--repeat", "1"], r"this operator \| \d"),
+    "msda": (["--images", "64x96", "--queries", "5", "--repeat", "1"], r"this operator +\| +\d"),
     "segmentation_heads": (
         ["--height", "64", "--width", "64", "--regions", "2", "--repeat", "1"],
         r"RefineMask\+\+ +\| +[\d,]+ \|",
     ),
-    "sps": (["--active", "400", "--channels", "8", "--repeat", "1"], r"this operator \| \d"),
+    "sps": (["--active", "400", "--channels", "8", "--repeat", "1"], r"this operator +\| +\d"),
 }
 
 

@@ -33,5 +33,5 @@ def test_count_loop():
     """Around the products, the smaller of two loops; what is never executed does not count."""
     lines = ["MOV R0, R1", "LDSM.16.M88.4 R4, [R0]", "@!PT LDS RZ, [RZ]", "HMMA.1688 R8", "@P0 IADD3 R0"]
     lines += ["@P1 BRA 0x0010", "MOV R3, R1", "@P0 BRA 0x0000", "EXIT"]
-    instructions = [sys.modules["count_instructions"].Instruction(16 * i, line) for i, line in enumerate(lines)]
+    instructions = [sys.modules[tool.Listing.__module__].Instruction(16 * i, line) for i, line in enumerate(lines)]
     assert tool.count_loop(tool.Listing("kernel", {}, instructions)) == {"LDSM": 1, "HMMA": 1, "IADD3": 1, "BRA": 1}

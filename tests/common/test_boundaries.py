@@ -105,6 +105,13 @@ def test_modules_change_nothing_but_themselves_at_import() -> None:
                 assert root not in foreign, f"{path}:{node.lineno}: {ast.unparse(node)} is changed"
 
 
+def test_no_script_imports_another() -> None:
+    """What two scripts need is in the package, or in a package of the benchmarks."""
+    scripts = [path for folder in ("tools", "benchmarks", ".") for path in (ROOT / folder).glob("*.py")]
+    for path in scripts:
+        assert not {script.stem for script in scripts} & {name.partition(".")[0] for name in imports(path)}, path
+
+
 def test_no_circle() -> None:
     """Modules that import each other can only be imported in one order."""
     graph = {name: {n for n in imports(path, at_import=True) if n in MODULES} for name, path in MODULES.items()}

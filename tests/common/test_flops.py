@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from querymask.common.deformable_attention import DeformableAttention
 from querymask.common.flops import Parameters, count_parameters, measure
 from querymask.common.ops import extension, fvcore_handles
+from querymask.common.pyramid import FeaturePyramid
 
 
 class Detector(nn.Module):
@@ -121,3 +122,25 @@ def test_deformable_attention_counts_like_its_pytorch_form(levels: int, monkeypa
     assert "multi_scale_deformable_attention" in compiled.flops_by_operator
     assert "grid_sampler" in composed.flops_by_operator
     assert compiled.flops_by_module == composed.flops_by_module
+
+
+def test_reads_of_a_pyramid_count_as_those_of_other_libraries() -> None:
+    """Points as fvcore counts ``grid_sample``; boxes not at all, as it does not count ``roi_align``."""
+    points, images = 4 * torch.rand(7, 2), torch.zeros(7, dtype=torch.long)
+
+    class Sampler(nn.Module):
+        def forward(self, image: Tensor) -> Tensor:
+            return FeaturePyramid([image[None]], [1]).sample(points, images)
+
+    class GridSampler(nn.Module):
+        def forward(self, image: Tensor) -> Tensor:
+            return F.grid_sample(image[None], points[None, None] / 2 - 1, align_corners=False)
+
+    class Pooler(nn.Module):
+        def forward(self, image: Tensor) -> Tensor:
+            return FeaturePyramid([image[None]], [1]).pool(torch.rand(7, 4), images, 3)
+
+    reads = measure(Detector(Sampler()), item()).flops_by_operator
+    expected = measure(Detector(GridSampler()), item()).flops_by_operator
+    assert reads["embedding_bag"] == expected["grid_sampler"] == 7 * 3 * 4
+    assert measure(Detector(Pooler()), item()).flops_by_operator.get("embedding_bag", 0) == 0

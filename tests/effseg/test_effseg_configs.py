@@ -8,14 +8,14 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from tiny_configs import tiny_config
-from tool_loader import load_tool
 
 from querymask.common.flops import count_parameters
+from querymask.common.measured_models import build_on_meta
 from querymask.common.meta_arch import mask_branch_name
 from querymask.common.solver import build_lr_scheduler, build_optimizer, parameter_groups
+from querymask.model_zoo import find_leaves
 
-zoo = load_tool("make_model_zoo")
-LEAVES = {leaf.name: leaf for leaf in zoo.find_leaves() if leaf.method == "effseg"}
+LEAVES = {leaf.name: leaf for leaf in find_leaves() if leaf.method == "effseg"}
 SHAPES = {name for name in LEAVES if name.endswith("_shapes")}  # on other data than COCO, with a schedule of their own
 HEADS = {
     "EffSegBranch": 4_208_872,
@@ -57,7 +57,7 @@ DETECTOR_LOSSES = {"loss_selection", "loss_class", "loss_box"}
 
 def trained(name: str) -> dict[str, int]:
     """Trained parameters of a row's model, of the whole ("") and of its parts."""
-    counts = count_parameters(zoo.build_on_meta(LEAVES[name].config()))
+    counts = count_parameters(build_on_meta(LEAVES[name].config()))
     names = {"": "", "backbone": "backbone", "neck": "detector.neck", "detector": "detector", "head": "mask_branch"}
     found = {part: counts[key].trainable for part, key in names.items() if key in counts}
     return found | {"detector": found["detector"] - found["neck"]}
@@ -173,7 +173,7 @@ def test_published_optimiser(name: str) -> None:
     The offsets of the deformable convolution, which is not in the release, learn at the full rate.
     """
     cfg = LEAVES[name].config()
-    model = zoo.build_on_meta(cfg)
+    model = build_on_meta(cfg)
     assert isinstance(build_optimizer(cfg, model), torch.optim.AdamW)
     rates = {id(p): group["lr"] for group in parameter_groups(cfg, model) for p in group["params"]}
     assert {group["weight_decay"] for group in parameter_groups(cfg, model)} == {1e-4}

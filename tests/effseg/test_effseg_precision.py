@@ -9,8 +9,8 @@ import torch
 from float16_training import check_float16_training
 from rounded_products import check_precision
 from torch import nn
+from torchvision.ops import box_convert
 
-from querymask.common.boxes import cxcywh_to_xyxy
 from querymask.common.predictions import Targets, weighted
 from querymask.common.pyramid import FeaturePyramid
 from querymask.effseg.fqdet.anchors import apply_deltas
@@ -49,7 +49,7 @@ def test_detector_under_autocast(make_model: MakeModel, make_batch: MakeBatch, v
         found, _ = model.predict(model.preprocess(batch))
         # Near anchors of queries, so that some are matched; at places where no two anchors are equally near
         shift = torch.tensor([1.3, 0.7, 2.1, -0.4], device=model.device)
-        boxes = torch.cat([cxcywh_to_xyxy(anchors[:3]) + shift for anchors in found.query_anchors])
+        boxes = torch.cat([box_convert(anchors[:3], "cxcywh", "xyxy") + shift for anchors in found.query_anchors])
         targets = Targets([3, 3], torch.arange(3, device=model.device).repeat(2), boxes, found.image_sizes)
         assignment = detector.match(found, targets, {})
         normalizers = detector.normalizers(targets, assignment)

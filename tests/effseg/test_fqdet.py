@@ -6,9 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.ops import box_iou
+from torchvision.ops import box_convert, box_iou
 
-from querymask.common.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from querymask.common.predictions import Targets, weighted
 from querymask.effseg.fqdet import FQDet, criterion
 from querymask.effseg.fqdet.anchors import apply_deltas, encode_deltas, make_anchors
@@ -53,14 +52,16 @@ def test_deltas():
     moved = apply_deltas(anchors, torch.tensor([[0.5, -0.25, math.log(2), 0]]))
     torch.testing.assert_close(moved, torch.tensor([[8.0, 14, 16, 22]]))
     torch.testing.assert_close(
-        encode_deltas(anchors, xyxy_to_cxcywh(moved)), torch.tensor([[0.5, -0.25, math.log(2), 0]])
+        encode_deltas(anchors, box_convert(moved, "xyxy", "cxcywh")), torch.tensor([[0.5, -0.25, math.log(2), 0]])
     )
     assert apply_deltas(anchors, torch.full((1, 4), 1e9)).isfinite().all()
 
 
 def test_ranks():
     boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 40]])
-    anchors = xyxy_to_cxcywh(torch.tensor([[20.0, 20, 30, 41], [0, 0, 10, 11], [0, 0, 10, 10], [20, 21, 30, 30]]))
+    anchors = box_convert(
+        torch.tensor([[20.0, 20, 30, 41], [0, 0, 10, 11], [0, 0, 10, 10], [20, 21, 30, 30]]), "xyxy", "cxcywh"
+    )
     assert rank_anchors(anchors, boxes, 2).tolist() == [[2, 0], [1, 3]]
     assert rank_anchors(anchors, boxes, 9).shape == (4, 2)
     assert rank_anchors(anchors, boxes[:0]).shape == (4, 0)
@@ -72,7 +73,7 @@ def test_ranks_of_some_anchors_at_a_time(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     low = torch.rand(30, 2, generator=generator, dtype=torch.float64) * 100
     boxes = torch.cat([low, low + 5 + torch.rand(30, 2, generator=generator, dtype=torch.float64) * 60], 1)
-    overlaps = box_iou(boxes, cxcywh_to_xyxy(anchors))
+    overlaps = box_iou(boxes, box_convert(anchors, "cxcywh", "xyxy"))
     sizes: list[int] = []
     monkeypatch.setattr(criterion, "box_iou", lambda a, b: (sizes.append(len(a) * len(b)), box_iou(a, b))[1])
     for pairs in (1, 3000, 10**9):
@@ -174,7 +175,7 @@ def test_training_step(version):
     """Every parameter has a gradient, without a target too; targets that no query is near train the selector alone."""
     detector = make_detector(version)
     found = detector.decode(make_maps(), (32, 40))
-    box = cxcywh_to_xyxy(found.query_anchors[0, 3]).detach() + 1
+    box = box_convert(found.query_anchors[0, 3], "cxcywh", "xyxy").detach() + 1
     for boxes in ([box[None], box.new_zeros(0, 4)], [box.new_zeros(0, 4)] * 2):
         targets = make_targets(boxes)
         assignment = detector.match(found, targets, {})
@@ -193,7 +194,7 @@ def test_no_second_loss_where_the_first_is_right():
     """Confident and right: the losses vanish."""
     detector = make_detector(2)
     found = detector.decode(make_maps(1), (32, 40))
-    box = cxcywh_to_xyxy(found.query_anchors[0, 3]).detach()
+    box = box_convert(found.query_anchors[0, 3], "cxcywh", "xyxy").detach()
     targets = make_targets([box[None]], label=4)
     query = detector.match(found, targets, {}).query
     logits = torch.full_like(found.logits, -30)

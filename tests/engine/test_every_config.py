@@ -12,9 +12,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
 from mask_bases import give_basis
-from tiny_configs import LEAVES, NUM_CLASSES, tiny_config, zoo
+from tiny_configs import LEAVES, NUM_CLASSES, tiny_config
 
 from querymask.common.evaluation import InstanceEvaluator
+from querymask.common.measured_models import prepare_for_measurement
 from querymask.common.solver import build_lr_scheduler, build_optimizer
 
 DATASET = "every_config_val"
@@ -56,7 +57,7 @@ def test_train_detect_evaluate(
     cfg.SOLVER.WARMUP_ITERS = 0  # whose first steps may be of length zero
     model = build_model(cfg).train()
     give_basis(getattr(model.mask_branch, "coding", None))
-    zoo.prepare_for_measurement(model)  # boxes stay in the image
+    prepare_for_measurement(model)  # boxes stay in the image
     for key, parameter in model.named_parameters():  # EffSeg leaves out detections whose mask is empty
         if re.search(r"mask_branch\.head\.(segmentation\.\d\.2|.*classifiers?(\.\d)?)\.(weight|bias)$", key):
             torch.nn.init.constant_(parameter, 4 if key.endswith("bias") else 1e-3)

@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 from tool_loader import load_tool
 
 import querymask
-from querymask.common.checkpoint import CheckpointError, Report, fit_to_model, read_checkpoint
+from querymask.common.checkpoint import CheckpointError, Report, coco_class_ids, fit_to_model, read_checkpoint
 from querymask.isda.checkpoint import (
     convert,
     convert_mmdetection_detector,
@@ -20,6 +20,7 @@ from querymask.isda.checkpoint import (
     describe,
     settings,
 )
+from querymask.model_zoo import get_value
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "reference" / "golden"
@@ -106,7 +107,7 @@ def test_release_fits_its_config() -> None:
         assert fitted[line.target].flatten()[0] == state[line.source].flatten()[0], line
     cfg = querymask.get_cfg()
     cfg.merge_from_file(str(CONFIG))
-    assert {key: tool.lookup(cfg, key) for key in settings(state)} == settings(state)
+    assert {key: get_value(cfg, key) for key in settings(state)} == settings(state)
     assert describe(state) == (
         "ISDA (R50, width 256, mask features at 1/4, with coordinate channels, kernels with positions, 80 class rows)"
     )
@@ -146,7 +147,7 @@ def test_start_from_mmdetection(version: int) -> None:
 
 def test_start_from_the_original() -> None:
     state = original()
-    coco = tool.coco_class_ids()
+    coco = coco_class_ids()
     state["class_embed.0.bias"] = torch.arange(91.0)
     for layer in range(1, 6):
         state[f"class_embed.{layer}.bias"] = state["class_embed.0.bias"]

@@ -8,13 +8,13 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from tiny_configs import tiny_config
-from tool_loader import load_tool
 
 from querymask.common.flops import count_parameters
+from querymask.common.measured_models import build_on_meta
 from querymask.common.solver import build_lr_scheduler, build_optimizer
+from querymask.model_zoo import find_leaves
 
-zoo = load_tool("make_model_zoo")
-LEAVES = {leaf.name: leaf for leaf in zoo.find_leaves() if leaf.method == "isda"}
+LEAVES = {leaf.name: leaf for leaf in find_leaves() if leaf.method == "isda"}
 COCO_LEAVES = {name: leaf for name, leaf in LEAVES.items() if "shapes" not in name}
 
 # Values of a R50 model, batch norms' affine parameters (53,120, frozen) included, as measured on the release
@@ -81,11 +81,11 @@ def test_inference(name: str, make_batch: Callable[..., list[dict[str, Any]]]) -
 
 @pytest.mark.parametrize("name", PUBLISHED_SIZES)
 def test_published_size(name: str) -> None:
-    assert size(zoo.build_on_meta(LEAVES[name].config()))[0] == PUBLISHED_SIZES[name] - FROZEN_NORMS
+    assert size(build_on_meta(LEAVES[name].config()))[0] == PUBLISHED_SIZES[name] - FROZEN_NORMS
 
 
 def test_published_size_of_each_part() -> None:
-    model = zoo.build_on_meta(LEAVES["isda_r50"].config())
+    model = build_on_meta(LEAVES["isda_r50"].config())
     modules = {
         "backbone": [model.backbone],
         "projections": [model.detector.fine_proj, model.detector.input_proj],
@@ -107,7 +107,7 @@ def test_published_size_of_each_part() -> None:
 def test_published_optimiser() -> None:
     """253 tensors with 17,610,574 values at the full rate, 68 with 24,022,530 at a tenth; decay on all of them."""
     cfg = LEAVES["isda_r50"].config()
-    optimizer = build_optimizer(cfg, zoo.build_on_meta(cfg))
+    optimizer = build_optimizer(cfg, build_on_meta(cfg))
     groups: dict[float, list[int]] = {}
     for group in optimizer.param_groups:
         groups.setdefault(round(group["lr"] / cfg.SOLVER.BASE_LR, 6), []).extend(p.numel() for p in group["params"])

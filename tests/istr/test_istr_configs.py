@@ -10,13 +10,13 @@ import torch
 from detectron2.modeling import build_model
 from tiny_configs import tiny_config
 from tiny_models import set_keys
-from tool_loader import load_tool
 
 from querymask.common.flops import count_parameters
+from querymask.common.measured_models import build_on_meta
 from querymask.common.solver import build_lr_scheduler, build_optimizer
+from querymask.model_zoo import find_leaves
 
-zoo = load_tool("make_model_zoo")
-LEAVES = {leaf.name: leaf for leaf in zoo.find_leaves() if leaf.method == "istr"}
+LEAVES = {leaf.name: leaf for leaf in find_leaves() if leaf.method == "istr"}
 # Other schedules, each with a test of its own
 OTHER = {"istr_v2_smt_swin_l_lsj_50ep", "istr_v2_smt_swin_l_lsj_100ep", "istr_v2_smt_r50_cityscapes"}
 OWN = {name for name in LEAVES if name.startswith("istr_shapes")}  # on other data than COCO
@@ -39,7 +39,7 @@ SWIN_L_INDEX_BUFFERS = 24  # the published file stores what the model computes
 
 @pytest.mark.parametrize("name", PUBLISHED_SIZES)
 def test_published_size(name: str) -> None:
-    model = zoo.build_on_meta(LEAVES[name].config())
+    model = build_on_meta(LEAVES[name].config())
     counts = count_parameters(model)
     backbone = sum(p.numel() for p in model.backbone.parameters() if p.requires_grad or "v2" in name)
     if "v2" not in name:  # the release counts stem and res2, which are frozen, to the trained ones in this column
@@ -127,7 +127,7 @@ def test_published_schedule() -> None:
 def test_published_optimiser() -> None:
     cfg = LEAVES["istr_r50"].config()
     cfg.SOLVER.WARMUP_ITERS = 0
-    optimizer = build_optimizer(cfg, zoo.build_on_meta(cfg))
+    optimizer = build_optimizer(cfg, build_on_meta(cfg))
     assert isinstance(optimizer, torch.optim.AdamW)
     assert {(group["lr"], group["weight_decay"]) for group in optimizer.param_groups} == {(2.5e-5, 1e-4)}
 

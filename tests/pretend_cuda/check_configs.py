@@ -10,10 +10,11 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from mask_bases import give_basis
-from tiny_configs import tiny_config, zoo
+from tiny_configs import tiny_config
 from torch import nn
 
 from querymask.common.engine.step import TrainingStep
+from querymask.common.measured_models import prepare_for_measurement
 from querymask.common.solver import build_optimizer
 from querymask.common.transfer import numbers_to_device
 
@@ -44,7 +45,7 @@ def prepared_model(cfg: Any) -> nn.Module:
     torch.manual_seed(0)
     model = build_model(cfg).train()
     give_basis(getattr(model.mask_branch, "coding", None))
-    zoo.prepare_for_measurement(model)  # boxes stay in the image
+    prepare_for_measurement(model)  # boxes stay in the image
     for key, parameter in model.named_parameters():  # EffSeg leaves out detections whose mask is empty
         if re.search(r"mask_branch\.head\.(segmentation\.\d\.2|.*classifiers?(\.\d)?)\.(weight|bias)$", key):
             nn.init.constant_(parameter, 4 if key.endswith("bias") else 1e-3)

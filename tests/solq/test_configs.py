@@ -17,11 +17,13 @@ from querymask import get_cfg
 from querymask.common.engine.unused_keys import leaves
 from querymask.common.flops import count_parameters
 from querymask.common.mask_coding import fill_missing_bases
+from querymask.common.measured_models import build_on_meta
 from querymask.common.meta_arch import mask_branch_name, uses_masks
 from querymask.common.solver import build_lr_scheduler, build_optimizer
+from querymask.model_zoo import find_leaves
 
 zoo = load_tool("make_model_zoo")
-LEAVES = {leaf.name: leaf for leaf in zoo.find_leaves() if leaf.method == "solq"}
+LEAVES = {leaf.name: leaf for leaf in find_leaves() if leaf.method == "solq"}
 OWN = {
     "solq_shapes",
     "solq_shapes_quick",
@@ -148,24 +150,24 @@ def test_inference(name: str) -> None:
 def test_published_size(name: str) -> None:
     cfg = LEAVES[name].config()
     cfg.MODEL.SOLQ.NUM_CLASSES = 91
-    assert size(zoo.build_on_meta(cfg)) == PUBLISHED_SIZES[name]
+    assert size(build_on_meta(cfg)) == PUBLISHED_SIZES[name]
 
 
 def test_published_size_of_sqr() -> None:
     """The count in the log with ResNet-101, and those of the release at SOLQ's width, also with a frozen detector."""
     cfg = LEAVES["sqr_r101"].config()
     cfg.MODEL.SOLQ.NUM_CLASSES = 91
-    assert size(zoo.build_on_meta(cfg))[1] == 85_675_221
+    assert size(build_on_meta(cfg))[1] == 85_675_221
     for name, trainable in {"sqr_r50": 79_874_037, "sqr_r50_frozen": 27_609_017}.items():
         cfg = LEAVES[name].config()
         cfg.MODEL.SOLQ.NUM_CLASSES, cfg.MODEL.SOLQ.HIDDEN_DIM = 91, 384
-        assert size(zoo.build_on_meta(cfg)) == (80_096_437, trainable)
+        assert size(build_on_meta(cfg)) == (80_096_437, trainable)
 
 
 def test_published_size_of_each_part() -> None:
     cfg = LEAVES["solq_r50"].config()
     cfg.MODEL.SOLQ.NUM_CLASSES = 91
-    model = zoo.build_on_meta(cfg)
+    model = build_on_meta(cfg)
     modules = {
         "backbone": [model.backbone],
         "projections": [model.detector.input_proj],
@@ -195,7 +197,7 @@ def test_schedule_in_epochs() -> None:
 def test_published_optimiser() -> None:
     """Learning rates by group, weight decay on everything, one norm over all gradients, no warm-up."""
     cfg = LEAVES["solq_r50"].config()
-    optimizer = build_optimizer(cfg, zoo.build_on_meta(cfg))
+    optimizer = build_optimizer(cfg, build_on_meta(cfg))
     assert isinstance(optimizer, torch.optim.AdamW)
     assert {group["name"]: group["lr"] for group in optimizer.param_groups} == {
         "base": pytest.approx(2e-4),
@@ -277,7 +279,7 @@ def test_swin_l() -> None:
 
 def test_model_zoo_is_in_step() -> None:
     page = zoo.OUTPUT.read_text()
-    assert page == zoo.render(zoo.find_leaves(), zoo.read_gflops(page)), "run tools/make_model_zoo.py"
+    assert page == zoo.render(find_leaves(), zoo.read_gflops(page)), "run tools/make_model_zoo.py"
     for leaf in LEAVES.values():
         assert page.count(f"/configs/{leaf.name}.yaml)") == 1, f"{leaf.name} must have one row"
 
@@ -314,7 +316,7 @@ def test_configs_with_an_incomplete_head_are_refused(tmp_path: Path) -> None:
     path.parent.mkdir(parents=True)
     path.write_text("MODEL: {}\n")
     with pytest.raises(ValueError, match=r"nameless\.yaml: its first line must be a comment"):
-        zoo.find_leaves(tmp_path)
+        find_leaves(tmp_path)
     path.write_text("# A model\n# Weights: somebody's, R50\nMODEL: {}\n")
     with pytest.raises(ValueError, match=r"nameless\.yaml: weights of somebody's, which is none of SOLQ's release,"):
-        zoo.find_leaves(tmp_path)
+        find_leaves(tmp_path)

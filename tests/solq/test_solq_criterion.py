@@ -11,7 +11,6 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
 
-from querymask.common.boxes import cxcywh_to_xyxy
 from querymask.common.mask_coding import MaskCoding
 from querymask.common.mask_coding.targets import CodedTargets
 from querymask.common.matching import hungarian_assignment
@@ -67,7 +66,7 @@ def make_targets(counts: Sequence[int], seed: int = 1) -> tuple[Targets, torch.T
     crops = torch.rand(n, 2, 3, generator=generator) < 0.5
     labels = torch.randint(0, CLASSES, (n,), generator=generator)
     sides = torch.tensor([SIZE[1], SIZE[0]] * 2, dtype=torch.float64)
-    targets = Targets(counts, labels, cxcywh_to_xyxy(boxes) * sides, [SIZE] * len(counts))
+    targets = Targets(counts, labels, box_convert(boxes, "cxcywh", "xyxy") * sides, [SIZE] * len(counts))
     return targets, boxes, CodedTargets(crops, vectors)
 
 
@@ -261,7 +260,7 @@ def test_weights() -> None:
 @pytest.mark.parametrize("box", [[0.5, 0.5, 0.0, 0.0], [0.5, 0.5, 0.3, 0.0], [0.0, 0.0, 1e-6, 1e-6], [0.5, 0.5, 1, 1]])
 def test_degenerate_targets_have_finite_losses(box: list[float]) -> None:
     outputs, (targets, _, truth) = make_outputs(1), make_targets([3])
-    targets.boxes[1] = cxcywh_to_xyxy(torch.tensor(box)) * torch.tensor([SIZE[1], SIZE[0]] * 2)
+    targets.boxes[1] = box_convert(torch.tensor(box), "cxcywh", "xyxy") * torch.tensor([SIZE[1], SIZE[0]] * 2)
     losses = unweighted(compute(outputs, targets, truth, make_branch())[0])
     assert all(torch.isfinite(value) for value in losses.values())
     sum(losses.values()).backward()

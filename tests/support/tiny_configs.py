@@ -4,10 +4,10 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from devices import DEVICE
-from tool_loader import load_tool
 
-zoo = load_tool("make_model_zoo")
-LEAVES = {f"{leaf.method}/{leaf.name}": leaf for leaf in zoo.find_leaves()}
+from querymask.model_zoo import find_leaves
+
+LEAVES = {f"{leaf.method}/{leaf.name}": leaf for leaf in find_leaves()}
 NUM_CLASSES = 5
 # A multiple of 16: oneDNN of torch 2.15 writes beyond its memory in the backward pass of a 1x1 convolution of stride 2
 # that reads 8 channels in the channels-last layout, for three images and two threads.

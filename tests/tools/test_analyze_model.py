@@ -4,8 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 from devices import DEVICE
 from tool_loader import load_tool
+
+from querymask.command_line import load_config
+from querymask.common.data import annotations, mapper
+from querymask.common.flops import measure
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "projects" / "solq" / "configs"
@@ -85,10 +90,9 @@ def tiny(tmp_path: Path) -> Path:
 
 def test_cost_of_solq(tiny: Path) -> None:
     """Multiply-adds of the parts whose inputs are known."""
-    cfg = tool.get_cfg()
-    cfg.merge_from_file(str(tiny))
     pixels = torch.zeros(3, 64, 96)
-    flops = tool.measure(tool.build_model(cfg), {"image": pixels, "height": 64, "width": 96}).flops_by_module
+    model = build_model(load_config(tiny))
+    flops = measure(model, {"image": pixels, "height": 64, "width": 96}).flops_by_module
     tokens = 8 * 12 + 4 * 6 + 2 * 3 + 1 * 2
     assert flops["detector.transformer.encoder.layers.0.linear1"] == tokens * 64 * 16
     assert flops["detector.transformer.encoder.layers.0.self_attn.value_proj"] == tokens * 64 * 64
@@ -126,7 +130,7 @@ def test_means_over_images_of_a_data_set(
     items = [
         {"file_name": f"{i}.jpg", "image_id": i, "height": 40 + i, "width": 50, "annotations": []} for i in range(3)
     ]
-    monkeypatch.setattr(tool, "read_dataset", lambda name: {"shapes_val": items}[name])
+    monkeypatch.setattr(annotations, "read_dataset", lambda name: {"shapes_val": items}[name])
     mapped = []
 
     class Mapper:
@@ -137,7 +141,7 @@ def test_means_over_images_of_a_data_set(
             mapped.append(item["image_id"])
             return {"image": torch.zeros(3, 64, 64 + 32 * item["image_id"]), "height": 40, "width": 50}
 
-    monkeypatch.setattr(tool, "InstanceMapper", Mapper)
+    monkeypatch.setattr(mapper, "InstanceMapper", Mapper)
     assert tool.main(["--config-file", str(tiny), "--num-images", "2", "--depth", "1"]) == 0
     output = capsys.readouterr().out
     assert mapped == [0, 1]

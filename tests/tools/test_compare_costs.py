@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 from devices import DEVICE
 from tool_loader import load_tool
 
-from querymask import get_cfg
+from querymask.command_line import load_config
+from querymask.common.flops import count_parameters
+from querymask.common.measured_models import build_on_meta
 
 tool = load_tool("compare_costs")
 plots = load_tool("plot_costs")
@@ -56,9 +59,7 @@ def linear_layers_at(detections: int, regions: int) -> int:
 def test_parameters_and_flops(tiny: Any) -> None:
     path = tiny("EffSegBranch")
     result = measured(path, "--detections", "20", "--regions", "7", "--height", "64", "--width", "96")
-    cfg = get_cfg()
-    cfg.merge_from_file(str(path))
-    model = tool.build_model(cfg)
+    model = build_model(load_config(path))
     assert result.parameters == sum(p.numel() for p in model.parameters())
     assert result.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad) < result.parameters
     assert (result.name, result.source, result.head) == ("tiny", "measured", "EffSegBranch")
@@ -104,11 +105,11 @@ def test_mean_over_images(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny("EffSegBranch")
     sizes = [(64, 64), (64, 128), (96, 128)]
     items = [{"image": torch.zeros(3, *size), "height": size[0], "width": size[1]} for size in sizes]
-    monkeypatch.setattr(tool, "inputs", lambda args, cfg: items[: args.num_images])
+    monkeypatch.setattr(tool, "read_images", lambda args, cfg: items[: args.num_images])
     mean = measured(path, "--num-images", "3", "--detections", "20")
     singles = []
     for item in items:
-        monkeypatch.setattr(tool, "inputs", lambda args, cfg, item=item: [item])
+        monkeypatch.setattr(tool, "read_images", lambda args, cfg, item=item: [item])
         singles.append(measured(path, "--num-images", "1", "--detections", "20"))
     assert singles[0].gflops < singles[1].gflops < singles[2].gflops
     for field in ("gflops", "head_gflops"):
@@ -159,11 +160,7 @@ def test_models_of_papers_are_configs_of_that_size(paper: str) -> None:
     """Trained parameters as published, to a digit; the configs are there."""
     content = json.loads((tool.PAPERS / f"{paper}.json").read_text())
     for model in content["models"]:
-        cfg = get_cfg()
-        cfg.merge_from_file(str(ROOT / model["config"]))
-        cfg.MODEL.DEVICE = "meta"
-        with torch.device("meta"):
-            trainable = tool.count_parameters(tool.build_model(cfg))[""].trainable
+        trainable = count_parameters(build_on_meta(load_config(ROOT / model["config"])))[""].trainable
         assert trainable == pytest.approx(model["trainable"], abs=0.06e6), model["config"]
         assert not set(model) - {"config", "ap", "trainable", "gflops", "head_gflops", "fps"}
 

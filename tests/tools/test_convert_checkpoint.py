@@ -15,7 +15,8 @@ from detectron2.modeling import build_model
 from tool_loader import load_tool
 
 from querymask import get_cfg
-from querymask.common.checkpoint import CheckpointError, fit_to_model, read_checkpoint
+from querymask.common.checkpoint import CheckpointError, coco_class_ids, fit_to_model, read_checkpoint
+from querymask.model_zoo import fitting_configs, get_value
 from querymask.solq.checkpoint import convert, describe, settings
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +25,7 @@ CONFIGS = ROOT / "projects" / "solq" / "configs"
 
 
 tool = load_tool("convert_checkpoint")
-COCO = tool.coco_class_ids()
+COCO = coco_class_ids()
 
 
 def canonical(key: str) -> str:
@@ -77,7 +78,7 @@ def test_published_model_fits_its_config(manifest: str, overrides: tuple[object,
     assert report.fits, report.details(*report.MISFITS)
     assert fitted.keys() == converted.keys()
     assert len(report.lines) == len(state)
-    assert {key: tool.lookup(cfg, key) for key in settings(state)} == settings(state)
+    assert {key: get_value(cfg, key) for key in settings(state)} == settings(state)
     for line in report.of("used", "renamed"):  # every tensor keeps its value
         assert fitted[line.target].flatten()[0] == state[line.source].flatten()[0], line
 
@@ -172,8 +173,8 @@ def test_other_mask_branches(manifest: str, name: str, parts: list[str]) -> None
     assert set(parts) < set(fitted)
     for line in report.of("used", "renamed"):
         assert fitted[line.target].flatten()[0] == state[line.source].flatten()[0], line
-    assert {key: tool.lookup(cfg, key) for key in settings(state)} == settings(state)
-    configs = [Path(path).name for path in tool.fitting_configs(settings(state))]
+    assert {key: get_value(cfg, key) for key in settings(state)} == settings(state)
+    configs = [Path(path).name for path in fitting_configs(settings(state))]
     assert configs[0] == name
 
     cfg = config("solq_r50.yaml", "MODEL.MASK_BRANCH.NAME", "none", "MODEL.SOLQ.HIDDEN_DIM", cfg.MODEL.SOLQ.HIDDEN_DIM)
@@ -424,6 +425,6 @@ def test_tool_names_the_trouble(
 
 
 def test_refusal_names_the_configs_that_fit() -> None:
-    configs = [Path(path).name for path in tool.fitting_configs(settings(published("checkpoint.json")))]
+    configs = [Path(path).name for path in fitting_configs(settings(published("checkpoint.json")))]
     assert configs[0] == "solq_r50.yaml"
     assert not {"Base-SOLQ.yaml", "solq_r101.yaml", "solq_r50_width256.yaml", "solq_r50_no_refine.yaml"} & set(configs)

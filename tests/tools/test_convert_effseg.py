@@ -15,6 +15,7 @@ from torch import Tensor
 from querymask import get_cfg
 from querymask.common.checkpoint import FORMATS, CheckpointError, Options, fit_to_model, read_checkpoint, recognise
 from querymask.effseg.checkpoint import convert, convert_detector, describe, settings
+from querymask.model_zoo import get_value
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "reference" / "golden" / "effseg"
@@ -90,7 +91,7 @@ def test_published_model_fits_its_config(file: tuple[str, str | None]) -> None:
     assert len(report.lines) == len(state)
     dropped = {line.source for line in report.of("dropped")}
     assert dropped == {"backbone.in_norm_mean", "backbone.in_norm_std"}
-    assert {key: tool.lookup(cfg, key) for key in settings(state)} == settings(state)
+    assert {key: get_value(cfg, key) for key in settings(state)} == settings(state)
     for line in report.of("used", "renamed"):  # every tensor keeps its value
         assert fitted[line.target].flatten()[0] == state[line.source].flatten()[0], line
 

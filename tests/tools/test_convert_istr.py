@@ -14,6 +14,7 @@ from tool_loader import load_tool
 from querymask import get_cfg
 from querymask.common.checkpoint import fit_to_model, read_checkpoint, recognise
 from querymask.istr.checkpoint import convert, describe, settings
+from querymask.model_zoo import get_value
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "reference" / "golden" / "istr"
@@ -78,7 +79,7 @@ def test_published_model_fits_its_config(manifest: str) -> None:
     assert len(report.lines) == len(state)
     dropped = {line.source.rpartition(".")[2] for line in report.of("dropped")}
     assert dropped == ({"relative_position_index"} if "swin" in manifest else set())
-    assert {key: tool.lookup(cfg, key) for key in settings(state)} == settings(state)
+    assert {key: get_value(cfg, key) for key in settings(state)} == settings(state)
     for line in report.of("used", "renamed"):  # every tensor keeps its value
         assert fitted[line.target].flatten()[0] == state[line.source].flatten()[0], line
 

@@ -220,7 +220,7 @@ def test_without_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not list(tmp_path.iterdir())
 
 
-def test_autoencoder(tmp_path: Path) -> None:
+def test_autoencoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = load_tool("train_mask_autoencoder")
     output = tmp_path / "smt.pth"
     arguments = ["--train", NAME, "--test", NAME, "--mask-size", "16", "--length", "8", "--batch-size", "16"]
@@ -232,7 +232,7 @@ def test_autoencoder(tmp_path: Path) -> None:
     assert not any(p.requires_grad for p in coding.encoder.parameters())
     assert all(p.requires_grad for p in coding.decoder.parameters())
 
-    train_epoch, epochs = tool.train_epoch, []
+    train_epoch, epochs = fitting._train_epoch, []
 
     def interrupted(*arguments: Any) -> float:
         epochs.append(arguments)
@@ -240,7 +240,7 @@ def test_autoencoder(tmp_path: Path) -> None:
             raise KeyboardInterrupt
         return train_epoch(*arguments)
 
-    tool.train_epoch = interrupted
+    monkeypatch.setattr(fitting, "_train_epoch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tool.main([*arguments, "--output", str(tmp_path / "other.pth")])
     assert tool.main([*arguments, "--output", str(tmp_path / "other.pth")]) == pytest.approx(best, abs=1e-6)

@@ -2,6 +2,8 @@
 
 The form that detectors use: any image size, zero padding inside the stages, and a layer norm for every output.
 Detectron2 0.5 has no Swin, so it is written here from the paper; parameter names are those of the published weights.
+The merging of patches is torchvision's. Its window attention is not used: it does not shift where a window covers the
+map, keeps an index among the weights, and needs memory for all logits; timm would be a dependency more.
 
 Shapes: B batch, H and W the grid of one stage, C channels, R windows of one image, N tokens of a window (side squared),
 M heads, D channels of a head. Maps are channels-last, (B, H, W, C), inside the backbone.
@@ -15,6 +17,8 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import nn
+from torchvision.models.swin_transformer import PatchMerging
+from torchvision.ops import StochasticDepth
 
 # Added to the attention logits of pairs that are neighbours only because the map was rolled (the published value).
 MASKED_LOGIT = -100.0
@@ -74,25 +78,6 @@ def relative_position_index(side: int) -> torch.Tensor:
     return dy * (2 * side - 1) + dx
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: in training, drop a residual branch per image and scale up those that stay."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, ...) -> (B, ...)."""
-        if not self.training or self.rate == 0.0:
-            return x
-        keep = 1.0 - self.rate
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
-        return x * (mask / keep)
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate:.3f}"
-
-
 class WindowAttention(nn.Module):
     """Multi-head self-attention within windows, with a learned bias for each relative position (paper, eq. 4)."""
 
@@ -147,7 +132,7 @@ class SwinBlock(nn.Module):
         self.shift = shift
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, side, num_heads)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = StochasticDepth(drop_path, "row")
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
@@ -168,23 +153,6 @@ class SwinBlock(nn.Module):
         if self.shift:
             x = x.roll((self.shift, self.shift), (1, 2))
         return x[:, :height, :width]
-
-
-class PatchMerging(nn.Module):
-    """Halve the grid and double the channels: the four cells of each 2x2 patch, normalised and projected."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C)."""
-        height, width = x.shape[1:3]
-        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
-        # Published channel order: upper left, lower left, upper right, lower right
-        x = torch.cat((x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]), dim=-1)
-        return self.reduction(self.norm(x))
 
 
 class SwinStage(nn.Module):

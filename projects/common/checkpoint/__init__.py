@@ -1,7 +1,15 @@
 """Checkpoints in the formats of others: safe reading, renaming by rules, a report key by key, recognition."""
 
 from querymask.common.checkpoint.files import MODEL_KEYS, read_checkpoint, read_content, write_checkpoint
-from querymask.common.checkpoint.formats import FORMATS, Format, Options, pick_classes, recognise, register_format
+from querymask.common.checkpoint.formats import (
+    FORMATS,
+    Format,
+    Options,
+    coco_class_ids,
+    pick_classes,
+    recognise,
+    register_format,
+)
 from querymask.common.checkpoint.rules import (
     Change,
     CheckpointError,
@@ -31,6 +39,7 @@ __all__ = [
     "Rule",
     "State",
     "apply_rules",
+    "coco_class_ids",
     "fit_to_model",
     "pick_classes",
     "read_checkpoint",

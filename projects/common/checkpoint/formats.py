@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from detectron2.data import MetadataCatalog
 
 from querymask.common.checkpoint.rules import Change, CheckpointError, Drop, Rename, Report, Rule, State, apply_rules
 
@@ -89,6 +90,12 @@ def recognise(state: State, meta_architecture: str | None = None) -> Format | No
             if format.meta_architecture == wanted:
                 return format
     return None
+
+
+def coco_class_ids() -> list[int]:
+    """COCO's 80 raw category ids in the order of Detectron2's contiguous classes."""
+    contiguous = MetadataCatalog.get("coco_2017_train").thing_dataset_id_to_contiguous_id
+    return sorted(contiguous, key=contiguous.__getitem__)
 
 
 def pick_classes(pattern: str, rows: int, class_ids: Sequence[int]) -> Change:

@@ -49,7 +49,6 @@ class InstanceEvaluator(DatasetEvaluator):
         max_detections: so many detections of highest score count: of each class in an image by COCO's rules, of an
             image by LVIS's.
         num_queries: the most objects that the model can find in an image, for a line where there are more.
-        federated: whether LVIS's rules count; None: by the metadata's ``evaluator_type``.
         distributed: whether every process has a part of the predictions.
 
     Raises:
@@ -63,7 +62,6 @@ class InstanceEvaluator(DatasetEvaluator):
         boundary: bool = False,
         max_detections: int = MAX_DETECTIONS,
         num_queries: int | None = None,
-        federated: bool | None = None,
         distributed: bool = True,
     ) -> None:
         if max_detections < 1:
@@ -74,7 +72,7 @@ class InstanceEvaluator(DatasetEvaluator):
         self._boundary = boundary
         self._max_detections = max_detections
         self._num_queries = num_queries
-        self._federated = metadata.get("evaluator_type") == "lvis" if federated is None else federated
+        self._federated = metadata.get("evaluator_type") == "lvis"
         self._distributed = distributed
         content = dataset_truth(dataset_name)
         if self._federated:

@@ -1,6 +1,8 @@
 """The table at the end of a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+from tabulate import tabulate
 
 TASK_NAMES = {"bbox": "box", "segm": "mask", "boundary": "boundary", "segm_lvis": "mask*", "boundary_lvis": "boundary*"}
 """How tasks are called in tables; with a star: against LVIS's annotations."""
@@ -34,11 +36,6 @@ def _show(scores: Mapping[str, float], metric: str) -> str:
     return f"{scores[metric]:.2f}" if metric in scores else "-"
 
 
-def _align(rows: list[list[str]]) -> str:
+def _align(rows: Sequence[Sequence[str]]) -> str:
     """Columns of equal width: the first one flush left, numbers flush right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for first, *rest in rows:
-        cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return tabulate(rows, tablefmt="plain", disable_numparse=True, colglobalalign="right", colalign=("left",))

@@ -1,12 +1,13 @@
 """Learning bases of mask codings from a data set, and how well a coding gives masks back.
 
-The PCA of mask logits (ISTR, section 3.2), and a dictionary for sparse coding (SOLQ, Table 3a).
+The PCA of mask logits (ISTR, section 3.2), a dictionary for sparse coding (SOLQ, Table 3a), and the autoencoder of
+ISTR's second release.
 """
 
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+import querymask
+from querymask.common.checkpoint import write_checkpoint
+from querymask.common.losses import dice_loss
+from querymask.common.mask_coding.autoencoder import AutoencoderMaskCoding
 from querymask.common.mask_coding.base import MaskCoding
 from querymask.common.mask_coding.incremental_pca import IncrementalPCA, batch_slices
 from querymask.common.mask_coding.pca import PCABasis, label_logits
@@ -22,7 +27,11 @@ from querymask.common.mask_coding.sparse import SparseBasis
 logger = logging.getLogger(__name__)
 
 SAVE_PERIOD = 20
-"""Batches between two states on disk."""
+"""Batches of the PCA between two states on disk."""
+LEARNING_RATE = 1e-3
+"""Of the autoencoder."""
+DROPS = (1 / 3, 2 / 3)
+"""Parts of its training after which the learning rate falls by 10."""
 
 
 def fit_pca_basis(
@@ -119,9 +128,96 @@ def fit_dictionary(
     return SparseBasis(learner.components_ / lengths, penalty)
 
 
+def fit_autoencoder(
+    masks: Dataset,
+    held_out: Dataset,
+    output: Path,
+    length: int,
+    *,
+    epochs: int = 30,
+    batch_size: int = 1024,
+    seed: int = 0,
+    workers: int = 0,
+    device: str = "cpu",
+    settings: Mapping[str, object] | None = None,
+) -> float:
+    """Train the autoencoder as ISTR's second release does: Adam, dice loss, the weights of the best epoch.
+
+    An interrupted run goes on at the last full epoch, from a file beside ``output`` that is removed at the end.
+
+    Args:
+        masks: of (size, size) bool.
+        held_out: like them; they choose the epoch.
+        output: file of the weights, ending in ".pth".
+        length: K.
+        batch_size: masks of a step.
+        seed: of the weights and of the order.
+        workers: processes that read masks.
+        settings: what else the run depends on; a state of other settings is refused.
+
+    Returns:
+        the best ``pixel_iou`` of ``reconstruction_quality``.
+
+    Raises:
+        ValueError: the state is of another run.
+    """
+    torch.manual_seed(seed)
+    coding = AutoencoderMaskCoding(len(masks[0]), length, train_encoder=True, initialise=True).to(device)
+    optimizer = torch.optim.Adam(coding.parameters(), lr=LEARNING_RATE)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(part * epochs) for part in DROPS], gamma=0.1)
+    kept = {"coding": coding, "optimizer": optimizer, "scheduler": scheduler}
+    settings = {**(settings or {}), "length": length, "epochs": epochs, "batch_size": batch_size, "seed": seed}
+    text = json.dumps(settings, sort_keys=True)
+    path = output.with_suffix(".state.pth")
+    first, best = 0, -1.0
+    if path.exists():
+        state = torch.load(path, map_location=device, weights_only=True)
+        _check_settings(path, state["settings"], text)
+        for name, thing in kept.items():
+            thing.load_state_dict(state[name])
+        first, best = state["epochs"], state["best"]
+        logger.info(f"goes on after {first} epochs")
+    for epoch in range(first, epochs):
+        order = torch.Generator().manual_seed(seed + epoch)
+        loader = DataLoader(masks, batch_size, shuffle=True, generator=order, num_workers=workers)
+        loss = _train_epoch(coding, optimizer, loader, f"epoch {epoch + 1} of {epochs}")
+        scheduler.step()
+        quality = reconstruction_quality(coding.eval(), held_out, batch_size=batch_size, workers=workers)
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in quality.items())
+        logger.info(f"epoch {epoch + 1}: loss {loss:.4f}, {figures}")
+        if quality["pixel_iou"] > best:
+            best = quality["pixel_iou"]
+            weights = {key: value.cpu() for key, value in coding.state_dict().items()}
+            write_checkpoint(weights, output, f"querymask {querymask.__version__}, mask autoencoder")
+        partial = path.with_name(path.name + ".partial")
+        state = {name: thing.state_dict() for name, thing in kept.items()}
+        torch.save({**state, "settings": text, "epochs": epoch + 1, "best": best}, partial)
+        partial.replace(path)
+    path.unlink(missing_ok=True)
+    return best
+
+
+def _train_epoch(
+    coding: AutoencoderMaskCoding, optimizer: torch.optim.Optimizer, loader: DataLoader, title: str
+) -> float:
+    """One pass over the masks; returns the mean dice loss."""
+    coding.train()
+    device = next(coding.parameters()).device
+    total = torch.zeros((), device=device)
+    for masks in tqdm(loader, desc=title, unit="batch", mininterval=1):
+        masks = masks.to(device)
+        maps = coding.decode(coding.encode(masks))
+        loss = dice_loss(maps, masks.to(maps.dtype)).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        total += loss.detach() * len(masks)
+    return float(total / len(loader.dataset))
+
+
 @torch.no_grad()
 def reconstruction_quality(
-    coding: MaskCoding, masks: Dataset, threshold: float = 0.5, batch_size: int = 1024, workers: int = 0
+    coding: MaskCoding, masks: Dataset, batch_size: int = 1024, workers: int = 0
 ) -> dict[str, float]:
     """What is lost by coding masks.
 
@@ -135,7 +231,7 @@ def reconstruction_quality(
     slices = list(batch_slices(len(masks), batch_size, 0))
     for batch in tqdm(_loader(masks, slices, workers), unit="batch", mininterval=1):
         truth = batch.to(device)
-        decoded = coding.decode(coding.encode(truth)) >= threshold
+        decoded = coding.decode(coding.encode(truth)) >= 0.5
         intersection = (decoded & truth).sum((1, 2))
         union = (decoded | truth).sum((1, 2))
         ious += float((intersection / union.clamp(min=1)).where(union > 0, torch.ones(())).sum())
@@ -164,9 +260,12 @@ def _write_state(pca: IncrementalPCA, path: Path, settings: dict[str, object]) -
 
 def _read_state(pca: IncrementalPCA, path: Path, settings: dict[str, object]) -> None:
     with np.load(path) as file:
-        found = str(file["settings"])
-        if found != json.dumps(settings, sort_keys=True):
-            raise ValueError(
-                f"{path} is of a run with other settings ({found}): remove it to start anew, or give the same settings"
-            )
+        _check_settings(path, str(file["settings"]), json.dumps(settings, sort_keys=True))
         pca.load_state_dict(dict(file))
+
+
+def _check_settings(path: Path, found: str, wanted: str) -> None:
+    if found != wanted:
+        raise ValueError(
+            f"{path} is of a run with other settings ({found}): remove it to start anew, or give the same settings"
+        )

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_convert
 
-from querymask.common.boxes import cxcywh_to_xyxy
 from querymask.common.deformable_attention import cell_centres
 from querymask.common.transfer import numbers_to_device
 
@@ -57,7 +57,7 @@ def apply_deltas(anchors: Tensor, deltas: Tensor) -> Tensor:
     """
     centres = anchors[..., :2] + deltas[..., :2] * anchors[..., 2:]
     sizes = anchors[..., 2:] * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp()
-    return cxcywh_to_xyxy(torch.cat([centres, sizes], dim=-1))
+    return box_convert(torch.cat([centres, sizes], dim=-1), "cxcywh", "xyxy")
 
 
 def encode_deltas(anchors: Tensor, boxes: Tensor) -> Tensor:

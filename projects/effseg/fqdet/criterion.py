@@ -9,16 +9,16 @@ Letters: A anchors, T targets of an image, Q queries, K classes, F matched queri
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import box_iou
+from torchvision.ops import box_convert, box_iou, sigmoid_focal_loss
 
-from querymask.common.boxes import area, cxcywh_to_xyxy, xyxy_to_cxcywh
-from querymask.common.losses import sigmoid_focal_loss
+from querymask.common.boxes import area
 from querymask.common.predictions import Assignment, LossTerm, Targets
 from querymask.effseg.fqdet.anchors import encode_deltas
 from querymask.effseg.fqdet.predictions import FQDetAssignment, FQDetPredictions
 
 SELECTED_RANKS = 5  # the best anchors of a target are to be selected
 MATCHED_RANKS = 15  # and queries from these are matched to it
+BETA = 0.1  # a loss of boxes below it is quadratic
 PAIRS_AT_ONCE = 2**20  # of target and anchor: bounds the memory at about 50 MB
 
 
@@ -38,7 +38,7 @@ def rank_anchors(anchors: Tensor, boxes: Tensor, count: int = MATCHED_RANKS) -> 
     size = max(count, PAIRS_AT_ONCE // max(len(boxes), 1))
     values, indices = [], []
     for start in range(0, len(anchors), size):
-        overlaps = box_iou(boxes, cxcywh_to_xyxy(anchors[start : start + size]))
+        overlaps = box_iou(boxes, box_convert(anchors[start : start + size], "cxcywh", "xyxy"))
         best = overlaps.topk(min(count, overlaps.shape[1]), dim=1)
         values.append(best.values)
         indices.append(start + best.indices)
@@ -69,12 +69,11 @@ def match_queries(ranked: Tensor, selected: Tensor, num_anchors: int) -> Tensor:
     return torch.where(claim < ranks * num_targets, claim % num_targets, -1)
 
 
-def extended_iou_loss(boxes: Tensor, targets: Tensor, beta: float = 0.1) -> Tensor:
+def extended_iou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
     """Smooth L1 of 1 - extended IoU, box by box: an IoU whose intersection turns negative where boxes are apart.
 
     Args:
         boxes, targets: (n, 4) x0, y0, x1, y1.
-        beta: below it the loss is quadratic.
 
     Returns:
         (n,)
@@ -86,7 +85,7 @@ def extended_iou_loss(boxes: Tensor, targets: Tensor, beta: float = 0.1) -> Tens
     intersection = area(high) + area(inner) - low[:, 0] * outer[:, 1] - outer[:, 0] * low[:, 1]
     areas = area(boxes[:, 2:] - boxes[:, :2]) + area(targets[:, 2:] - targets[:, :2])
     miss = 1 - intersection / (areas - intersection + 1e-7)
-    return torch.where(miss < beta, miss.square() / (2 * beta), miss - beta / 2)
+    return torch.where(miss < BETA, miss.square() / (2 * BETA), miss - BETA / 2)
 
 
 class FQDetCriterion:
@@ -159,7 +158,7 @@ class FQDetCriterion:
         if self.version == 2:
             return extended_iou_loss(predicted, targets.to(predicted)).sum()
         anchors = found.query_anchors[assignment.image, assignment.query]
-        wanted = encode_deltas(anchors, xyxy_to_cxcywh(targets.to(anchors)))
+        wanted = encode_deltas(anchors, box_convert(targets.to(anchors), "xyxy", "cxcywh"))
         return (found.deltas[assignment.image, assignment.query] - wanted).abs().sum()
 
 

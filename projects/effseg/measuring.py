@@ -1,0 +1,38 @@
+"""EffSeg with random weights, as measurements of its cost need it."""
+
+import torch
+from detectron2.structures import Boxes, Instances
+
+from querymask.effseg.effseg import EffSeg
+from querymask.effseg.fqdet.predictions import FQDetPredictions
+
+
+def force_detections(model: EffSeg, detections: int, queries: int) -> int | None:
+    """Have EffSeg detect a fixed number of pairs of query and class, of as many queries as said.
+
+    Random weights would otherwise decide how many queries the pairs are of, on which EffSeg's cost depends.
+
+    Returns:
+        how many masks are made for them: one a query, or one a pair where masks depend on the class; None without
+        masks.
+
+    Raises:
+        ValueError: the model has fewer queries.
+    """
+    available = model.detector.num_queries
+    if queries > available:
+        raise ValueError(f"{queries} regions are asked for, but the model has {available} queries: lower --regions")
+
+    def select(found: FQDetPredictions, image: int, size: tuple[int, int], layer: int | None = None) -> Instances:
+        numbers = torch.arange(detections, device=found.boxes.device)
+        instances = Instances(size)
+        instances.pred_queries = numbers % queries
+        instances.pred_classes = numbers // queries % (found.logits.shape[3] - 1)
+        instances.scores = found.logits[0, image].sigmoid()[instances.pred_queries, instances.pred_classes]
+        instances.pred_boxes = Boxes(found.boxes[image, instances.pred_queries])
+        return instances
+
+    model.detector.select = select  # type: ignore[method-assign]
+    if model.mask_branch is None:
+        return None
+    return detections if model.mask_branch.head.per_class else queries

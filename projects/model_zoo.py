@@ -1,0 +1,150 @@
+"""The configs of the package, and what their heads say of the models.
+
+What a config is and where its numbers come from stands in the comments at its head:
+
+    # One line whose first sentence says what the model is
+    # Paper: row of the paper | numbers of its authors
+    # Measured: numbers of this project
+    # Weights: whose published file fits, a name of RELEASES, and which it is
+    # Any other line is a remark for readers of the config
+
+All but the first line may be missing. A file named Base... is no model of its own.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from querymask.common.engine.checks import get_key
+from querymask.common.meta_arch import mask_branch_name
+from querymask.config import get_cfg
+
+PACKAGE = Path(__file__).resolve().parent
+NOT_PUBLISHED = "none were published"
+
+
+@dataclass(frozen=True)
+class Release:
+    """Published files: the page that links them, where they lie, and their format."""
+
+    page: str
+    host: str
+    format: str
+
+
+RELEASES = {
+    "SOLQ's release": Release(
+        "https://github.com/megvii-research/SOLQ",
+        "Google Drive",
+        "`.pth`, weights under `model`; class heads of 91 rows, indexed by COCO's raw category ids: conversion picks "
+        "80",
+    ),
+    "Deformable DETR's release": Release(
+        "https://github.com/fundamentalvision/Deformable-DETR", "Google Drive", "as SOLQ's"
+    ),
+    "ISTR's release of May 2021": Release(
+        "https://github.com/hujiecpp/ISTR",
+        "no longer linked: the second release took its place",
+        "`.pth` of Detectron2; class heads of 80 rows, COCO's categories in order",
+    ),
+    "ISTR's release of March 2022": Release(
+        "https://github.com/hujiecpp/ISTR", "Baidu, some on Google Drive", "as the first; another network"
+    ),
+    "EffSeg's release": Release(
+        "https://github.com/CedricPicron/DetSeg",
+        "a file-sharing drive",
+        "`.pth`, weights under `model` beside the optimiser's state; class heads of 81 rows, COCO's 80 in order and "
+        '"no object"',
+    ),
+}
+"""What the fact ``Weights`` of a config can begin with; the rest says which file it is."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A config and what its head says.
+
+    Attributes:
+        method: the folder of the package.
+        name: path below the method's configs, without suffix: ``solq_r50``, ``ablations/stages_1``.
+        path: the file.
+        title: what the model is.
+        facts: the values of ``Paper``, ``Measured`` and ``Weights`` where they are given.
+    """
+
+    method: str
+    name: str
+    path: Path
+    title: str
+    facts: dict[str, str] = field(default_factory=dict)
+
+    def config(self) -> CfgNode:
+        """The config, to be changed freely."""
+        return read_config(self.path)
+
+
+def read_config(path: Path) -> CfgNode:
+    """The config of a file, as it is on any machine."""
+    cfg = get_cfg()
+    cfg.merge_from_file(str(path))
+    return cfg
+
+
+def find_configs(package: Path = PACKAGE) -> Iterator[Path]:
+    """Every config that is a model: a file named Base... is none."""
+    return (path for path in package.glob("*/configs/**/*.yaml") if not path.name.startswith("Base"))
+
+
+def find_leaves(package: Path = PACKAGE) -> list[Leaf]:
+    """Every config that is a model, those with published weights first, then those of the papers, then by name."""
+    return sorted((read_leaf(path, package) for path in find_configs(package)), key=_order)
+
+
+def read_leaf(path: Path, package: Path) -> Leaf:
+    """Read the head of a config.
+
+    Raises:
+        ValueError: there is none, or weights of an unknown release.
+    """
+    comments = re.match(r"(?:#.*\n)*", path.read_text())
+    lines = [line.lstrip("# ") for line in comments[0].splitlines()] if comments else []
+    if not lines:
+        raise ValueError(f"{path}: its first line must be a comment that says what the model is")
+    facts = dict(match.groups() for line in lines if (match := re.match(r"(Paper|Measured|Weights): (.*)", line)))
+    release = facts.get("Weights", NOT_PUBLISHED).partition(", ")[0]
+    if release not in {*RELEASES, NOT_PUBLISHED}:
+        raise ValueError(f"{path}: weights of {release}, which is none of {', '.join(RELEASES)}")
+    method, _, name = path.relative_to(package).with_suffix("").as_posix().partition("/configs/")
+    title = lines[0].partition(". ")[0].rstrip(".")
+    return Leaf(method, name, path, title, facts)
+
+
+def _order(leaf: Leaf) -> tuple[object, ...]:
+    folder, _, name = leaf.name.rpartition("/")
+    row = leaf.facts.get("Paper", "").partition(" |")[0]
+    paper = row if row.startswith("Table") else "without a table"
+    by_value = [part.zfill(6) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return leaf.method, folder, "Paper" not in leaf.facts, "Weights" not in leaf.facts, paper, by_value
+
+
+def fitting_configs(settings: Mapping[str, Any]) -> list[str]:
+    """The configs that have these settings, those with the shortest names first, relative to the working folder."""
+
+    def fits(path: Path) -> bool:
+        cfg = read_config(path)
+        return all(get_value(cfg, key) == value for key, value in settings.items())
+
+    return sorted((os.path.relpath(path) for path in find_configs() if fits(path)), key=lambda path: (len(path), path))
+
+
+def get_value(cfg: CfgNode, key: str) -> Any:
+    """The value of a dotted config key, with tuples as lists; a method's own mask branch has its name, too."""
+    if key == "MODEL.MASK_BRANCH.NAME":
+        return mask_branch_name(cfg)
+    value = get_key(cfg, key)
+    return list(value) if isinstance(value, tuple) else value
