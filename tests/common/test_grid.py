@@ -1,17 +1,23 @@
-"""Every detector with every mask branch: a training step, inference, and what cannot go together."""
+"""Every detector with every mask branch: a training step, inference, evaluation, a program without Python."""
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pycocotools.mask as mask_util
 import pytest
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
+from detectron2.structures import BoxMode
 from mask_bases import give_basis
 from tiny_models import tiny_cfg
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from querymask.common.evaluation import InstanceEvaluator
 from querymask.common.mask_branch import MASK_BRANCH_REGISTRY
 
 MakeBatch = Callable[..., list[dict[str, Any]]]
@@ -124,9 +130,62 @@ def pair_cfg(detector: str, branch: str) -> CfgNode:
     return cfg
 
 
+@pytest.fixture
+def batch(make_batch: MakeBatch) -> list[dict[str, Any]]:
+    """An image of three instances that is to be enlarged, and one without any."""
+    batch = make_batch([3, 0], [(64, 96), (56, 80)])
+    batch[0].update(image_id=0, height=96, width=144)
+    batch[1].update(image_id=1, height=56, width=80)
+    return batch
+
+
+@pytest.fixture
+def dataset(batch: list[dict[str, Any]]) -> Iterator[str]:
+    """The name of a data set of these images."""
+    entries = []
+    for item in batch:
+        entry = {key: item[key] for key in ("image_id", "height", "width", "file_name")} | {"annotations": []}
+        scale, instances = item["height"] / item["instances"].image_size[0], item["instances"]
+        masks = nn.functional.interpolate(instances.gt_masks.tensor[:, None].float(), scale_factor=scale)[:, 0]
+        for mask, box, label in zip(masks, scale * instances.gt_boxes.tensor, instances.gt_classes, strict=True):
+            runs = mask_util.encode(mask.numpy().astype("uint8", order="F"))
+            entry["annotations"].append(
+                {"segmentation": runs, "bbox": box.tolist(), "bbox_mode": BoxMode.XYXY_ABS, "category_id": int(label)}
+            )
+        entries.append(entry)
+    DatasetCatalog.register("grid", lambda: entries)
+    MetadataCatalog.get("grid").set(thing_classes=[str(i) for i in range(5)])
+    yield "grid"
+    DatasetCatalog.remove("grid")
+    MetadataCatalog.remove("grid")
+
+
+class Network(nn.Module):
+    """The network of a model, with tensors alone for what comes in and goes out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, padding: Tensor, sides: Tensor) -> list[Tensor]:
+        return list(tensors(self.model.network(images, padding, sides, True)))
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All in nested containers and plain data."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif hasattr(leaf, "__dict__"):
+            yield from tensors([item for key, item in vars(leaf).items() if not key.startswith("_")])
+
+
 @pytest.mark.parametrize(("detector", "branch"), [pair for pair in PAIRS if pair not in REFUSED])
-def test_pair(make_batch: MakeBatch, detector: str, branch: str) -> None:
-    """Every parameter learns something, also from an image without instances; detections have masks and boxes."""
+def test_pair(batch: list[dict[str, Any]], dataset: str, detector: str, branch: str) -> None:
+    """Every parameter learns something, also from an image without instances; detections have masks and boxes.
+
+    The network is a program that ``torch.export`` can write down, and which gives what the network gives.
+    """
     torch.manual_seed(0)
     model = build_model(pair_cfg(detector, branch)).train()
     give_basis(getattr(model.mask_branch, "coding", None))
@@ -134,7 +193,6 @@ def test_pair(make_batch: MakeBatch, detector: str, branch: str) -> None:
         for parameter in model.parameters():
             if parameter.dim() >= 2 and parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.3 * parameter[0].numel() ** -0.5)
-    batch = make_batch([3, 0], [(64, 96), (56, 80)])
     losses = model(batch)
     assert all(torch.isfinite(loss) for loss in losses.values())
     sum(losses.values()).backward()
@@ -144,16 +202,28 @@ def test_pair(make_batch: MakeBatch, detector: str, branch: str) -> None:
     if model.mask_branch is not None:
         learns = [p.grad.abs().sum() > 0 for p in model.mask_branch.parameters() if p.requires_grad]
         assert sum(learns) > 0.8 * len(learns)
-    batch[0].update(height=50, width=120)
     with torch.no_grad():
-        results = [result["instances"] for result in model.eval()(batch)]
-    for found, size in zip(results, [(50, 120), (56, 80)], strict=True):
+        outputs = model.eval()(batch)
+    evaluator = InstanceEvaluator(dataset, None)
+    evaluator.reset()
+    evaluator.process(batch, outputs)
+    tasks = (["bbox"] if detector != "ISDA" else []) + (["segm"] if branch != "none" else [])
+    scores = evaluator.evaluate()
+    assert list(scores) == tasks and all(0 <= scores[task]["AP"] <= 100 for task in tasks)
+    for output, item in zip(outputs, batch, strict=True):
+        found, size = output["instances"], (item["height"], item["width"])
         assert found.image_size == size and len(found) <= 9
         assert torch.isfinite(found.scores).all()
         assert found.has("pred_boxes") == (detector != "ISDA")
         assert found.has("pred_masks") == (branch != "none")
         if branch != "none":
             assert found.pred_masks.shape == (len(found), *size) and found.pred_masks.dtype == torch.bool
+    network, inputs = Network(model), model.network_inputs(model.preprocess(batch))[:3]
+    with torch.no_grad():
+        expected = network(*inputs)
+        program = torch.export.export(network, inputs, strict=False)
+        for ours, theirs in zip(expected, program.module()(*inputs), strict=True):
+            torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4 * max(ours.double().abs().max().item(), 1))
 
 
 @pytest.mark.parametrize(("detector", "branch"), REFUSED)
