@@ -196,7 +196,7 @@ def main() -> None:
         print(f"{name}: {cell} GFLOPs", flush=True)
         gflops[name] = cell
     OUTPUT.write_text(render(leaves, gflops))
-    for method in dict.fromkeys(leaf.method for leaf in leaves):
+    for method in dict.fromkeys(leaf.method for leaf in leaves if leaf.name.startswith("ablations/")):
         page = ROOT / "projects" / method / "README.md"
         page.write_text(render_ablations(page.read_text(), [leaf for leaf in leaves if leaf.method == method]))
     print(f"{OUTPUT}: {len(leaves)} configs")

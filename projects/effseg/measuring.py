@@ -5,6 +5,7 @@ from detectron2.structures import Boxes, Instances
 
 from querymask.effseg.effseg import EffSeg
 from querymask.effseg.fqdet.predictions import FQDetPredictions
+from querymask.effseg.region_branch import RegionBranch
 
 
 def force_detections(model: EffSeg, detections: int, queries: int) -> int | None:
@@ -13,8 +14,8 @@ def force_detections(model: EffSeg, detections: int, queries: int) -> int | None
     Random weights would otherwise decide how many queries the pairs are of, on which EffSeg's cost depends.
 
     Returns:
-        how many masks are made for them: one a query, or one a pair where masks depend on the class; None without
-        masks.
+        how many regions get a mask: one a query, or one a pair where masks depend on the class; None with a mask branch
+        that has no regions, or without any.
 
     Raises:
         ValueError: the model has fewer queries.
@@ -33,6 +34,6 @@ def force_detections(model: EffSeg, detections: int, queries: int) -> int | None
         return instances
 
     model.detector.select = select  # type: ignore[method-assign]
-    if model.mask_branch is None:
+    if not isinstance(model.mask_branch, RegionBranch):
         return None
     return detections if model.mask_branch.head.per_class else queries

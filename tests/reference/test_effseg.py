@@ -252,7 +252,7 @@ def test_inference(name: str) -> None:
         with torch.no_grad():
             chosen = model.detector.select(found, image, size)
             region, _, regions = model.mask_branch.regions(found, image, chosen)
-            probabilities = model.mask_branch.head([x[image : image + 1] for x in made], canvas, regions)
+            probabilities = model.mask_branch.head(made.of_image(image), canvas, regions)
             pasted = paste_probabilities(probabilities, regions.boxes, (0, canvas[0]), (0, canvas[1]))
         unique = chosen.pred_queries.unique() + image * model.detector.num_queries
         assert_close(unique, arrays[f"img{image}_roi_query"], f"img{image}_roi_query")
