@@ -15,7 +15,7 @@ from querymask.common.meta_arch import mask_branch_name
 from querymask.common.solver import build_lr_scheduler, build_optimizer, parameter_groups
 from querymask.model_zoo import find_leaves
 
-LEAVES = {leaf.name: leaf for leaf in find_leaves() if leaf.method == "effseg"}
+LEAVES = {leaf.name: leaf for leaf in find_leaves() if leaf.method == "effseg" and not leaf.name.startswith("pairs/")}
 SHAPES = {name for name in LEAVES if name.endswith("_shapes")}  # on other data than COCO, with a schedule of their own
 HEADS = {
     "EffSegBranch": 4_208_872,

@@ -23,7 +23,7 @@ from querymask.common.solver import build_lr_scheduler, build_optimizer
 from querymask.model_zoo import find_leaves
 
 zoo = load_tool("make_model_zoo")
-LEAVES = {leaf.name: leaf for leaf in find_leaves() if leaf.method == "solq"}
+LEAVES = {leaf.name: leaf for leaf in find_leaves() if leaf.method == "solq" and not leaf.name.startswith("pairs/")}
 OWN = {
     "solq_shapes",
     "solq_shapes_quick",

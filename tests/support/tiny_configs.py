@@ -45,10 +45,10 @@ REDUCED: dict[str, dict[str, Any]] = {
         "MODEL.MASK_BRANCH.KERNEL.MASK_FEATURE_DIM": 64,
     },
     "istr": {
-        "MODEL.FPN.OUT_CHANNELS": 16,
+        "MODEL.FPN.OUT_CHANNELS": 32,
         "MODEL.ISTR.NUM_CLASSES": NUM_CLASSES,
         "MODEL.ISTR.NUM_QUERIES": 6,
-        "MODEL.ISTR.HIDDEN_DIM": 16,
+        "MODEL.ISTR.HIDDEN_DIM": 32,
         "MODEL.ISTR.NUM_HEADS": 4,
         "MODEL.ISTR.DIM_FEEDFORWARD": 24,
         "MODEL.ISTR.DIM_DYNAMIC": 4,
