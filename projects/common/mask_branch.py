@@ -25,12 +25,14 @@ class MaskBranch(nn.Module):
 
     Attributes:
         sections: of the config below ``MODEL`` that the branch reads.
+        needs_boxes: of queries, so not every detector will do.
         size_divisibility: sides of a batch must be multiples of it; 0: any.
         finishes: ``add_masks`` leaves out what is empty, and orders what remains.
         capturable: ``forward`` neither waits for a GPU nor copies to it, so a CUDA graph can repeat it.
     """
 
     sections: tuple[str, ...] = ()
+    needs_boxes: bool = False
     size_divisibility: int = 0
     finishes: bool = False
     capturable: bool = True

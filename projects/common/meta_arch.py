@@ -90,7 +90,13 @@ class QuerySegmenter(nn.Module):
             if name not in MASK_BRANCH_REGISTRY:
                 known = ", ".join(sorted(dict(MASK_BRANCH_REGISTRY)))
                 raise ValueError(f"MODEL.MASK_BRANCH.NAME is {name!r}: choose one of {known}, or none")
-            branch = MASK_BRANCH_REGISTRY.get(name).from_config(cfg, detector, shapes)
+            branch_type = MASK_BRANCH_REGISTRY.get(name)
+            if branch_type.needs_boxes and not detector.has_boxes:
+                raise ValueError(
+                    f"{name} makes masks of boxes, and {type(detector).__name__} has no boxes: choose another "
+                    "MODEL.MASK_BRANCH.NAME"
+                )
+            branch = branch_type.from_config(cfg, detector, shapes)
         elif not detector.has_boxes:
             raise ValueError(
                 f"{cls.detector_type.__name__} has no boxes, so without masks it finds nothing: choose a mask branch"

@@ -44,6 +44,7 @@ class RegionBranch(MaskBranch):
     """
 
     sections = ("MASK_BRANCH.REGION",)
+    needs_boxes = True
     finishes = True
     capturable = False
 
@@ -68,11 +69,6 @@ class RegionBranch(MaskBranch):
     def from_config(cls, cfg: CfgNode, detector: Detector, shapes: Mapping[str, ShapeSpec]) -> "RegionBranch":
         """What ``MODEL.MASK_BRANCH`` describes, for any detector with boxes."""
         region = cfg.MODEL.MASK_BRANCH.REGION
-        if not detector.has_boxes:
-            raise ValueError(
-                f"{cls.__name__} segments regions, and {type(detector).__name__} has no boxes: choose another "
-                "MODEL.MASK_BRANCH.NAME"
-            )
         finer_levels = FinerLevels(shapes, detector.strides, STRIDES[0], detector.width)
         if tuple(finer_levels.strides[: len(STRIDES)]) != STRIDES:
             raise ValueError(

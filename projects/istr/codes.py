@@ -54,6 +54,7 @@ class CodeBranch(MaskBranch):
     """
 
     sections = ("MASK_BRANCH.CODE", "MASK_CODING")
+    needs_boxes = True
 
     def __init__(
         self,
@@ -95,11 +96,6 @@ class CodeBranch(MaskBranch):
     def from_config(cls, cfg: CfgNode, detector: Detector, shapes: Mapping[str, ShapeSpec]) -> "CodeBranch":
         """What ``MODEL.MASK_BRANCH.CODE`` describes, for any detector with boxes."""
         code = cfg.MODEL.MASK_BRANCH.CODE
-        if not detector.has_boxes:
-            raise ValueError(
-                f"CodeBranch codes the mask within a box, and {type(detector).__name__} has no boxes: choose another "
-                "MODEL.MASK_BRANCH.NAME"
-            )
         if detector.static_matching and code.COST != "none":
             raise ValueError(
                 f"the matching of {type(detector).__name__} follows from its anchors alone, so masks cannot have a "

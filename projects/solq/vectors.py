@@ -50,6 +50,7 @@ class VectorBranch(MaskBranch):
     """
 
     sections = ("MASK_BRANCH.VECTOR", "MASK_CODING")
+    needs_boxes = True
 
     def __init__(
         self,
@@ -96,11 +97,6 @@ class VectorBranch(MaskBranch):
     def from_config(cls, cfg: CfgNode, detector: Detector, shapes: Mapping[str, ShapeSpec]) -> "VectorBranch":
         """What ``MODEL.MASK_BRANCH.VECTOR`` describes, for any detector with boxes."""
         vector = cfg.MODEL.MASK_BRANCH.VECTOR
-        if not detector.has_boxes:
-            raise ValueError(
-                f"VectorBranch codes the mask within a box, and {type(detector).__name__} has no boxes: choose another "
-                "MODEL.MASK_BRANCH.NAME"
-            )
         if vector.PASTE not in ("binary", "soft"):
             raise ValueError(f"MODEL.MASK_BRANCH.VECTOR.PASTE is {vector.PASTE!r}: choose 'binary' or 'soft'")
         return cls(
