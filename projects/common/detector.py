@@ -1,4 +1,4 @@
-"""How queries find objects: the interface of detectors, and their registry."""
+"""How queries find objects: the interface of detectors."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -7,15 +7,11 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Instances
-from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
 from querymask.common.images import Canvas
 from querymask.common.predictions import Assignment, LossTerm, Normalizers, Predictions, Targets
 from querymask.common.processes import TOGETHER, Processes
-
-DETECTOR_REGISTRY = Registry("DETECTOR")
-DETECTOR_REGISTRY.__doc__ = "Classes whose ``from_config(cfg, shapes)`` builds a :class:`Detector`."
 
 
 class Detector(nn.Module):

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
@@ -44,6 +45,19 @@ class SetCriterion:
         return terms
 
 
+def box_criterion_arguments(section: CfgNode) -> dict[str, Any]:
+    """``costs``, ``weights`` and ``focal_alpha`` of a criterion of classes and boxes, from a detector's section."""
+    return {
+        "costs": {"class": section.COST_CLASS, "bbox": section.COST_BBOX, "giou": section.COST_GIOU},
+        "weights": {
+            "loss_ce": section.CLASS_WEIGHT,
+            "loss_bbox": section.BBOX_WEIGHT,
+            "loss_giou": section.GIOU_WEIGHT,
+        },
+        "focal_alpha": section.FOCAL_ALPHA,
+    }
+
+
 class SetDetector(Detector):
     """A detector whose queries are matched one to one with the targets, in every layer, at the least cost.
 
@@ -56,9 +70,9 @@ class SetDetector(Detector):
         self.criterion = criterion
 
     @torch.no_grad()
-    def match(self, found: Predictions, targets: Targets, mask_costs: Mapping[str, Tensor] | None = None) -> Assignment:
+    def match(self, found: Predictions, targets: Targets, mask_costs: Mapping[str, Tensor]) -> Assignment:
         """See :class:`Detector`."""
-        return hungarian_assignment({**self.criterion.cost_terms(found, targets), **(mask_costs or {})}, targets)
+        return hungarian_assignment({**self.criterion.cost_terms(found, targets), **mask_costs}, targets)
 
     def normalizers(self, targets: Targets, assignment: Assignment) -> Normalizers:
         """Averages over the processes.

@@ -93,29 +93,6 @@ _CLASS_LAYERS = (
 )
 
 
-def convert_detector(state: Mapping[str, Tensor | np.ndarray]) -> tuple[State, Report]:
-    """Turn a state dict of the release into one for :class:`querymask.effseg.fqdet.FQDet`.
-
-    The backbone, the feature pyramid and the segmentation head are left out.
-
-    Args:
-        state: the release's tensors by key, of FQDet or FQDetV2.
-
-    Returns:
-        the detector's state dict, and the report of what was renamed and dropped.
-
-    Raises:
-        CheckpointError: two keys get the same name.
-    """
-    state = {key: torch.as_tensor(value) for key, value in state.items()}
-    rules = [
-        Drop(r"^(backbone|core)\.", "backbone or feature pyramid"),
-        Drop(rf"{_HEADS}heads\.2\.", "segmentation head"),
-        *_DETECTOR_RULES,
-    ]
-    return apply_rules(state, rules)
-
-
 def convert(
     state: Mapping[str, Tensor | np.ndarray],
     class_ids: object = None,

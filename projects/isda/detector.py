@@ -18,7 +18,7 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from querymask.common.deformable_transformer import DeformableTransformer
-from querymask.common.detector import DETECTOR_REGISTRY, select_top_scores
+from querymask.common.detector import select_top_scores
 from querymask.common.images import Canvas, resize_padding
 from querymask.common.layers import LevelProjections
 from querymask.common.losses import PRIOR_LOGIT
@@ -47,7 +47,6 @@ class BoxFreePredictions(Predictions):
         return self.references[None]
 
 
-@DETECTOR_REGISTRY.register()
 class BoxFreeDETR(SetDetector):
     """The detector.
 

@@ -16,20 +16,19 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from querymask.common.detector import DETECTOR_REGISTRY, select_top_scores
+from querymask.common.detector import select_top_scores
 from querymask.common.images import Canvas
 from querymask.common.losses import PRIOR_LOGIT
 from querymask.common.meta_arch import feature_shapes
 from querymask.common.precision import full_precision
 from querymask.common.pyramid import FeaturePyramid
-from querymask.common.set_criterion import SetDetector
+from querymask.common.set_criterion import SetDetector, box_criterion_arguments
 from querymask.common.transfer import numbers_to_device, to_device
 from querymask.istr.criterion import RecurrentCriterion
 from querymask.istr.predictions import RecurrentPredictions
 from querymask.istr.stage import RecurrentStage
 
 
-@DETECTOR_REGISTRY.register()
 class RecurrentBoxes(SetDetector):
     """The detector.
 
@@ -123,14 +122,8 @@ class RecurrentBoxes(SetDetector):
             query_pooling=istr.QUERY_POOLING,
             stage_input=istr.STAGE_INPUT,
             criterion=RecurrentCriterion(
-                costs={"class": istr.COST_CLASS, "bbox": istr.COST_BBOX, "giou": istr.COST_GIOU},
-                weights={
-                    "loss_ce": istr.CLASS_WEIGHT,
-                    "loss_bbox": istr.BBOX_WEIGHT,
-                    "loss_giou": istr.GIOU_WEIGHT,
-                },
+                **box_criterion_arguments(istr),
                 classifier=istr.CLASSIFIER,
-                focal_alpha=istr.FOCAL_ALPHA,
                 no_object_weight=istr.NO_OBJECT_WEIGHT,
             ),
             deep_supervision=istr.DEEP_SUPERVISION,

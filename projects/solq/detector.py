@@ -21,7 +21,7 @@ from torchvision.ops import box_convert
 
 from querymask.common.boxes import unrounded_boxes
 from querymask.common.deformable_transformer import DeformableTransformer, refine_box
-from querymask.common.detector import DETECTOR_REGISTRY, select_top_scores
+from querymask.common.detector import select_top_scores
 from querymask.common.images import Canvas, resize_padding
 from querymask.common.layers import MLP, LevelProjections
 from querymask.common.losses import PRIOR_LOGIT
@@ -30,13 +30,12 @@ from querymask.common.meta_arch import feature_shapes
 from querymask.common.precision import full_precision
 from querymask.common.predictions import Assignment, LossTerm, Normalizers, Targets
 from querymask.common.pyramid import FeaturePyramid
-from querymask.common.set_criterion import SetDetector
+from querymask.common.set_criterion import SetDetector, box_criterion_arguments
 from querymask.common.transfer import numbers_to_device
 from querymask.solq.criterion import DETRCriterion, cardinality_error, class_error
 from querymask.solq.predictions import DETRPredictions
 
 
-@DETECTOR_REGISTRY.register()
 class DeformableDETR(SetDetector):
     """The detector.
 
@@ -108,15 +107,7 @@ class DeformableDETR(SetDetector):
             num_queries=solq.NUM_QUERIES,
             num_classes=solq.NUM_CLASSES,
             box_refine=solq.BOX_REFINE,
-            criterion=DETRCriterion(
-                costs={"class": solq.COST_CLASS, "bbox": solq.COST_BBOX, "giou": solq.COST_GIOU},
-                weights={
-                    "loss_ce": solq.CLASS_WEIGHT,
-                    "loss_bbox": solq.BBOX_WEIGHT,
-                    "loss_giou": solq.GIOU_WEIGHT,
-                },
-                focal_alpha=solq.FOCAL_ALPHA,
-            ),
+            criterion=DETRCriterion(**box_criterion_arguments(solq)),
             detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
         )
 
@@ -161,11 +152,9 @@ class DeformableDETR(SetDetector):
         return refine_box(full_precision(self.bbox_embed[layer](hidden)), reference)
 
     @torch.no_grad()
-    def match(
-        self, found: DETRPredictions, targets: Targets, mask_costs: Mapping[str, Tensor] | None = None
-    ) -> Assignment:
+    def match(self, found: DETRPredictions, targets: Targets, mask_costs: Mapping[str, Tensor]) -> Assignment:
         """The assignment of all decoder layers and, in the two-stage form, that of the proposals."""
-        problems = [({**self.criterion.cost_terms(found, targets), **(mask_costs or {})}, targets)]
+        problems = [({**self.criterion.cost_terms(found, targets), **mask_costs}, targets)]
         if found.proposals is not None:
             proposals, anything = found.of_proposals(targets)
             problems.append((self.criterion.cost_terms(proposals, anything), anything))

@@ -39,7 +39,7 @@ def make_targets(*counts: int, labels: torch.Tensor | None = None) -> Targets:
 
 def compute(found: torch.Tensor, targets: Targets, weights: dict[str, float]) -> list[LossTerm]:
     detector = SetDetector(Distance(weights))
-    assignment = detector.match(found, targets)
+    assignment = detector.match(found, targets, {})
     return detector.losses(found, targets, assignment, detector.normalizers(targets, assignment))
 
 
@@ -69,7 +69,7 @@ def test_a_loss_without_weight_is_an_error() -> None:
 def test_mask_costs_have_a_say() -> None:
     detector, targets = SetDetector(Distance({})), make_targets(1)
     found = torch.tensor([[[0.0, 0.1]]])
-    assert detector.match(found, targets).query.tolist() == [0]
+    assert detector.match(found, targets, {}).query.tolist() == [0]
     assert detector.match(found, targets, {"mask cost": torch.tensor([[[[1.0], [0.0]]]])}).query.tolist() == [1]
 
 

@@ -1,5 +1,6 @@
 """EffSeg's detectors FQDet and FQDetV2, and the whole model, against their official implementation."""
 
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from querymask import get_cfg
 from querymask.common.predictions import Targets, weighted
-from querymask.effseg.checkpoint import convert, convert_detector
+from querymask.effseg.checkpoint import convert
 from querymask.effseg.fqdet import FQDet
 from querymask.effseg.fqdet.criterion import MATCHED_RANKS, SELECTED_RANKS, FQDetCriterion, rank_anchors
 from querymask.effseg.fqdet.predictions import FQDetPredictions
@@ -61,9 +62,14 @@ def make_detector(case: Mapping[str, Any]) -> FQDet:
     )
     assert not model, f"the case has settings that the project does not know: {model}"
     state = official_state(case)
-    converted, report = convert_detector(state)
+    converted, report = convert(state, detector_only=True)
     assert not [line for line in report.of("dropped") if "heads.gvd.dec_layers" in line.source]
-    detector.double().load_state_dict(converted, strict=True)
+    own = {
+        key.removeprefix("detector."): value
+        for key, value in converted.items()
+        if re.match(r"detector\.(?!neck\.)", key)
+    }
+    detector.double().load_state_dict(own, strict=True)
     return detector
 
 

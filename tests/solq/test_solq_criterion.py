@@ -75,7 +75,7 @@ def compute(
 ) -> tuple[list[LossTerm], Assignment]:
     """The terms of detector and branch, and the assignment."""
     detector = make_detector()
-    assignment = detector.match(outputs, targets)
+    assignment = detector.match(outputs, targets, {})
     normalizers = detector.normalizers(targets, assignment)
     terms = detector.losses(outputs, targets, assignment, normalizers)
     if branch is not None:
@@ -300,7 +300,7 @@ def test_error_of_broken_values(tensor: str, term: str, culprit: str) -> None:
     layer = 0 if tensor == "target" else 1
     pattern = rf"^iteration 77: .* decoder layer {layer} for two\.jpg \(1 targets\) is not finite\..*{term}: {culprit}"
     with EventStorage(start_iter=77), pytest.raises(FloatingPointError, match=pattern):
-        make_detector().match(outputs, targets)
+        make_detector().match(outputs, targets, {})
 
 
 def test_unknown_reduction() -> None:

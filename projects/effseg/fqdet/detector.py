@@ -22,7 +22,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from querymask.common.deformable_attention import flatten_levels
-from querymask.common.detector import DETECTOR_REGISTRY, Detector
+from querymask.common.detector import Detector
 from querymask.common.images import Canvas
 from querymask.common.meta_arch import feature_shapes
 from querymask.common.precision import full_precision, without_autocast
@@ -40,7 +40,6 @@ from querymask.effseg.neck import build_neck
 LOSS_REDUCTIONS = ("global", "local")
 
 
-@DETECTOR_REGISTRY.register()
 class FQDet(Detector):
     """The detector.
 
