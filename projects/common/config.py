@@ -43,6 +43,15 @@ def add_common_config(cfg: CfgNode) -> None:
     # Of the padding, which counts as image
     cfg.INPUT.LSJ.PAD_VALUE = 128.0
 
+    # INPUT.RANDOM_FLIP may be "both", too: horizontally, vertically, or both at a time
+    # Training images are turned by 0, 90, 180 or 270 degrees: for microscopy and views from above
+    cfg.INPUT.ROTATE_90 = False
+    # Brightness, contrast and saturation of training images are each multiplied by a factor from 1 - this to 1 + this
+    cfg.INPUT.COLOR_JITTER = 0.0
+    # Probability that a random choice of the instances of another image, augmented as this one, is pasted onto a
+    # training image (Ghiasi et al. 2021); suits INPUT.LSJ
+    cfg.INPUT.COPY_PASTE = 0.0
+
     # A training image that augmentation leaves without instances is replaced by another, random one
     cfg.INPUT.REPLACE_EMPTY = False
     # Images with a shorter side are left out of training
@@ -66,6 +75,14 @@ def add_common_config(cfg: CfgNode) -> None:
     # on CPUs and on GPUs that compute in it (NVIDIA's since Ampere), else fp16
     cfg.SOLVER.AMP.PRECISION = "auto"
 
+    # A process computes its images of a batch in so many parts, one after the other: the memory of one part, the
+    # gradients of the batch
+    cfg.SOLVER.ACCUMULATION_STEPS = 1
+    # Of the average of the weights over the iterations that is evaluated and saved in their place, as 0.9998; 0: none
+    cfg.SOLVER.EMA_DECAY = 0.0
+    # Checkpoints of every CHECKPOINT_PERIOD that stay, the last ones (0: all)
+    cfg.SOLVER.CHECKPOINTS_KEPT = 0
+
     # SGD or ADAMW
     cfg.SOLVER.OPTIMIZER = "ADAMW"
     # Learning-rate factor of parameters of the backbone
@@ -80,6 +97,14 @@ def add_common_config(cfg: CfgNode) -> None:
 
     # Give boundary AP (Cheng et al. 2021) beside mask AP, for data sets that COCO's evaluation is used for
     cfg.TEST.BOUNDARY_AP = False
+
+    # With every evaluation, the loss on DATASETS.TEST: validation/total_loss and its terms
+    cfg.TEST.LOSS = False
+    # Metric by which the best checkpoint is kept as model_best.pth: segm/AP, bbox/AP50, validation/total_loss, ...; "":
+    # none is
+    cfg.TEST.BEST_METRIC = ""
+    # Training ends where it has not been better for so many evaluations (0: it does not)
+    cfg.TEST.PATIENCE = 0
 
     # Inference as CUDA graphs, one for every size of a padded batch that comes more than once (SOLQ, ISDA and ISTR on
     # a GPU): the host launches one graph in place of more than a thousand kernels

@@ -13,7 +13,7 @@ from querymask.common.detector import Detector
 from querymask.common.matching import hungarian_assignment
 from querymask.common.precision import full_precision
 from querymask.common.predictions import Assignment, LossTerm, Normalizers, Predictions, Targets, loss_terms
-from querymask.common.processes import Processes
+from querymask.common.processes import Processes, whole_batch
 from querymask.common.transfer import numbers_to_device
 
 
@@ -63,7 +63,12 @@ class SetDetector(Detector):
 
     Args:
         criterion: what costs and what is lost.
+
+    Attributes:
+        num_queries: Q.
     """
+
+    num_queries: int
 
     def __init__(self, criterion: SetCriterion) -> None:
         super().__init__()
@@ -80,9 +85,14 @@ class SetDetector(Detector):
         At least 1 in the whole batch, not in every process as in the releases: so gradients do not depend on the number
         of processes even where a batch has fewer targets than processes.
         """
-        counts = [float(sum(targets.counts)), float(assignment.pairs_per_layer())]
+        counts = whole_batch(targets.counts)
+        pairs = assignment.pairs_per_layer()
+        if counts is not targets.counts:  # how many pairs other parts of the batch have is known, too
+            pairs = sum(min(count, self.num_queries) for count in counts)
         processes = Processes()
-        totals = processes.total(numbers_to_device(counts, torch.get_default_dtype(), targets.labels.device))
+        totals = processes.total(
+            numbers_to_device([float(sum(counts)), float(pairs)], torch.get_default_dtype(), targets.labels.device)
+        )
         return Normalizers(*totals.clamp(min=1) / processes.count)
 
     def losses(

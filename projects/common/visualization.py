@@ -192,7 +192,8 @@ def plot_curves(metrics_file: str | Path, path: str | Path) -> None:
     losses = {
         name: points
         for name, points in series.items()
-        if "loss" in name and "/" not in name and not name.rsplit("_", 1)[-1].isdigit()
+        if name.rpartition("/")[2] == "total_loss"
+        or ("loss" in name and "/" not in name and not name.rsplit("_", 1)[-1].isdigit())
     }
     precisions = {
         name: points

@@ -179,8 +179,9 @@ def limit_pairs(pairs: Assignment, number: int, num_images: int, processes: Proc
     if number <= 0:
         return pairs
     device = pairs.query.device
+    number = processes.limit(number)
     order = processes.draw(lambda n: torch.randperm(n, device=device).argsort(), pairs.image, num_images)
-    if processes.count == 1:  # all numbers below that of the pairs: a GPU need not be asked how many remain
+    if processes.number == 1:  # all numbers below that of the pairs: a GPU need not be asked how many remain
         kept = order.argsort()[:number].sort().values
     else:
         (kept,) = (order < number).nonzero(as_tuple=True)

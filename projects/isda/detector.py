@@ -80,6 +80,7 @@ class BoxFreeDETR(SetDetector):
         fine, *coarse = feature_shapes(shapes, in_features)
         self.in_features = list(in_features)
         self.use_fine = use_fine
+        self.num_queries = num_queries
         self.detections_per_image = detections_per_image
         self.transformer = transformer
         self.width = width = transformer.embed_dim

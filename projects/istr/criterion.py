@@ -10,8 +10,9 @@ from querymask.common.boxes import generalized_iou
 from querymask.common.matching import focal_class_cost, pad_targets
 from querymask.common.precision import full_precision
 from querymask.common.predictions import Assignment, Normalizers, Targets
-from querymask.common.processes import Processes
+from querymask.common.processes import Processes, whole_batch
 from querymask.common.set_criterion import SetCriterion, focal_class_loss
+from querymask.common.transfer import numbers_to_device
 from querymask.istr.predictions import RecurrentPredictions
 
 CLASSIFIERS = ("sigmoid", "softmax")
@@ -88,7 +89,11 @@ class RecurrentCriterion(SetCriterion):
         weights[no_object] = self.no_object_weight
         values = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), weights, reduction="none").view_as(labels)
         processes = Processes()
-        return values.sum((1, 2)) * processes.count / processes.total(weights[labels].sum((1, 2)))
+        counts = whole_batch(targets.counts)
+        pairs = sum(min(found, logits.shape[2]) for found in counts)
+        others = len(counts) * logits.shape[2] - pairs
+        total = numbers_to_device([pairs + self.no_object_weight * others], logits.dtype, logits.device)
+        return values.sum((1, 2)) * processes.count / processes.total(total)
 
 
 def relative_xyxy(targets: Targets, like: Tensor) -> Tensor:

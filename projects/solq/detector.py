@@ -68,6 +68,7 @@ class DeformableDETR(SetDetector):
         own = feature_shapes(shapes, self.in_features)
         self.transformer = transformer
         self.box_refine = box_refine
+        self.num_queries = num_queries
         self.detections_per_image = detections_per_image
         self.width = width = transformer.embed_dim
         self.num_layers = len(transformer.decoder.layers)

@@ -13,10 +13,12 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from PIL import Image
 from torch import nn
 
 from querymask import get_cfg
+from querymask.common.engine.step import TrainingStep
 from querymask.common.engine.trainer import distribute
 
 CATEGORIES = [{"id": 3, "name": "wide"}, {"id": 70, "name": "tall"}]
@@ -94,10 +96,13 @@ def write_coco(folder: Path, num_images: int, seed: int) -> Path:
     return path
 
 
-def case_gradients(config: str, batches: dict[str, list[dict]]) -> dict[str, dict[str, torch.Tensor]]:
+def case_gradients(config: str, batches: dict[str, list[dict]], parts: int = 1) -> dict[str, dict[str, torch.Tensor]]:
     """Gradients by case and parameter of the sum of the losses, in double precision.
 
     In several processes, each works on its part of a batch. The weights are the same in all of them.
+
+    Args:
+        parts: in which a process computes its images.
     """
     torch.manual_seed(0)
     model = build_model(CfgNode.load_cfg(config)).double().train()
@@ -106,8 +111,10 @@ def case_gradients(config: str, batches: dict[str, list[dict]]) -> dict[str, dic
     distributed = distribute(model)
     results = {}
     for case, batch in batches.items():
-        model.zero_grad()
-        sum(distributed(batch[comm.get_rank() :: comm.get_world_size()]).values()).backward()
+        own = batch[comm.get_rank() :: comm.get_world_size()]
+        step = TrainingStep(distributed, [own], torch.optim.SGD(model.parameters(), lr=0.0), seed=0, parts=parts)
+        with EventStorage():
+            step.run_step()
         results[case] = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     return results
 

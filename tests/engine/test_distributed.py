@@ -7,13 +7,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.structures import BitMasks, Boxes, Instances
-from tiny_models import set_keys
+from spread_batches import effseg_configs, isda_configs, istr_configs, record, solq_configs
 
 from querymask import get_cfg
 from querymask.common.engine import Trainer, default_setup
@@ -31,17 +29,6 @@ def call(command: list[str], **environment: str) -> str:
     return result.stdout + result.stderr
 
 
-def record(num_instances: int, generator: torch.Generator) -> dict:
-    """A model input of 48 x 64 pixels."""
-    instances = Instances((48, 64))
-    corners = torch.rand(num_instances, 2, generator=generator) * 30
-    instances.gt_boxes = Boxes(torch.cat([corners, corners + 15], 1))
-    instances.gt_classes = torch.arange(num_instances) % 2
-    instances.gt_masks = BitMasks(torch.rand(num_instances, 48, 64, generator=generator) > 0.4)
-    image = torch.randint(0, 256, (3, 48, 64), generator=generator, dtype=torch.uint8)
-    return {"image": image, "instances": instances, "height": 48, "width": 64}
-
-
 COUNTS = {"both": [2, 1, 3, 2], "first only": [2, 0, 1, 0], "second only": [0, 1], "none": [0, 0]}
 """Instances of the images by case: also where only one process has some, and where none has."""
 
@@ -55,74 +42,16 @@ def batches() -> dict[str, list[dict]]:
 
 @pytest.fixture
 def two_process_gradients(tmp_path: Path, batches: dict[str, list[dict]]) -> Callable:
-    """Function ({model: config as YAML}) that gives {model: {case: {parameter: gradient}}}."""
+    """Function ({model: config as YAML}) that gives {model: {case: {parameter: gradient}}}; "parts" is in two parts."""
 
     def compute(configs: dict[str, str]) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
-        torch.save({name: (config, batches) for name, config in configs.items()}, tmp_path / "cases.pth")
+        cases = {name: (config, batches, 1) for name, config in configs.items() if name != "parts"}
+        in_parts = {case: batch for case, batch in batches.items() if len(batch) == 4}
+        torch.save({**cases, "parts": (configs["parts"], in_parts, 2)}, tmp_path / "cases.pth")
         call([*TORCHRUN, str(HERE / "two_processes.py"), str(tmp_path / "cases.pth"), str(tmp_path / "result.pth")])
         return torch.load(tmp_path / "result.pth", weights_only=True)
 
     return compute
-
-
-def solq_configs(cfg: CfgNode) -> dict[str, str]:
-    cfg.MODEL.SOLQ.DROPOUT = 0.0
-    one_stage = cfg.dump()
-    cfg.MODEL.SOLQ.TWO_STAGE = True
-    cfg.MODEL.SOLQ.DEC_LAYERS = 2
-    cfg.MODEL.MASK_BRANCH.VECTOR.LOSS_REDUCTION = "sum"
-    return {"one-stage": one_stage, "two-stage": cfg.dump()}
-
-
-def isda_configs(cfg: CfgNode) -> dict[str, str]:
-    section = {"NUM_CLASSES": 2, "NUM_QUERIES": 8, "HIDDEN_DIM": 64, "NUM_HEADS": 4, "ENC_LAYERS": 1, "DEC_LAYERS": 2}
-    section |= {"DIM_FEEDFORWARD": 32, "DROPOUT": 0.0, "KERNEL_MASK_FEATURE_DIM": 32}
-    set_method(cfg, "ISDA", section)
-    return {"dice": cfg.dump()}
-
-
-def istr_configs(cfg: CfgNode) -> dict[str, str]:
-    section = {"NUM_CLASSES": 2, "NUM_QUERIES": 8, "NUM_STAGES": 2, "HIDDEN_DIM": 8, "NUM_HEADS": 2, "DROPOUT": 0.0}
-    section |= {"DIM_FEEDFORWARD": 16, "DIM_DYNAMIC": 4, "POOL_SIZE": 3, "HEAD_LAYERS": 1, "CODE_HEAD_LAYERS": 1}
-    section |= {"CODING_SIZE": 16, "CODING_LENGTH": 16, "IN_FEATURES": ["res2", "res3", "res4", "res5"]}
-    set_method(cfg, "ISTR", section)
-    sigmoid = cfg.dump()
-    cfg.MODEL.ISTR.CLASSIFIER = "softmax"
-    return {"sigmoid": sigmoid, "softmax": cfg.dump()}
-
-
-EFFSEG_HEADS = {
-    "no masks": {"BRANCH": "none", "VERSION": 2},
-    "limits": {
-        "BRANCH": "EffSegBranch",
-        "EFFSEG_REFINEMENTS": 100,
-        "REGION_MAX_TRAIN_REGIONS": 7,
-    },  # of 196 cells in a region
-    "one region": {"BRANCH": "EffSegBranch", "EFFSEG_REFINEMENTS": 10, "REGION_MAX_TRAIN_REGIONS": 1},
-    "no limits": {"BRANCH": "EffSegBranch", "EFFSEG_PROCESSING": "dense_sfm"},
-    "Mask R-CNN": {"BRANCH": "MaskRCNNBranch", "REGION_MAX_TRAIN_REGIONS": 7},
-    "PointRend": {"BRANCH": "PointRendBranch", "POINTREND_SUBDIVISIONS": 1},
-    "RefineMask": {"BRANCH": "RefineMaskBranch"},
-}
-
-
-def effseg_configs(cfg: CfgNode) -> dict[str, str]:
-    section = {"NUM_CLASSES": 2, "NUM_QUERIES": 500, "LEVELS": [2, 3, 4, 5], "HIDDEN_DIM": 32, "DEC_LAYERS": 1}
-    section |= {"NUM_HEADS": 2, "DIM_FEEDFORWARD": 16}
-    set_method(cfg, "EffSeg", section)
-    configs = {}
-    for form, settings in EFFSEG_HEADS.items():
-        changed = cfg.clone()
-        set_keys(changed, settings)
-        configs[form] = changed.dump()
-    return configs
-
-
-def set_method(cfg: CfgNode, name: str, settings: dict[str, Any]) -> None:
-    """Change the tiny SOLQ to another method, on four maps."""
-    cfg.MODEL.META_ARCHITECTURE = name
-    cfg.MODEL.BACKBONE.NAME = "build_engine_test_fine_backbone"
-    set_keys(cfg, settings)
 
 
 def test_two_processes_give_the_gradients_of_one(
@@ -138,7 +67,10 @@ def test_two_processes_give_the_gradients_of_one(
     everywhere = configs["effseg_configs, limits"]
     local = everywhere.replace("LOSS_REDUCTION: global", "LOSS_REDUCTION: local")
     assert local != everywhere
-    results = two_process_gradients({**configs, "local": local})
+    several = configs["solq_configs, two-stage"]
+    results = two_process_gradients({**configs, "local": local, "parts": several})
+    results_of_parts = results.pop("parts")
+    assert list(results_of_parts) == ["both", "first only"]
     for model, config in configs.items():
         for case, gradients in single_process_gradients(config, batches).items():
             for name, expected in gradients.items():
@@ -146,6 +78,9 @@ def test_two_processes_give_the_gradients_of_one(
                 torch.testing.assert_close(results[model][case][name], expected, rtol=1e-6, atol=1e-9, msg=message)
                 unused = case == "none" or name.startswith("detector.transitions")  # of anchors' shapes not selected
                 assert unused or expected.abs().sum() > 0, message
+                if config is several and case in results_of_parts:
+                    in_parts = results_of_parts[case][name]
+                    torch.testing.assert_close(in_parts, expected, rtol=1e-6, atol=1e-9, msg=f"parts, {message}")
     halves = [single_process_gradients(local, {case: x[rank::2] for case, x in batches.items()}) for rank in (0, 1)]
     for case, gradients in results["local"].items():
         for name, gradient in gradients.items():

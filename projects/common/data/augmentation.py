@@ -1,5 +1,7 @@
 """DETR's augmentation: flip, resize to a random size, and a second branch with a random crop; and large-scale jitter.
 
+Beside these, what suits images without an up and down (rotation by right angles), and jitter of brightness and colour.
+
 Sources: Carion et al., End-to-End Object Detection with Transformers (ECCV 2020), section 4; SOLQ's release for the
 sizes' rounding, the range of the crop and the additional first resize; Ghiasi et al., Simple Copy-Paste (CVPR
 2021), for the jitter, which Detectron2 calls ResizeScale and FixedSizeCrop. Randomness comes from NumPy's
@@ -192,11 +194,77 @@ class CropOrPad(T.Augmentation):
         return TransformList([crop, PadTransform(0, 0, right, bottom, kept_width, kept_height, self.pad_value)])
 
 
+class QuarterTurns(Transform):
+    """Rotation by right angles, of which every pixel is one of the image.
+
+    Args:
+        turns: counterclockwise.
+        height, width: of the image.
+    """
+
+    def __init__(self, turns: int, height: int, width: int) -> None:
+        super().__init__()
+        self._set_attributes(locals())
+
+    def apply_image(self, img: np.ndarray) -> np.ndarray:
+        """Rotate [H, W, ...]; masks, too."""
+        return np.ascontiguousarray(np.rot90(img, self.turns))
+
+    def apply_coords(self, coords: np.ndarray) -> np.ndarray:
+        """Rotate points [n, 2] of x, y in pixels, of which the corner of the image is the origin."""
+        x, y, height, width = coords[:, 0], coords[:, 1], self.height, self.width
+        for _ in range(self.turns % 4):
+            x, y, height, width = y, width - x, width, height
+        return np.stack((x, y), axis=1)
+
+    def inverse(self) -> Transform:
+        """The rotation back."""
+        turned = self.turns % 2 == 1
+        return QuarterTurns(-self.turns, *((self.width, self.height) if turned else (self.height, self.width)))
+
+
+class RandomQuarterTurns(T.Augmentation):
+    """Rotation by 0, 90, 180 or 270 degrees, each as likely."""
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """The rotation of one image [H, W, ...]."""
+        return QuarterTurns(np.random.randint(4), *image.shape[:2])
+
+
+def color_jitter(strength: float) -> list[T.Augmentation]:
+    """Brightness, contrast and saturation, each times a factor between 1 - strength and 1 + strength.
+
+    Raises:
+        ValueError: the strength is not between 0 and 1.
+    """
+    if not 0 <= strength < 1:
+        raise ValueError(f"INPUT.COLOR_JITTER must be between 0 and 1, not {strength}.")
+    kinds = (T.RandomBrightness, T.RandomContrast, T.RandomSaturation) if strength else ()
+    return [kind(1 - strength, 1 + strength) for kind in kinds]
+
+
+def random_flips(name: str) -> list[T.Augmentation]:
+    """Each with a probability of one half.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in ("horizontal", "vertical", "both", "none"):
+        raise ValueError(f"INPUT.RANDOM_FLIP must be 'horizontal', 'vertical', 'both' or 'none', not {name!r}.")
+    flips = []
+    if name in ("horizontal", "both"):
+        flips.append(T.RandomFlip(horizontal=True, vertical=False))
+    if name in ("vertical", "both"):
+        flips.append(T.RandomFlip(horizontal=False, vertical=True))
+    return flips
+
+
 def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     """The augmentations that ``cfg.INPUT`` asks for.
 
-    Training: flip; where DETR_CROP.RESIZE_FIRST, a resize; with DETR_CROP.PROBABILITY a resize to DETR_CROP.MIN_SIZES
-    and a crop; a resize. With LSJ.ENABLED: flip, resize to a random scale, crop or padding to a square. Test: a resize.
+    Training: flips, rotation and jitter of colours where they are asked for. Then, where DETR_CROP.RESIZE_FIRST, a
+    resize; with DETR_CROP.PROBABILITY a resize to DETR_CROP.MIN_SIZES and a crop; a resize. With LSJ.ENABLED instead: a
+    resize to a random scale, crop or padding to a square. Test: a resize.
 
     Raises:
         ValueError: keys have no meaning, no effect, or exclude each other.
@@ -206,12 +274,10 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
         return [ResizeShortestSide([keys.MIN_SIZE_TEST], keys.MAX_SIZE_TEST)]
     if keys.CROP.ENABLED:
         raise ValueError("INPUT.CROP is not used by QueryMask: use INPUT.DETR_CROP, or set INPUT.CROP.ENABLED False.")
-    augmentations: list[T.Augmentation] = []
-    if keys.RANDOM_FLIP not in ("horizontal", "vertical", "none"):
-        raise ValueError(f"INPUT.RANDOM_FLIP must be 'horizontal', 'vertical' or 'none', not {keys.RANDOM_FLIP!r}.")
-    if keys.RANDOM_FLIP != "none":
-        vertical = keys.RANDOM_FLIP == "vertical"
-        augmentations.append(T.RandomFlip(horizontal=not vertical, vertical=vertical))
+    augmentations = random_flips(keys.RANDOM_FLIP)
+    if keys.ROTATE_90:
+        augmentations.append(RandomQuarterTurns())
+    augmentations += color_jitter(keys.COLOR_JITTER)
     if keys.MASK_RESIZE not in MASK_RESIZES:
         raise ValueError(f"INPUT.MASK_RESIZE must be one of {', '.join(MASK_RESIZES)}, not {keys.MASK_RESIZE!r}.")
     kind = MASK_RESIZES[keys.MASK_RESIZE]

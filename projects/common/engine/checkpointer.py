@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from detectron2.config import CfgNode
 from fvcore.common.checkpoint import _filter_reused_missing_keys
 
 from querymask.common.checkpoint import MODEL_KEYS, CheckpointError, read_content
+from querymask.common.engine.averaging import WeightAverage
 from querymask.common.engine.checks import get_key, num_classes_key
 from querymask.common.meta_arch import QuerySegmenter
 
@@ -28,6 +30,7 @@ class StrictCheckpointer(DetectionCheckpointer):
     Args:
         cfg: names the class-count key in messages, and gives the names of the classes.
         complete: the model is to be evaluated: a file that leaves some of its tensors random is an error, too.
+        average: of the model's weights, which is written in their place.
 
     Attributes:
         file: the one that was loaded last.
@@ -35,18 +38,27 @@ class StrictCheckpointer(DetectionCheckpointer):
     """
 
     def __init__(
-        self, model: Any, save_dir: str = "", *, cfg: CfgNode, complete: bool = False, **checkpointables: Any
+        self,
+        model: Any,
+        save_dir: str = "",
+        *,
+        cfg: CfgNode,
+        complete: bool = False,
+        average: WeightAverage | None = None,
+        **checkpointables: Any,
     ) -> None:
         super().__init__(model, save_dir, **checkpointables)
         self.class_names: list[str] = []
         self._cfg = cfg
         self._complete = complete
+        self._average = average
         self.file = ""
         self._entries: set[str] = set()
         self._keys: list[str] = []
 
     def save(self, name: str, **kwargs: Any) -> None:
-        super().save(name, **{"class_names": list(self._cfg.MODEL.CLASS_NAMES), **kwargs})
+        with nullcontext() if self._average is None else self._average.applied():
+            super().save(name, **{"class_names": list(self._cfg.MODEL.CLASS_NAMES), **kwargs})
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load a file, or nothing if ``path`` is empty.

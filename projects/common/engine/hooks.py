@@ -2,7 +2,9 @@
 
 import logging
 import os
+import re
 
+from detectron2.checkpoint import Checkpointer
 from detectron2.engine import HookBase, hooks
 
 logger = logging.getLogger(__name__)
@@ -17,6 +19,28 @@ class LRScheduler(hooks.LRScheduler):
     def before_train(self) -> None:
         super().before_train()
         self._best_param_group_id = 0
+
+
+class RecentCheckpoints(hooks.PeriodicCheckpointer):
+    """Detectron2's hook, which leaves the last checkpoints only, those of before a run was resumed included.
+
+    Args:
+        kept: how many of the numbered ones; 0: all. ``model_best.pth`` and ``model_final.pth`` always stay.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, period: int, kept: int) -> None:
+        super().__init__(checkpointer, period)
+        if kept < 0:
+            raise ValueError(f"SOLVER.CHECKPOINTS_KEPT is {kept}: give a number of checkpoints, or 0 for all")
+        self._kept = kept
+
+    def after_step(self) -> None:
+        super().after_step()
+        if self._kept and (self.trainer.iter + 1) % self.period == 0:
+            folder = self.checkpointer.save_dir
+            numbered = sorted(name for name in self.path_manager.ls(folder) if re.fullmatch(r"model_\d{7,}\.pth", name))
+            for name in numbered[: -self._kept]:
+                self.path_manager.rm(os.path.join(folder, name))
 
 
 class CurvePlotter(HookBase):

@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from querymask.common.transfer import HostBatch
 
-EPOCH, SAMPLE, STEP, START = range(4)
-"""What a random number is for: the order of an epoch, the augmentation of a sample, a training step, initialisation."""
+EPOCH, SAMPLE, STEP, START, VALIDATION = range(5)
+"""What a random number is for: the order of an epoch, the augmentation of a sample, a training step, initialisation, a
+validation loss."""
 
 
 def mix_seed(*numbers: int) -> int:

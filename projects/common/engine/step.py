@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from querymask.common.engine.sampling import STEP, mix_seed, seed_everything
+from querymask.common.processes import batch_in_parts
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +55,7 @@ class TrainingStep:
         model: gives a dict of losses (scalars) when it is called with a batch in training mode.
         data_loader: gives batches; ``iter`` must be cheap until the first ``next``.
         autocast: type of mixed precision, None for none; float16 has a loss scale, which fits the first batch's loss.
+        parts: that a batch is computed in, one after the other; it must have a multiple of them.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class TrainingStep:
         optimizer: torch.optim.Optimizer,
         seed: int,
         autocast: torch.dtype | None = None,
+        parts: int = 1,
     ) -> None:
         model.train()
         self.model = model
@@ -70,6 +75,7 @@ class TrainingStep:
         self.iter = 0
         self.device_type = next(model.parameters()).device.type
         self.autocast = autocast
+        self.parts = parts
         self.grad_scaler = torch.amp.GradScaler(self.device_type, enabled=autocast == torch.float16)
         self._scale_is_known = not self.grad_scaler.is_enabled()
         self._batches: Iterator | None = None
@@ -86,15 +92,8 @@ class TrainingStep:
         data_time = time.perf_counter() - start
 
         seed_everything(mix_seed(self.seed, STEP, self.iter, comm.get_rank()))
-        with torch.autocast(self.device_type, self.autocast, enabled=self.autocast is not None):
-            losses = self.model(batch)
-            if isinstance(losses, torch.Tensor):
-                losses = {"total_loss": losses}
-            total = sum(losses.values())
         self.optimizer.zero_grad(set_to_none=True)
-        if not self._scale_is_known:
-            self._set_scale(initial_loss_scale(total))
-        self.grad_scaler.scale(total).backward()
+        losses = self._backward(batch) if self.parts == 1 else self._backward_in_parts(batch)
         self.grad_scaler.unscale_(self.optimizer)  # clipping inside step() must see the true gradients
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
@@ -102,6 +101,30 @@ class TrainingStep:
         self._keep(losses)
         if comm.is_main_process():
             get_event_storage().put_scalar("data_time", data_time)
+
+    def _backward(self, batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Add the gradients of a batch, or of the mean over its parts for one of them; gives the losses."""
+        with torch.autocast(self.device_type, self.autocast, enabled=self.autocast is not None):
+            losses = self.model(batch)
+            if isinstance(losses, torch.Tensor):
+                losses = {"total_loss": losses}
+            total = sum(losses.values())
+        if not self._scale_is_known:
+            self._set_scale(initial_loss_scale(total))
+        self.grad_scaler.scale(total / self.parts).backward()
+        return losses
+
+    def _backward_in_parts(self, batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """``_backward`` part by part, in the memory of one; gives the losses of the whole batch."""
+        instances = [len(item["instances"]) if "instances" in item else 0 for item in batch]
+        sums: dict[str, torch.Tensor] = {}
+        for number in range(self.parts):
+            wait = isinstance(self.model, DistributedDataParallel) and number < self.parts - 1
+            with self.model.no_sync() if wait else nullcontext(), batch_in_parts(self.parts, instances):
+                losses = self._backward(batch[number :: self.parts])
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0) + loss.detach() / self.parts
+        return sums
 
     def _set_scale(self, scale: float) -> None:
         self.grad_scaler.load_state_dict({**self.grad_scaler.state_dict(), "scale": scale})

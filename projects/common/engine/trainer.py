@@ -5,6 +5,7 @@ import logging
 import os
 import weakref
 from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,16 +25,20 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from querymask.common.data.annotations import read_dataset
+from querymask.common.data.copy_paste import CopyPasteMapper
 from querymask.common.data.mapper import InstanceMapper
 from querymask.common.data.training_set import read_training_set
 from querymask.common.engine import hooks, resuming
+from querymask.common.engine.averaging import WeightAverage, restore_weights
 from querymask.common.engine.checkpointer import StrictCheckpointer
 from querymask.common.engine.checks import check_num_classes, dataset_classes
 from querymask.common.engine.class_names import check_class_names, choose_class_names
+from querymask.common.engine.evaluating import EarlyStop, EvaluationHook, check_evaluation_keys
 from querymask.common.engine.sampling import TrainLoader
 from querymask.common.engine.setup import choose_seed, training_dtype
 from querymask.common.engine.step import TrainingStep
 from querymask.common.engine.unused_keys import METHODS, check_unused_keys
+from querymask.common.engine.validation import validation_losses
 from querymask.common.evaluation import build_evaluator, results_table
 from querymask.common.evaluation.build import num_queries, results_folder
 from querymask.common.evaluation.class_file import write_class_file
@@ -52,6 +57,7 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         TrainerBase.__init__(self)
         check_unused_keys(cfg)
+        check_evaluation_keys(cfg)
         choose_seed(cfg)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         PathManager.mkdirs(cfg.OUTPUT_DIR)
@@ -62,9 +68,14 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
-        self._trainer = TrainingStep(distribute(model), loader, optimizer, cfg.SEED, training_dtype(cfg))
+        self._trainer = TrainingStep(
+            distribute(model), loader, optimizer, cfg.SEED, training_dtype(cfg), accumulation_steps(cfg)
+        )
+        self._average = WeightAverage(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY else None
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = StrictCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, trainer=weakref.proxy(self))
+        self.checkpointer = StrictCheckpointer(
+            model, cfg.OUTPUT_DIR, cfg=cfg, average=self._average, trainer=weakref.proxy(self)
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -76,6 +87,8 @@ class Trainer(DefaultTrainer):
             logger.info(f"there is nothing to resume in {self.cfg.OUTPUT_DIR}: training starts at iteration 0")
             resume = False
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if self._average is not None and not resume:
+            self._average.reset()
         if resume:
             self.start_iter = self.iter + 1  # the checkpoint has the number of the iteration that had just finished
             logger.info(f"resumed at iteration {self.start_iter} from {self.checkpointer.get_checkpoint_file()}")
@@ -95,13 +108,19 @@ class Trainer(DefaultTrainer):
             loader.start_at(self.start_iter, self._trainer.seed)
         elif self.start_iter > 0:
             logger.warning(f"{type(loader).__name__} starts anew: the run does not read what it would have read")
-        super().train()
+        try:
+            super().train()
+        except EarlyStop:
+            verify_results(self.cfg, getattr(self, "_last_eval_results", {}))
         return getattr(self, "_last_eval_results", None)
 
     def after_step(self) -> None:
         """Write metrics now and then, and before every checkpoint: none is saved after a loss that is not finite."""
         done = self.iter + 1
-        if done % WRITE_PERIOD == 0 or done % self.cfg.SOLVER.CHECKPOINT_PERIOD == 0 or done == self.max_iter:
+        if self._average is not None:
+            self._average.update(self.iter)
+        periods = (WRITE_PERIOD, self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD or self.max_iter)
+        if done == self.max_iter or any(done % period == 0 for period in periods):
             self._trainer.write_metrics()
         super().after_step()
 
@@ -112,12 +131,15 @@ class Trainer(DefaultTrainer):
 
     def state_dict(self) -> dict[str, Any]:
         """Iteration, schedule, optimiser, its settings and seed (Detectron2 0.5 leaves the optimiser out)."""
-        return {
+        state = {
             **TrainerBase.state_dict(self),
             "_trainer": self._trainer.state_dict(),
             "seed": self._trainer.seed,
             "solver": resuming.solver_settings(self.cfg),
         }
+        if self._average is not None:
+            state["training_weights"] = self._average.training_weights()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The reverse of ``state_dict``, but the settings of SOLVER are those of the config."""
@@ -137,13 +159,45 @@ class Trainer(DefaultTrainer):
         self._trainer.seed = state["seed"]
         resuming.log_changes(saved, resuming.solver_settings(self.cfg))
         fresh.apply(log=not saved)
+        self._load_average(state.get("training_weights"))
+
+    def _load_average(self, training_weights: dict[str, torch.Tensor] | None) -> None:
+        """Let the model, which has the weights of the checkpoint, go on with those that were in training."""
+        if training_weights is None:
+            if self._average is not None:
+                logger.info("the checkpoint has no average of the weights (SOLVER.EMA_DECAY): it begins now")
+                self._average.reset()
+        elif self._average is not None:
+            self._average.restore(training_weights)
+        else:
+            logger.info("the average of the weights in the checkpoint is given up: SOLVER.EMA_DECAY is 0")
+            restore_weights(self.checkpointer.model.state_dict(keep_vars=True), training_weights)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Inside, the model has the weights that are evaluated."""
+        return nullcontext() if self._average is None else self._average.applied()
+
+    def _evaluate(self) -> dict[str, Any]:
+        with self._averaged():
+            self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
+
+    def _validation_losses(self) -> dict[str, float]:
+        with self._averaged():
+            return validation_losses(self.cfg, self.model)
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks, with the base learning rate in the log, and curves at the end."""
-        built = [
-            hooks.LRScheduler() if isinstance(hook, detectron2_hooks.LRScheduler) else hook
-            for hook in super().build_hooks()
-        ]
+        """Detectron2's hooks or the project's in their place, and curves at the end."""
+        cfg = self.cfg
+        losses = self._validation_losses if cfg.TEST.LOSS else None
+        instead = {
+            detectron2_hooks.LRScheduler: hooks.LRScheduler,
+            detectron2_hooks.PeriodicCheckpointer: lambda: hooks.RecentCheckpoints(
+                self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINTS_KEPT
+            ),
+            detectron2_hooks.EvalHook: lambda: EvaluationHook(cfg, self._evaluate, losses, self.checkpointer),
+        }
+        built = [instead[type(hook)]() if type(hook) in instead else hook for hook in super().build_hooks()]
         if comm.is_main_process():
             built.append(hooks.CurvePlotter(self.cfg.OUTPUT_DIR))
         return built
@@ -232,9 +286,10 @@ class Trainer(DefaultTrainer):
             min_side=cfg.DATALOADER.MIN_IMAGE_SIDE,
             num_queries=num_queries(cfg),
         )
+        dataset = DatasetFromList(dicts)
         return TrainLoader(
-            DatasetFromList(dicts),
-            mapper,
+            dataset,
+            CopyPasteMapper(mapper, dataset, cfg.INPUT.COPY_PASTE) if cfg.INPUT.COPY_PASTE else mapper,
             cfg.SOLVER.IMS_PER_BATCH,
             num_workers=cfg.DATALOADER.NUM_WORKERS,
             seed=cfg.SEED,
@@ -294,6 +349,22 @@ def distribute(model: nn.Module) -> nn.Module:
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     device_ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, **{sync_buffers: False})
+
+
+def accumulation_steps(cfg: CfgNode) -> int:
+    """The parts in which a process computes its images of a batch.
+
+    Raises:
+        ValueError: a batch cannot be cut into as many.
+    """
+    steps, processes = cfg.SOLVER.ACCUMULATION_STEPS, comm.get_world_size()
+    if steps < 1 or cfg.SOLVER.IMS_PER_BATCH % (steps * processes):
+        raise ValueError(
+            f"SOLVER.ACCUMULATION_STEPS is {steps}: a batch of SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} cannot "
+            f"be cut into as many equal parts in each of {processes} process(es). Make IMS_PER_BATCH a multiple of "
+            f"{max(steps, 1) * processes}"
+        )
+    return steps
 
 
 def _repeat_factors(cfg: CfgNode, dicts: list[dict]) -> torch.Tensor | None:
