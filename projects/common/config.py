@@ -124,6 +124,10 @@ def add_common_config(cfg: CfgNode) -> None:
     # has them is looked for
     cfg.VIS_FONT = ""
 
+    # Training keeps the inputs of layers alone (transformers, Swin, FQDet, stages of ISTR and of region heads), and
+    # computes them again in the backward pass: less memory, more time
+    cfg.MODEL.USE_CHECKPOINT = False
+
     # How queries become masks. A branch has a section of its own below this one
     cfg.MODEL.MASK_BRANCH = CfgNode()
     # A registered mask branch, "none" for boxes only; "": the method's own

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from yacs.config import CfgNode
 
 from querymask.common.boxes import inverse_sigmoid
@@ -22,6 +21,7 @@ from querymask.common.deformable_attention import (
     flatten_levels,
     valid_ratios,
 )
+from querymask.common.layers import Recomputable
 from querymask.common.position_encoding import sine_box_encoding, sine_position_encoding
 from querymask.common.precision import full_precision, without_autocast
 
@@ -32,7 +32,7 @@ def _feed_forward(layer: "EncoderLayer | DecoderLayer", x: torch.Tensor) -> torc
     return layer.dropout(layer.linear2(layer.dropout(F.relu(layer.linear1(x)))))
 
 
-class EncoderLayer(nn.Module):
+class EncoderLayer(Recomputable):
     """Deformable self-attention of the tokens, then the feed-forward network; post-norm."""
 
     def __init__(
@@ -59,7 +59,7 @@ class EncoderLayer(nn.Module):
         return self.norm2(x + _feed_forward(self, x))
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Recomputable):
     """Self-attention of the queries, deformable attention to the memory, feed-forward network; post-norm."""
 
     def __init__(
@@ -96,13 +96,11 @@ class Encoder(nn.Module):
 
     Args:
         layers: the stack.
-        use_checkpoint: recompute each layer in the backward pass instead of storing its activations.
     """
 
-    def __init__(self, layers: Sequence[EncoderLayer], use_checkpoint: bool = False) -> None:
+    def __init__(self, layers: Sequence[EncoderLayer]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.use_checkpoint = use_checkpoint
 
     def forward(
         self,
@@ -115,10 +113,7 @@ class Encoder(nn.Module):
         """Tokens (B, S, C), their positions (B, S, C) and valid ratios (B, L, 2) -> memory (B, S, C)."""
         reference = encoder_reference_points(shapes, valid_ratios)[:, :, None] * valid_ratios[:, None]
         for layer in self.layers:
-            if self.use_checkpoint and self.training:
-                x = checkpoint(layer, x, position, reference, shapes, padding_mask, use_reentrant=False)
-            else:
-                x = layer(x, position, reference, shapes, padding_mask)
+            x = layer.run(x, position, reference, shapes, padding_mask)
         return x
 
 
@@ -167,7 +162,7 @@ class Decoder(nn.Module):
         hidden, boxes, references = [], [], [reference]
         for index, layer in enumerate(self.layers):
             scale = valid_ratios if reference.shape[-1] == 2 else torch.cat((valid_ratios, valid_ratios), dim=-1)
-            x = layer(x, position, reference[:, :, None] * scale[:, None], memory, shapes, padding_mask)
+            x = layer.run(x, position, reference[:, :, None] * scale[:, None], memory, shapes, padding_mask)
             hidden.append(x)
             if refine is not None:
                 boxes.append(refine(index, x, reference))
@@ -214,7 +209,6 @@ class DeformableTransformer(nn.Module):
         enc_points, dec_points: sampling points per head and level.
         num_proposals: queries are made of this many best proposals of the encoder (two-stage form); 0: queries are
             given to ``forward``.
-        use_checkpoint: recompute encoder layers in the backward pass.
     """
 
     def __init__(
@@ -229,7 +223,6 @@ class DeformableTransformer(nn.Module):
         enc_points: int = 4,
         dec_points: int = 4,
         num_proposals: int = 0,
-        use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
         if embed_dim % 4:
@@ -237,7 +230,7 @@ class DeformableTransformer(nn.Module):
         self.embed_dim = embed_dim
         self.num_proposals = num_proposals
         common = (embed_dim, dim_feedforward, dropout, num_heads, num_levels)
-        self.encoder = Encoder([EncoderLayer(*common, enc_points) for _ in range(enc_layers)], use_checkpoint)
+        self.encoder = Encoder([EncoderLayer(*common, enc_points) for _ in range(enc_layers)])
         self.decoder = Decoder([DecoderLayer(*common, dec_points) for _ in range(dec_layers)])
         self.level_embed = nn.Parameter(torch.empty(num_levels, embed_dim))
         if num_proposals:
@@ -263,7 +256,6 @@ class DeformableTransformer(nn.Module):
             enc_points=section.ENC_POINTS,
             dec_points=section.DEC_POINTS,
             num_proposals=num_proposals,
-            use_checkpoint=section.USE_CHECKPOINT,
         )
 
     def reset_parameters(self) -> None:

@@ -1,8 +1,34 @@
 """Small modules that several methods use."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Recomputable(nn.Module):
+    """A layer of which training may keep the input alone: the backward pass then computes it again.
+
+    Attributes:
+        recompute: it does so (``MODEL.USE_CHECKPOINT``).
+    """
+
+    recompute = False
+
+    def run(self, *args: Any) -> Any:
+        """What calling the layer gives."""
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(self, *args, use_reentrant=False)
+        return self(*args)
+
+
+def recompute_layers(model: nn.Module) -> None:
+    """Let all layers that may be recomputed be so: less memory, a forward pass more time."""
+    for module in model.modules():
+        if isinstance(module, Recomputable):
+            module.recompute = True
 
 
 class MLP(nn.Module):

@@ -18,6 +18,7 @@ from querymask.common.compat import has_event_storage
 from querymask.common.cuda_graphs import CudaGraphs, build_cuda_graphs
 from querymask.common.detector import Detector
 from querymask.common.images import Canvas, batch_images
+from querymask.common.layers import recompute_layers
 from querymask.common.mask_branch import MASK_BRANCH_REGISTRY, MaskBranch
 from querymask.common.predictions import Assignment, Predictions, Targets, weighted
 from querymask.common.transfer import HostCopy
@@ -36,6 +37,7 @@ class QuerySegmenter(nn.Module):
         mask_branch: makes their masks; None: boxes only.
         pixel_mean, pixel_std: per channel, for pixels in 0..255.
         freeze_detector: train the mask branch alone; dropout goes on in training.
+        use_checkpoint: layers are computed again in the backward pass.
         graphs: what repeats the network in inference; None: it is run as it is.
         graph_divisibility: with graphs, height and width are multiples of it, too.
 
@@ -59,6 +61,7 @@ class QuerySegmenter(nn.Module):
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         freeze_detector: bool = False,
+        use_checkpoint: bool = False,
         graphs: CudaGraphs | None = None,
         graph_divisibility: int = 1,
     ) -> None:
@@ -74,6 +77,8 @@ class QuerySegmenter(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self._unwritten: tuple[int, HostCopy] | None = None
+        if use_checkpoint:
+            recompute_layers(self)
         if freeze_detector:
             backbone.requires_grad_(False)
             detector.requires_grad_(False)
@@ -113,6 +118,7 @@ class QuerySegmenter(nn.Module):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "freeze_detector": cfg.MODEL.MASK_BRANCH.FREEZE_DETECTOR,
+            "use_checkpoint": cfg.MODEL.USE_CHECKPOINT,
             **graph_arguments(cfg, [detector] if branch is None else [detector, branch]),
         }
 

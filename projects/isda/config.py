@@ -5,6 +5,7 @@ from detectron2.config import CfgNode
 from querymask.common.config import register_renamed_keys
 
 RENAMED = {
+    "MODEL.ISDA.USE_CHECKPOINT": "MODEL.USE_CHECKPOINT",
     "MODEL.ISDA.KERNEL_FCS": "MODEL.MASK_BRANCH.KERNEL.NUM_FCS",
     "MODEL.ISDA.KERNEL_POSITIONS": "MODEL.MASK_BRANCH.KERNEL.POSITIONS",
     "MODEL.ISDA.MASK_STRIDE": "MODEL.MASK_BRANCH.KERNEL.MASK_STRIDE",
@@ -47,8 +48,6 @@ def _add_detector(cfg: CfgNode) -> None:
     # Sampling points per head and level
     cfg.MODEL.ISDA.ENC_POINTS = 4
     cfg.MODEL.ISDA.DEC_POINTS = 4
-    # Recompute encoder layers in the backward pass instead of storing them
-    cfg.MODEL.ISDA.USE_CHECKPOINT = False
 
     # Matching cost and loss weight
     cfg.MODEL.ISDA.COST_CLASS = 2.0

@@ -144,7 +144,7 @@ class RecurrentBoxes(SetDetector):
         boxes = box_convert(self.init_proposal_boxes.weight, "cxcywh", "xyxy") * canvas.sides[:, None]
         objects, outputs = queries, []
         for stage in self.stages:
-            outputs.append(stage(pyramid, boxes, objects))
+            outputs.append(stage.run(pyramid, boxes, objects))
             boxes = outputs[-1].boxes.detach()
             objects = outputs[-1].features if self.stage_input == "previous" else queries
         found = RecurrentPredictions(

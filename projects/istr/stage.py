@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from querymask.common.layers import Recomputable
 from querymask.common.precision import full_precision, without_autocast
 from querymask.common.pyramid import FeaturePyramid
 
@@ -94,7 +95,7 @@ class StageOutput:
     features: torch.Tensor
 
 
-class RecurrentStage(nn.Module):
+class RecurrentStage(Recomputable):
     """Self-attention, interaction with the crops, feed-forward network, class and box heads.
 
     Args:

@@ -7,6 +7,7 @@ from querymask.common.config import register_renamed_keys
 RENAMED = {
     "MODEL.SOLQ.MASK_ON": ("MODEL.MASK_BRANCH.NAME", "MASK_ON False is NAME none; True is what NAME '' does"),
     "MODEL.SOLQ.MASK_BRANCH": ("MODEL.MASK_BRANCH.NAME", "MASK_BRANCH sqr is NAME SQRBranch, vector VectorBranch"),
+    "MODEL.SOLQ.USE_CHECKPOINT": "MODEL.USE_CHECKPOINT",
     "MODEL.SOLQ.FREEZE_DETECTOR": "MODEL.MASK_BRANCH.FREEZE_DETECTOR",
     "MODEL.SOLQ.MASK_CODING": "MODEL.MASK_CODING.NAME",
     "MODEL.SOLQ.MASK_SIZE": "MODEL.MASK_CODING.SIZE",
@@ -58,8 +59,6 @@ def _add_detector(cfg: CfgNode) -> None:
     cfg.MODEL.SOLQ.BOX_REFINE = True
     # Queries from the encoder's best proposals instead of learned ones
     cfg.MODEL.SOLQ.TWO_STAGE = False
-    # Recompute encoder layers in the backward pass instead of storing them
-    cfg.MODEL.SOLQ.USE_CHECKPOINT = False
 
     # Matching costs and loss weights
     cfg.MODEL.SOLQ.COST_CLASS = 2.0

@@ -370,18 +370,6 @@ def test_masks_of_padding_only_where_needed(make_model: MakeModel, make_batch: M
     assert seen == [False, True, True]
 
 
-def test_use_checkpoint(make_model: MakeModel, make_batch: MakeBatch) -> None:
-    gradients = []
-    for use_checkpoint in (False, True):
-        model = make_model(USE_CHECKPOINT=use_checkpoint, DROPOUT=0.1)
-        assert model.detector.transformer.encoder.use_checkpoint == use_checkpoint
-        torch.manual_seed(1)
-        sum(model(make_batch([2, 1])).values()).backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    for name, gradient in gradients[0].items():
-        assert torch.equal(gradient, gradients[1][name]), name
-
-
 ERRORS = {
     "MODEL.MASK_CODING.NAME is 'wavelet': choose one of pca, dct": {"CODING_NAME": "wavelet"},
     "VectorBranch does not train the autoencoder": {"CODING_NAME": "autoencoder"},

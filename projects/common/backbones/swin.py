@@ -20,6 +20,8 @@ from torch import nn
 from torchvision.models.swin_transformer import PatchMerging
 from torchvision.ops import StochasticDepth
 
+from querymask.common.layers import Recomputable
+
 # Added to the attention logits of pairs that are neighbours only because the map was rolled (the published value).
 MASKED_LOGIT = -100.0
 
@@ -123,7 +125,7 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class SwinBlock(nn.Module):
+class SwinBlock(Recomputable):
     """Window attention and an MLP, pre-norm, each with a residual branch (paper, eq. 3)."""
 
     def __init__(self, dim: int, num_heads: int, side: int, shift: int, mlp_ratio: float, drop_path: float) -> None:
@@ -185,7 +187,7 @@ class SwinStage(nn.Module):
             padded_height, padded_width = height + -height % self.side, width + -width % self.side
             mask = shifted_window_mask(padded_height, padded_width, self.side, self.shift, x.dtype, x.device)
         for block in self.blocks:
-            x = block(x, mask)
+            x = block.run(x, mask)
         return x
 
 

@@ -178,7 +178,7 @@ class FQDet(Detector):
         with without_autocast(tokens.device):
             positions = None if self.anchor_encoder is None else self.anchor_encoder(relative)
         for layer in self.layers:
-            queries = layer(queries, positions, relative, tokens, shapes)
+            queries = layer.run(queries, positions, relative, tokens, shapes)
         deltas = full_precision(self.box_head(queries))
         class_logits = full_precision(self.class_head(queries))
         return FQDetPredictions(

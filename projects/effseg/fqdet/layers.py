@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from querymask.common.deformable_attention import DeformableAttention
+from querymask.common.layers import Recomputable
 from querymask.common.losses import PRIOR_LOGIT
 from querymask.effseg.fqdet.anchors import ANCHORS_PER_CELL
 
@@ -104,7 +105,7 @@ class SelfAttention(nn.Module):
         return queries + self.attention(key, key, value, need_weights=False)[0]
 
 
-class FQDetLayer(nn.Module):
+class FQDetLayer(Recomputable):
     """Cross-attention, self-attention, feed-forward network, in this order."""
 
     def __init__(self, width: int, num_heads: int, num_levels: int, num_points: int, ffn_dim: int) -> None:

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from querymask.common.layers import Recomputable
 from querymask.common.precision import full_precision
 from querymask.common.processes import ALONE, Processes
 from querymask.common.pyramid import FeaturePyramid
@@ -86,7 +87,7 @@ class MapFusion(nn.Module):
         return self.layers(torch.cat([features, sampled], 1))
 
 
-class RefinementStage(nn.Module):
+class RefinementStage(Recomputable):
     """From the active cells of one stage to those of the next, twice as fine and half as wide.
 
     Args:
@@ -255,7 +256,7 @@ class EffSegHead(SegmentationHead):
             if self.refinements is not None:
                 scores = stages[-1].refinement.detach()
                 sparse = sparse.split_highest(scores, processes.share_of_highest(scores, self.refinements))
-            sparse = refine(sparse, partial(sample_cells, pyramid, image_size, regions, number))
+            sparse = refine.run(sparse, partial(sample_cells, pyramid, image_size, regions, number))
             stages.append(self._classify(number, sparse))
         return stages
 

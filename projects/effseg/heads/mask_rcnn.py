@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
 
+from querymask.common.layers import Recomputable
 from querymask.common.pyramid import FeaturePyramid
 from querymask.effseg.heads.class_masks import ClassMaskHead, class_channels, mask_targets
 from querymask.effseg.regions import ROI_SIZE, Regions, RegionTargets, pool_regions
@@ -13,7 +14,7 @@ from querymask.effseg.regions import ROI_SIZE, Regions, RegionTargets, pool_regi
 NUM_CONVS = 4
 
 
-class MaskLayers(nn.Module):
+class MaskLayers(Recomputable):
     """Convolutions, upsampling to twice the size, and a mask for each class.
 
     Args:
@@ -56,7 +57,7 @@ class MaskRCNNHead(ClassMaskHead):
 
     def predict(self, pyramid: FeaturePyramid, regions: Regions) -> Tensor:
         """See :class:`ClassMaskHead`."""
-        return class_channels(self.layers(self.fused_features(pyramid, regions)), regions.labels)
+        return class_channels(self.layers.run(self.fused_features(pyramid, regions)), regions.labels)
 
     def compute_losses(
         self, pyramid: FeaturePyramid, image_size: tuple[int, int], regions: Regions, targets: RegionTargets

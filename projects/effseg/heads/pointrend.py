@@ -102,7 +102,7 @@ class PointRendHead(ClassMaskHead):
 
     def predict(self, pyramid: FeaturePyramid, regions: Regions) -> Tensor:
         """See :class:`ClassMaskHead`."""
-        coarse = self.coarse_layers(self.fused_features(pyramid, regions))
+        coarse = self.coarse_layers.run(self.fused_features(pyramid, regions))
         # Only the masks of the regions' classes are kept and doubled: the points get the coarse logits of all classes
         masks = class_channels(coarse, regions.labels)
         for _ in range(self.subdivisions):
@@ -131,7 +131,7 @@ class PointRendHead(ClassMaskHead):
         self, pyramid: FeaturePyramid, image_size: tuple[int, int], regions: Regions, targets: RegionTargets
     ) -> Mapping[str, Tensor]:
         """``loss_mask`` of the coarse masks, as Mask R-CNN's; ``loss_point``, for the points instead of the cells."""
-        coarse = self.coarse_layers(self.fused_features(pyramid, regions))
+        coarse = self.coarse_layers.run(self.fused_features(pyramid, regions))
         masks = class_channels(coarse, regions.labels)
         shares = self.draw_points(masks.detach(), self._uniform(pyramid, regions))
         logits = class_channels(self.classify(pyramid, regions, coarse, shares), regions.labels)

@@ -20,6 +20,7 @@ from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
 
 from querymask.common.deformable_attention import cell_centres
+from querymask.common.layers import Recomputable
 from querymask.common.precision import full_precision, without_autocast
 from querymask.common.pyramid import FeaturePyramid
 from querymask.effseg.heads.class_masks import ClassMaskHead, class_channels, mask_targets
@@ -48,7 +49,7 @@ class BranchFusion(nn.Module):
         return self.merge(total)
 
 
-class FusionStage(nn.Module):
+class FusionStage(Recomputable):
     """Fuses features of regions with semantic features and the mask so far; half as wide afterwards.
 
     Args:
@@ -165,7 +166,7 @@ class RefineMaskHead(ClassMaskHead):
         masks = []
         for number, (stage, classifier) in enumerate(zip(self.stages, self.classifiers), 1):
             masks.append(class_channels(classifier(features), regions.labels))
-            features = stage(features, masks[-1], semantic, regions)
+            features = stage.run(features, masks[-1], semantic, regions)
             if number < len(self.stages):
                 features = F.interpolate(features, scale_factor=2, mode="bilinear", align_corners=False)
         with without_autocast(features.device):  # logits are thousands at first: its initial weights are above one
