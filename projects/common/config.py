@@ -116,6 +116,9 @@ def add_common_config(cfg: CfgNode) -> None:
     # graphs, and the same results; beyond, they change as with the padding of a larger batch)
     cfg.TEST.CUDA_GRAPHS.SIZE_DIVISIBILITY = 1
 
+    # Packages that the metrics go to, too: "wandb", "mlflow"
+    cfg.TRACKERS = []
+
     # Write pictures of predictions beside ground truth after the final evaluation, for this many images (0: none)
     cfg.VIS_NUM_IMAGES = 8
     # Only detections with at least this score are drawn

@@ -138,3 +138,23 @@ def test_num_gpus_starts_processes_on_cpu(coco_folder: Path, tmp_path: Path, reg
         step = (one[name] - start[name]).norm().item()
         assert (two[name] - one[name]).norm().item() <= 1e-2 * step + 1e-6, name
     assert (one["detector.query_embed.weight"] - start["detector.query_embed.weight"]).norm().item() > 1e-4
+
+
+def test_run_survives_the_death_of_a_process(cfg: CfgNode, coco_folder: Path, tmp_path: Path) -> None:
+    """torchrun starts both processes again, and the weights are those of a run that was not disturbed."""
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.CHECKPOINT_PERIOD = 8, (), 3
+    weights = []
+    for last in (-1, 4):
+        cfg.OUTPUT_DIR = str(tmp_path / f"output{last}")
+        config = tmp_path / f"config{last}.yaml"
+        config.write_text(cfg.dump())
+        torchrun = [*TORCHRUN, "--max-restarts", "1", str(HERE / "dying_worker.py")]
+        output = call([*torchrun, str(config), str(coco_folder / "train.json"), str(last)])
+        assert ("exitcode: -9" in output) == (last >= 0)
+        weights.append(torch.load(Path(cfg.OUTPUT_DIR) / "model_final.pth", weights_only=True)["model"])
+    assert sorted(path.name for path in (tmp_path / "output4").glob("model_0*")) == [
+        "model_0000002.pth",
+        "model_0000005.pth",
+    ]
+    for name, value in weights[0].items():
+        assert torch.equal(weights[1][name], value), name

@@ -82,9 +82,10 @@ def _run(main: Callable[..., Any], args: tuple[Any, ...], place: Place) -> Any:
             )
         torch.cuda.set_device(place.local_rank)
     backend = "nccl" if place.device == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, init_method=place.url, rank=place.rank, world_size=place.world_size, timeout=TIMEOUT
-    )
+    store, rank, world_size = next(dist.rendezvous(place.url, place.rank, place.world_size, timeout=TIMEOUT))
+    # torchrun keeps its store where it starts processes again: they would look for those that have died
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     compat.create_local_process_group(place.local_size)
     result = main(*args)
     dist.destroy_process_group()

@@ -37,6 +37,7 @@ from querymask.common.engine.evaluating import EarlyStop, EvaluationHook, check_
 from querymask.common.engine.sampling import TrainLoader
 from querymask.common.engine.setup import choose_seed, training_dtype
 from querymask.common.engine.step import TrainingStep
+from querymask.common.engine.trackers import build_trackers
 from querymask.common.engine.unused_keys import METHODS, check_unused_keys
 from querymask.common.engine.validation import validation_losses
 from querymask.common.evaluation import build_evaluator, results_table
@@ -203,9 +204,13 @@ class Trainer(DefaultTrainer):
         return built
 
     def build_writers(self) -> list[EventWriter]:
-        """Terminal, metrics.json and, where it is installed, tensorboard."""
+        """Terminal, metrics.json, what ``TRACKERS`` names and, where it is installed, tensorboard."""
         folder = self.cfg.OUTPUT_DIR
-        writers = [CommonMetricPrinter(self.max_iter), JSONWriter(os.path.join(folder, "metrics.json"))]
+        writers = [
+            CommonMetricPrinter(self.max_iter),
+            JSONWriter(os.path.join(folder, "metrics.json")),
+            *build_trackers(self.cfg),
+        ]
         try:
             import torch.utils.tensorboard  # noqa: F401
         except ImportError:
