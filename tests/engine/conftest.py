@@ -112,9 +112,13 @@ def case_gradients(config: str, batches: dict[str, list[dict]], parts: int = 1) 
     results = {}
     for case, batch in batches.items():
         own = batch[comm.get_rank() :: comm.get_world_size()]
-        step = TrainingStep(distributed, [own], torch.optim.SGD(model.parameters(), lr=0.0), seed=0, parts=parts)
-        with EventStorage():
-            step.run_step()
+        if parts == 1:
+            model.zero_grad()
+            sum(distributed(own).values()).backward()
+        else:
+            step = TrainingStep(distributed, [own], torch.optim.SGD(model.parameters(), lr=0.0), seed=0, parts=parts)
+            with EventStorage():
+                step.run_step()
         results[case] = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     return results
 
