@@ -312,7 +312,7 @@ def draw(measured: Mapping[int, Mapping[str, Measurement]]) -> Figure:
         axes.set_xlabel("cells a side")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
 
