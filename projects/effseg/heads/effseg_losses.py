@@ -65,7 +65,7 @@ class RefinementCriterion(nn.Module):
         targets: "coverage", a cell belongs to the mask that covers more than half of it, and a border is in it if the
             mask covers a part of it (release); "centre", it belongs to the mask that its centre is in, and a border is
             in it if the centres of the cells in it, twice as fine as those of the last stage, are not all in the mask
-            or all outside (paper's text).
+            or all outside (paper's text, which does not say how fine).
         coverage_tolerance: a cell that the mask covers up to this share, or leaves free up to it, is no border. The
             release has 0, where rounding makes borders of some full cells.
     """
