@@ -97,6 +97,16 @@ def _add_mask_branches(cfg: CfgNode) -> None:
     cfg.MODEL.MASK_BRANCH.EFFSEG.DILATIONS = [1, 3, 5]
     # Sine encoding of the position within the region (release; not in the paper's text)
     cfg.MODEL.MASK_BRANCH.EFFSEG.USE_POSITION = True
+    # A second linear layer for each of the four children of a cell (paper's text); False: they share it (release)
+    cfg.MODEL.MASK_BRANCH.EFFSEG.SEPARATE_CHILDREN = False
+    # Which cells are refined, in training and inference. "refinement": those that the head's classifier of borders
+    # scores highest; "uncertainty": those of the least certain mask, as in PointRend; "boundary": those at the boundary
+    # of the mask so far, as in RefineMask, then the least certain. The number is REFINEMENTS in any case
+    cfg.MODEL.MASK_BRANCH.EFFSEG.CHOOSE_BY = "refinement"
+    # What the losses ask of a cell. "coverage": whether the mask covers more than half of it, and whether it covers a
+    # part of it only (release); "centre": whether its centre is in the mask, and whether that differs among the centres
+    # of finer cells in it (paper's text)
+    cfg.MODEL.MASK_BRANCH.EFFSEG.TARGETS = "coverage"
     # Loss weights of segmentation and refinement, stage by stage
     cfg.MODEL.MASK_BRANCH.EFFSEG.SEG_WEIGHTS = [0.25, 0.375, 0.375, 0.5]
     cfg.MODEL.MASK_BRANCH.EFFSEG.REF_WEIGHTS = [0.25, 0.25, 0.25, 0.25]

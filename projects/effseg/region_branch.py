@@ -207,6 +207,9 @@ class EffSegBranch(RegionBranch):
             seg_weights=tuple(effseg.SEG_WEIGHTS),
             ref_weights=tuple(effseg.REF_WEIGHTS),
             use_position=effseg.USE_POSITION,
+            separate_children=effseg.SEPARATE_CHILDREN,
+            choose_by=effseg.CHOOSE_BY,
+            targets=effseg.TARGETS,
         )
 
 

@@ -95,6 +95,34 @@ def target_coverage(
     return coverage
 
 
+@torch.no_grad()
+def target_at_centres(regions: Regions, targets: RegionTargets, sizes: Sequence[int]) -> list[Tensor]:
+    """Whether the centre of each cell of a region is in the mask of its target, which ends with the canvas.
+
+    Args:
+        regions, targets, sizes: as in :func:`target_coverage`.
+
+    Returns:
+        (n, size, size) bool for every size.
+    """
+    boxes = full_precision(regions.boxes)
+    found = [torch.zeros(len(regions), size, size, dtype=torch.bool, device=boxes.device) for size in sizes]
+    for masks, rows in zip(targets.masks, regions.rows_of_images(len(targets.masks)), strict=True):
+        if not len(rows):
+            continue
+        x0, y0, x1, y1 = boxes[rows].unbind(1)
+        for result, size in zip(found, sizes):
+            shares = (torch.arange(size, dtype=boxes.dtype, device=boxes.device) + 0.5) / size
+            pixels, inside = [], []
+            for low, high, extent in ((y0, y1, masks.shape[1]), (x0, x1, masks.shape[2])):
+                place = low[:, None] + shares * (high - low)[:, None]
+                inside.append((place >= 0) & (place < extent))
+                pixels.append(torch.where(inside[-1], place, 0).long())
+            read = masks[targets.index[rows, None, None], pixels[0][:, :, None], pixels[1][:, None]]
+            result[rows] = read & inside[0][:, :, None] & inside[1][:, None]
+    return found
+
+
 def pool_regions(pyramid: FeaturePyramid, regions: Regions) -> Tensor:
     """RoIAlign with adaptive sampling, each region on its own level: (n, C, 14, 14) in full precision."""
     return pyramid.pool(regions.boxes, regions.images, ROI_SIZE, ADAPTIVE, LEVEL_RULE)

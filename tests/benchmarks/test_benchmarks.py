@@ -40,6 +40,10 @@ BENCHMARKS = {
         r"ISTR +\| +[\d,]+ +\| +\d",
     ),
     "msda": (["--images", "64x96", "--queries", "5", "--repeat", "1"], r"this operator +\| +\d"),
+    "refinement_structures": (
+        ["--sides", "14", "28", "--regions", "2", "--count", "50", "--width", "4", "--repeat", "1"],
+        r"SparseOnDense \| +\d",
+    ),
     "segmentation_heads": (
         ["--height", "64", "--width", "64", "--regions", "2", "--repeat", "1"],
         r"RefineMask\+\+ +\| +[\d,]+ \|",
@@ -97,6 +101,8 @@ def test_benchmark(name: str, call: Callable[..., str], monkeypatch: pytest.Monk
     assert re.search(row, printed), printed
     if "--save" in arguments:
         assert re.search(row, (tmp_path / "table.md").read_text())
+    if name == "refinement_structures":
+        assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_overfit(call: Callable[..., str], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from querymask.common.flops import count_parameters
 from querymask.common.measured_models import build_on_meta
 from querymask.common.meta_arch import mask_branch_name
 from querymask.common.solver import build_lr_scheduler, build_optimizer, parameter_groups
+from querymask.effseg.region_branch import PointRendBranch
 from querymask.model_zoo import find_leaves
 
 LEAVES = {leaf.name: leaf for leaf in find_leaves() if leaf.method == "effseg" and not leaf.name.startswith("pairs/")}
@@ -189,14 +190,33 @@ def test_published_optimiser(name: str) -> None:
 
 
 # Of MODEL.MASK_BRANCH.EFFSEG
-PROCESSING = ("mlp", "conv", "deform_conv", "sfm", "dense_sfm")
+ABLATIONS = {
+    **{f"processing_{name}": ("PROCESSING", name) for name in ("mlp", "conv", "deform_conv", "sfm", "dense_sfm")},
+    **{f"choose_{name}": ("CHOOSE_BY", name) for name in ("uncertainty", "boundary")},
+    "separate_children": ("SEPARATE_CHILDREN", True),
+    "targets_centre": ("TARGETS", "centre"),
+}
+
+
+def assert_differs(name: str, base_name: str, key: str, value: Any) -> None:
+    base, cfg = LEAVES[base_name].config(), LEAVES[name].config()
+    assert cfg.MODEL.MASK_BRANCH.EFFSEG[key] == value
+    base.MODEL.MASK_BRANCH.EFFSEG[key] = value
+    assert (cfg.MODEL, cfg.SOLVER, cfg.INPUT) == (base.MODEL, base.SOLVER, base.INPUT)
 
 
 def test_rows_differ_in_their_setting_alone() -> None:
     rows = {name for name in LEAVES if name.startswith("ablations/")}
-    assert rows == {f"ablations/processing_{processing}" for processing in PROCESSING}
-    for processing in PROCESSING:
-        base, cfg = LEAVES["effseg_r50"].config(), LEAVES[f"ablations/processing_{processing}"].config()
-        assert cfg.MODEL.MASK_BRANCH.EFFSEG.PROCESSING == processing
-        base.MODEL.MASK_BRANCH.EFFSEG.PROCESSING = processing
-        assert (cfg.MODEL, cfg.SOLVER, cfg.INPUT) == (base.MODEL, base.SOLVER, base.INPUT)
+    assert rows == {f"ablations/{name}" for name in ABLATIONS}
+    for name, (key, value) in ABLATIONS.items():
+        assert_differs(f"ablations/{name}", "effseg_r50", key, value)
+    for choice in ("uncertainty", "boundary"):
+        assert_differs(f"effseg_{choice}_shapes", "effseg_shapes", "CHOOSE_BY", choice)
+
+
+def test_size_of_pointrend_masks() -> None:
+    """As the paper's text has it; the release's are twice as large."""
+    for name in (name for name in LEAVES if name.startswith("pointrend_")):
+        with torch.device("meta"):
+            head = PointRendBranch.build_head(LEAVES[name].config(), 256, 80)
+        assert head.mask_size == (224 if "_v2_" in name else 112), name

@@ -11,7 +11,7 @@ from torchvision.ops import deform_conv2d
 from querymask.common.flops import flop_handles
 from querymask.common.pyramid import FeaturePyramid
 from querymask.common.sps import SparseMap
-from querymask.effseg.heads.effseg import EffSegHead, assemble_masks, encode_cells, sample_cells
+from querymask.effseg.heads.effseg import ChildFeatures, EffSegHead, assemble_masks, encode_cells, sample_cells
 from querymask.effseg.heads.effseg_losses import is_border
 from querymask.effseg.heads.processing import PROCESSING
 from querymask.effseg.regions import LEVEL_RULE, STRIDES, Regions, RegionTargets, target_coverage
@@ -225,20 +225,54 @@ def test_no_region():
     assert sum(losses.values()) == 0 and not any(grad.any() for grad in grads)
 
 
-def test_losses_by_their_formula():
+def labels_by_loops(regions: Regions, targets: RegionTargets, size: int) -> list[list[list[tuple[bool, bool]]]]:
+    """Of every cell: its centre is in the mask; the centres of the cells in it, 224 a side of the region, differ."""
+    boxes = regions.boxes.tolist()
+
+    def look_up(region: int, y: float, x: float) -> bool:
+        x0, y0, x1, y1 = boxes[region]
+        row, column = math.floor(y0 + y * (y1 - y0)), math.floor(x0 + x * (x1 - x0))
+        mask = targets.masks[int(regions.images[region])][int(targets.index[region])]
+        return 0 <= row < len(mask) and 0 <= column < len(mask[0]) and bool(mask[row, column])
+
+    fine, per = [(i + 0.5) / 224 for i in range(224)], 224 // size
+    result = []
+    for region in range(len(boxes)):
+        samples = [[look_up(region, y, x) for x in fine] for y in fine]
+        cells = [
+            [{samples[per * y + j][per * x + i] for j in range(per) for i in range(per)} for x in range(size)]
+            for y in range(size)
+        ]
+        result.append(
+            [
+                [(look_up(region, (y + 0.5) / size, (x + 0.5) / size), len(cells[y][x]) > 1) for x in range(size)]
+                for y in range(size)
+            ]
+        )
+    return result
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"choose_by": "uncertainty"}, {"choose_by": "boundary"}, {"targets": "centre"}], ids=str
+)
+def test_losses_by_their_formula(settings):
     """Cell by cell: stage weight times number of regions times the mean over active cells."""
-    head, pyramid, regions = make_head(), make_pyramid(), make_regions()
+    head, pyramid, regions = make_head(**settings), make_pyramid(), make_regions()
     targets = make_targets(regions)
     losses = head.losses(pyramid, IMAGE_SIZE, regions, targets)
     stages = head.refine(pyramid, IMAGE_SIZE, regions)
     shares = target_coverage(regions, targets, [14, 28, 56, 112])
     segmentation = refinement = 0.0
     for stage, share, seg_weight in zip(stages, shares, (0.25, 0.375, 0.375, 0.5)):
+        labels = labels_by_loops(regions, targets, share.shape[1]) if "targets" in settings else None
         for name in ("segmentation", "refinement"):
             terms = []
             for (region, y, x), logit in zip(stage.features.cells.tolist(), getattr(stage, name).tolist()):
                 value = share[region, y, x].item()
-                wanted = value > 0.5 if name == "segmentation" else 1e-6 < value < 1 - 1e-6
+                if labels:
+                    wanted = labels[region][y][x][name == "refinement"]
+                else:
+                    wanted = value > 0.5 if name == "segmentation" else 1e-6 < value < 1 - 1e-6
                 terms.append(math.log1p(math.exp(-logit if wanted else logit)))
             mean = sum(terms) / len(terms)
             if name == "segmentation":
@@ -247,6 +281,53 @@ def test_losses_by_their_formula():
                 refinement += 3 * 0.25 * mean
     assert losses["loss_segmentation"].item() == pytest.approx(segmentation)
     assert losses["loss_refinement"].item() == pytest.approx(refinement)
+
+
+def on_boundary(mask: list[list[float]], y: int, x: int) -> bool:
+    """One of the eight neighbours is on the other side; beyond the region is background."""
+    near = [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+    inside = [0 <= j < len(mask) and 0 <= i < len(mask) and mask[j][i] >= 0 for j, i in near]
+    return any(value != (mask[y][x] >= 0) for value in inside)
+
+
+@pytest.mark.parametrize("choose_by", ["uncertainty", "boundary"])
+@pytest.mark.parametrize("refinements", [40, 400])
+def test_choices_of_cells(choose_by, refinements):
+    """Cell by cell; the boundary is of more cells than are taken, or of less."""
+    head = make_head(choose_by=choose_by, refinements=refinements)
+    pyramid, regions = make_pyramid(), make_regions()
+    stages = head.refine(pyramid, IMAGE_SIZE, regions)
+    numbers = []
+    for number, (coarse, fine) in enumerate(zip(stages, stages[1:])):
+        mask = assemble_masks(stages)[number].tolist()
+        ranked = [
+            (choose_by == "boundary" and not on_boundary(mask[region], y, x), abs(logit), (region, y, x))
+            for (region, y, x), logit in zip(coarse.features.cells.tolist(), coarse.segmentation.tolist())
+        ]
+        numbers.append(sum(not beyond for beyond, *_ in ranked))
+        wanted = {cell for *_, cell in sorted(ranked)[:refinements]}
+        assert {(r, y // 2, x // 2) for r, y, x in fine.features.cells.tolist()} == wanted
+    if choose_by == "boundary":
+        assert 40 < numbers[0] < 400
+
+
+def test_separate_children():
+    """Each child by its own two layers; three times the parameters of the layer that they share otherwise."""
+    torch.manual_seed(0)
+    module, parents = ChildFeatures(8, separate=True), torch.randn(5, 8)
+    children = module(parents)
+    for row, parent in enumerate(parents):
+        for child in range(4):
+            first = module.expand.weight[8 * child : 8 * child + 8] @ parent + module.expand.bias[8 * child :][:8]
+            wanted = module.own[child].weight @ first.relu() + module.own[child].bias
+            torch.testing.assert_close(children[4 * row + child], wanted)
+    shared = ChildFeatures(8, separate=False)
+    shared.expand.load_state_dict(module.expand.state_dict())
+    for layer in module.own:
+        layer.load_state_dict(shared.shared.state_dict())
+    torch.testing.assert_close(module(parents), shared(parents))
+    added = [sum(p.numel() for p in EffSegHead(separate_children=own).parameters()) for own in (True, False)]
+    assert added[0] - added[1] == sum(3 * (width**2 + width) for width in (256, 128, 64))
 
 
 def test_coverage():
@@ -303,6 +384,12 @@ def test_cost():
 def test_settings_that_do_not_fit():
     with pytest.raises(ValueError, match="processing must be one of mlp, .*, not 'attention'"):
         EffSegHead(processing="attention")
+    with pytest.raises(ValueError, match="choose_by must be one of refinement, .*, not 'chance'"):
+        EffSegHead(choose_by="chance")
+    with pytest.raises(ValueError, match="dense_sfm keeps all cells active: leave choose_by 'boundary' out"):
+        EffSegHead(processing="dense_sfm", choose_by="boundary")
+    with pytest.raises(ValueError, match="targets must be one of coverage, centre, not 'corner'"):
+        EffSegHead(targets="corner")
     with pytest.raises(ValueError, match="width must be a multiple of 4 and of 2 .* 8, not 20"):
         EffSegHead(width=20)
     with pytest.raises(ValueError, match="refinements must be positive, not 0"):

@@ -53,6 +53,7 @@ EFFSEG_HEADS = {
         "REGION_MAX_TRAIN_REGIONS": 7,
     },  # of 196 cells in a region
     "one region": {"BRANCH": "EffSegBranch", "EFFSEG_REFINEMENTS": 10, "REGION_MAX_TRAIN_REGIONS": 1},
+    "boundary": {"BRANCH": "EffSegBranch", "EFFSEG_REFINEMENTS": 100, "EFFSEG_CHOOSE_BY": "boundary"},
     "no limits": {"BRANCH": "EffSegBranch", "EFFSEG_PROCESSING": "dense_sfm"},
     "Mask R-CNN": {"BRANCH": "MaskRCNNBranch", "REGION_MAX_TRAIN_REGIONS": 7},
     "PointRend": {"BRANCH": "PointRendBranch", "POINTREND_SUBDIVISIONS": 1},

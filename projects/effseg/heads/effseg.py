@@ -4,7 +4,8 @@ section 3).
 Data flow (n regions, F width of a stage, N_A active and N_P passive features)::
 
     RoIAlign (n, C, 14, 14) + positions + what the query says -> 3x3 convolutions -> stage 0: every cell is active
-    each further stage: the cells of highest refinement logit, of all regions together, stay active
+    each further stage: the cells of highest refinement logit (or of another of CHOICES), of all regions together,
+      stay active
       -> four children of each (4 N_A, F), added to copies of the parent
       -> a finer backbone map read at the children's centres, fused and added
       -> linear layer to half the width, active and passive
@@ -31,6 +32,7 @@ from querymask.common.pyramid import FeaturePyramid
 from querymask.common.sps import SparseMap
 from querymask.effseg.heads.effseg_losses import RefinementCriterion, Stage
 from querymask.effseg.heads.processing import PROCESSING
+from querymask.effseg.heads.refine_mask import MERGED_WIDTH, boundary
 from querymask.effseg.regions import (
     LEVEL_RULE,
     ROI_SIZE,
@@ -63,16 +65,28 @@ def encode_cells(width: int, size: int, dtype: torch.dtype, device: torch.device
 
 
 class ChildFeatures(nn.Module):
-    """What tells the four children of a cell from their parent."""
+    """What tells the four children of a cell from their parent: two layers, of which the first is each child's own.
 
-    def __init__(self, width: int) -> None:
+    Args:
+        width: F.
+        separate: so is the second (paper's text); else all four share it (release).
+    """
+
+    def __init__(self, width: int, separate: bool) -> None:
         super().__init__()
         self.expand = nn.Linear(width, 4 * width)
-        self.shared = nn.Linear(width, width)
+        if separate:
+            self.own = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
+        else:
+            self.shared = nn.Linear(width, width)
+        self.separate = separate
 
     def forward(self, parents: Tensor) -> Tensor:
         """(N_A, F) -> (4 N_A, F), in the order of :meth:`SparseMap.upsample`."""
-        return self.shared(self.expand(parents).relu().view(-1, parents.shape[1]))
+        hidden = self.expand(parents).relu().view(-1, 4, parents.shape[1])
+        if not self.separate:
+            return self.shared(hidden.flatten(0, 1))
+        return torch.stack([layer(child) for layer, child in zip(self.own, hidden.unbind(1))], 1).flatten(0, 1)
 
 
 class MapFusion(nn.Module):
@@ -95,11 +109,14 @@ class RefinementStage(Recomputable):
         map_width: C.
         processing: a name of :data:`PROCESSING`.
         dilations: of its convolutions.
+        separate_children: as in :class:`ChildFeatures`.
     """
 
-    def __init__(self, width: int, map_width: int, processing: str, dilations: Sequence[int]) -> None:
+    def __init__(
+        self, width: int, map_width: int, processing: str, dilations: Sequence[int], separate_children: bool
+    ) -> None:
         super().__init__()
-        self.child_features = ChildFeatures(width)
+        self.child_features = ChildFeatures(width, separate_children)
         self.fusion = MapFusion(width, map_width)
         self.transition = nn.Sequential(nn.Linear(width, width // 2), nn.ReLU())
         self.processing = PROCESSING[processing](width // 2, dilations)
@@ -155,6 +172,12 @@ class EffSegHead(SegmentationHead):
         dilations: of the branches of SFM.
         seg_weights, ref_weights: of the losses, for stage 0 and each refinement stage.
         use_position: tell the cells where they are in their region.
+        separate_children: as in :class:`ChildFeatures`.
+        choose_by: a name of :data:`CHOICES`, by which the active cells of the next stage are chosen.
+        targets: of the losses, "coverage" or "centre"; see :class:`RefinementCriterion`.
+
+    Raises:
+        ValueError: a setting is unknown or does not fit the others.
     """
 
     per_class = False
@@ -170,10 +193,17 @@ class EffSegHead(SegmentationHead):
         seg_weights: Sequence[float] = (0.25, 0.375, 0.375, 0.5),
         ref_weights: Sequence[float] = (0.25, 0.25, 0.25, 0.25),
         use_position: bool = True,
+        separate_children: bool = False,
+        choose_by: str = "refinement",
+        targets: str = "coverage",
     ) -> None:
         super().__init__()
         if processing not in PROCESSING:
             raise ValueError(f"processing must be one of {', '.join(PROCESSING)}, not {processing!r}")
+        if choose_by not in CHOICES:
+            raise ValueError(f"choose_by must be one of {', '.join(CHOICES)}, not {choose_by!r}")
+        if processing == "dense_sfm" and choose_by != "refinement":
+            raise ValueError(f"processing dense_sfm keeps all cells active: leave choose_by {choose_by!r} out")
         if width % 4 or width % 2**num_stages:
             raise ValueError(f"width must be a multiple of 4 and of 2 ** num_stages = {2**num_stages}, not {width}")
         if refinements < 1:
@@ -188,6 +218,7 @@ class EffSegHead(SegmentationHead):
                     f"got {list(weights)}"
                 )
         self.refinements = None if processing == "dense_sfm" else refinements
+        self.choose = CHOICES[choose_by]
         self.use_position = use_position
         self.query_fusion = QueryFusion(width)
         self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(num_fcn_convs))
@@ -195,10 +226,12 @@ class EffSegHead(SegmentationHead):
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
             nn.init.zeros_(conv.bias)
         widths = [width // 2**number for number in range(num_stages + 1)]
-        self.stages = nn.ModuleList(RefinementStage(w, width, processing, dilations) for w in widths[:-1])
+        self.stages = nn.ModuleList(
+            RefinementStage(w, width, processing, dilations, separate_children) for w in widths[:-1]
+        )
         self.segmentation = nn.ModuleList(_cell_classifier(w) for w in widths)
         self.refinement = nn.ModuleList(_cell_classifier(w) for w in widths)
-        self.criterion = RefinementCriterion(seg_weights, ref_weights)
+        self.criterion = RefinementCriterion(seg_weights, ref_weights, targets=targets)
 
     def forward(self, pyramid: FeaturePyramid, image_size: tuple[int, int], regions: Regions) -> Tensor:
         """Probabilities (n, S, S), S being 112 for three stages. See :class:`SegmentationHead`."""
@@ -254,7 +287,7 @@ class EffSegHead(SegmentationHead):
         stages = [self._classify(0, sparse)]
         for number, refine in enumerate(self.stages, 1):
             if self.refinements is not None:
-                scores = stages[-1].refinement.detach()
+                scores = self.choose(stages)
                 sparse = sparse.split_highest(scores, processes.share_of_highest(scores, self.refinements))
             sparse = refine.run(sparse, partial(sample_cells, pyramid, image_size, regions, number))
             stages.append(self._classify(number, sparse))
@@ -295,6 +328,39 @@ def assemble_masks(stages: Sequence[Stage]) -> list[Tensor]:
             mask = stage.segmentation.new_zeros(stage.features.index_map.shape)
         masks.append(mask.index_put(stage.features.cells.long().unbind(1), stage.segmentation))
     return masks
+
+
+# ---- Which cells stay active --------------------------------------------------------------------------------------
+# From the stages so far to scores (N_A,) of the last one's active cells, of which the highest stay active
+
+
+def by_refinement(stages: Sequence[Stage]) -> Tensor:
+    """What the classifier of borders says."""
+    return stages[-1].refinement.detach()
+
+
+def by_uncertainty(stages: Sequence[Stage]) -> Tensor:
+    """How near to 0.5 the mask is, as in PointRend (https://arxiv.org/abs/1912.08193)."""
+    return -stages[-1].segmentation.detach().abs()
+
+
+@torch.no_grad()
+def by_boundary(stages: Sequence[Stage]) -> Tensor:
+    """First the boundary of the mask so far, as in RefineMask (https://arxiv.org/abs/2104.08569), then the others.
+
+    Within both, the least certain come first. RefineMask takes the boundary alone, of however many cells; so that the
+    choices differ in nothing but the order, and a GPU need not be asked for a number, as many are taken here as always.
+    """
+    cells = stages[-1].features.cells.long().unbind(1)
+    on_boundary = boundary(assemble_masks(stages)[-1] >= 0, MERGED_WIDTH)[cells]
+    return on_boundary + 1 / (1 + stages[-1].segmentation.abs())
+
+
+CHOICES: dict[str, Callable[[Sequence[Stage]], Tensor]] = {
+    "refinement": by_refinement,
+    "uncertainty": by_uncertainty,
+    "boundary": by_boundary,
+}
 
 
 def _cell_classifier(width: int) -> nn.Module:

@@ -11,10 +11,13 @@ from querymask.common.precision import full_precision
 from querymask.common.processes import ALONE, Processes
 from querymask.common.sps import SparseMap
 from querymask.common.transfer import numbers_to_device
-from querymask.effseg.regions import Regions, RegionTargets, target_coverage
+from querymask.effseg.regions import Regions, RegionTargets, target_at_centres, target_coverage
 
 COVERAGE_TOLERANCE = 1e-6
 """A cell that the mask covers up to this share is no border: rounding keeps the share of a full cell from being 1."""
+
+
+TARGETS = ("coverage", "centre")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,20 @@ def is_border(coverage: Tensor, tolerance: float = COVERAGE_TOLERANCE) -> Tensor
     return (coverage > tolerance) & (coverage < 1 - tolerance)
 
 
+def is_mixed(samples: Tensor, size: int) -> Tensor:
+    """Cells whose samples are not all the same.
+
+    Args:
+        samples: (n, S, S) bool.
+        size: cells a side, a divisor of S.
+
+    Returns:
+        (n, size, size) bool.
+    """
+    cells = samples.unflatten(2, (size, -1)).unflatten(1, (size, -1))
+    return cells.any(4).any(2) & ~cells.all(4).all(2)
+
+
 class RefinementCriterion(nn.Module):
     """Binary cross-entropy of the active cells of every stage.
 
@@ -43,8 +60,12 @@ class RefinementCriterion(nn.Module):
     which each has its part of the sum.
 
     Args:
-        segmentation_weights: of the stages, for "more than half of the cell belongs to the mask".
+        segmentation_weights: of the stages, for "the cell belongs to the mask".
         refinement_weights: of the stages, for "the mask's border is in the cell".
+        targets: "coverage", a cell belongs to the mask that covers more than half of it, and a border is in it if the
+            mask covers a part of it (release); "centre", it belongs to the mask that its centre is in, and a border is
+            in it if the centres of the cells in it, twice as fine as those of the last stage, are not all in the mask
+            or all outside (paper's text, which does not say how fine).
         coverage_tolerance: a cell that the mask covers up to this share, or leaves free up to it, is no border. The
             release has 0, where rounding makes borders of some full cells.
     """
@@ -54,8 +75,12 @@ class RefinementCriterion(nn.Module):
         segmentation_weights: Sequence[float],
         refinement_weights: Sequence[float],
         coverage_tolerance: float = COVERAGE_TOLERANCE,
+        targets: str = "coverage",
     ) -> None:
         super().__init__()
+        if targets not in TARGETS:
+            raise ValueError(f"targets must be one of {', '.join(TARGETS)}, not {targets!r}")
+        self.targets = targets
         self.coverage_tolerance = coverage_tolerance
         self.segmentation_weights = tuple(segmentation_weights)
         self.refinement_weights = tuple(refinement_weights)
@@ -71,6 +96,20 @@ class RefinementCriterion(nn.Module):
         """
         counts = processes.total(numbers_to_device([regions, *cells], torch.int64, device))
         return counts[0] / counts[1:].clamp(min=1)
+
+    def labels(self, regions: Regions, targets: RegionTargets, sizes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Whether cells belong to the mask, and whether its border is in them: (n, size, size) bool for every size.
+
+        Args:
+            regions: n, of any images.
+            targets: theirs.
+            sizes: cells a side of every stage, the last a multiple of all.
+        """
+        if self.targets == "coverage":
+            shares = target_coverage(regions, targets, sizes)
+            return [(share > 0.5, is_border(share, self.coverage_tolerance)) for share in shares]
+        *centres, finest = target_at_centres(regions, targets, [*sizes, 2 * sizes[-1]])
+        return [(centre, is_mixed(finest, size)) for centre, size in zip(centres, sizes)]
 
     def forward(
         self,
@@ -90,14 +129,14 @@ class RefinementCriterion(nn.Module):
         Returns:
             ``loss_segmentation`` and ``loss_refinement``.
         """
-        cells = [len(stage.segmentation) for stage in stages]
-        factors = self.normalizers(len(regions), cells, processes, regions.boxes.device)
+        counts = [len(stage.segmentation) for stage in stages]
+        factors = self.normalizers(len(regions), counts, processes, regions.boxes.device)
         sizes = [stage.features.index_map.shape[1] for stage in stages]
         segmentation, refinement = [], []
-        for stage, share in zip(stages, target_coverage(regions, targets, sizes)):
-            share = share[stage.features.cells.long().unbind(1)]
-            segmentation.append(_cross_entropy(stage.segmentation, share > 0.5))
-            refinement.append(_cross_entropy(stage.refinement, is_border(share, self.coverage_tolerance)))
+        for stage, (in_mask, border) in zip(stages, self.labels(regions, targets, sizes)):
+            cells = stage.features.cells.long().unbind(1)
+            segmentation.append(_cross_entropy(stage.segmentation, in_mask[cells]))
+            refinement.append(_cross_entropy(stage.refinement, border[cells]))
         return {
             "loss_segmentation": _weighted(segmentation, self.segmentation_weights, factors),
             "loss_refinement": _weighted(refinement, self.refinement_weights, factors),
