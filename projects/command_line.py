@@ -27,27 +27,70 @@ def add_config(parser: argparse.ArgumentParser, description: str | None = None) 
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
 
 
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """The option that names a folder of own data, for ``load_config``."""
+    parser.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="train and evaluate on this folder, whose classes the model gets (docs/your_own_data.md)",
+    )
+
+
 def load_config(
-    file: str | os.PathLike[str] | None, overrides: Sequence[Any] = (), device: str | None = None
+    file: str | os.PathLike[str] | None,
+    overrides: Sequence[Any] = (),
+    device: str | None = None,
+    data: str | None = None,
+    log_rank: int | None = None,
 ) -> "CfgNode":
     """The config of a file (None: the defaults) with its overrides.
 
     Args:
         overrides: keys and values in turn.
         device: ``MODEL.DEVICE``; where it is not given, the config's own, or "cpu" without a GPU.
+        data: a folder of own data, from which data sets, classes and schedule follow where no override says them.
+        log_rank: with ``data``: start the log of a run before, as the process of this rank.
     """
-    from querymask.common.engine import choose_device
+    from querymask.common.engine import choose_device, register_configured, start_log, use_folder
     from querymask.config import get_cfg
 
     cfg = get_cfg()
     if file:
         cfg.merge_from_file(os.fspath(file))
+    reference = cfg.clone()
     cfg.merge_from_list(list(overrides))
+    if data is None:
+        register_configured(cfg)
+    else:
+        if log_rank is not None:
+            start_log(cfg, log_rank)
+        use_folder(cfg, data, reference, overrides[::2])
     if device is None:
         choose_device(cfg)
     else:
         cfg.MODEL.DEVICE = device
     return cfg
+
+
+def load_run(
+    folder: str | os.PathLike[str], overrides: Sequence[Any] = (), data: str | None = None
+) -> "CfgNode":
+    """The config of a training run with its best checkpoint, where one was kept, else its last.
+
+    Args:
+        folder: OUTPUT_DIR of the run.
+
+    Raises:
+        FileNotFoundError: it has no config or no checkpoint.
+    """
+    from querymask.common.engine import find_checkpoint
+
+    config = Path(folder, "config.yaml")
+    if not config.is_file():
+        raise FileNotFoundError(f"{folder} has no config.yaml: give the OUTPUT_DIR of a training run")
+    # The mask basis is in the checkpoint
+    own = ["MODEL.WEIGHTS", find_checkpoint(folder), "MODEL.MASK_CODING.BASIS", ""]
+    return load_config(config, [*own, *overrides], data=data)
 
 
 def add_images(parser: argparse.ArgumentParser, images: str = "the first N images of DATASETS.TEST") -> None:

@@ -80,16 +80,40 @@ def checkpoint(cfg: CfgNode, path: Path, **changes: int) -> str:
 
 
 def test_checkpoint_with_another_class_head(cfg: CfgNode, tmp_path: Path) -> None:
+    """Evaluation refuses it, and so does training where the head is frozen."""
     cfg.MODEL.WEIGHTS = checkpoint(cfg, tmp_path / "coco.pth", NUM_CLASSES=80)
     cfg.DATASETS.TEST = ("engine_val",)
     message = (
         r"(?s)coco\.pth does not fit.*detector\.class_embed\.0\.weight: \(80, 64\) in the file, \(2, 64\) in the.*"
-        r"file has 80 classes, MODEL\.SOLQ\.NUM_CLASSES is 2\. Set MODEL\.SOLQ\.NUM_CLASSES 80.*--drop-classes"
+        r"file has 80 classes, MODEL\.SOLQ\.NUM_CLASSES is 2\. Set MODEL\.SOLQ\.NUM_CLASSES 80.*left out then"
     )
     with pytest.raises(ValueError, match=message):
-        Trainer(cfg).resume_or_load(resume=False)
-    with pytest.raises(ValueError, match=message):
         Trainer.evaluate(cfg)
+    cfg.MODEL.MASK_BRANCH.FREEZE_DETECTOR = True
+    with pytest.raises(ValueError, match=message):
+        Trainer(cfg).resume_or_load(resume=False)
+
+
+@pytest.mark.parametrize("names", [(), ("tall", "wide"), ("Wide", "tall ")])
+def test_training_starts_from_weights_of_other_classes(
+    cfg: CfgNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, names: tuple
+) -> None:
+    """Layers of another size are left out, and those of the same size if the names say that the classes are others."""
+    path = Path(checkpoint(cfg, tmp_path / "other.pth", **({} if names else {"NUM_CLASSES": 80})))
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "class_names": list(names)}, path)
+    cfg.MODEL.WEIGHTS = str(path)
+    trainer = Trainer(cfg)
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    monkeypatch.setattr(logging.getLogger("querymask"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("fvcore"), "propagate", True)
+    trainer.resume_or_load(resume=False)
+    kept = names == ("Wide", "tall ")
+    for key, value in trainer.model.state_dict().items():
+        left_out = not kept and "class_embed" in key
+        assert torch.equal(value, before[key] if left_out else content["model"][key]), key
+    of = "the classes tall, wide" if names else "other classes"
+    assert (f"other.pth is of {of}, the model of wide, tall: 2 tensors that depend" in caplog.text) != kept
 
 
 def test_checkpoint_of_another_width(cfg: CfgNode, tmp_path: Path) -> None:
