@@ -72,9 +72,7 @@ def load_config(
     return cfg
 
 
-def load_run(
-    folder: str | os.PathLike[str], overrides: Sequence[Any] = (), data: str | None = None
-) -> "CfgNode":
+def load_run(folder: str | os.PathLike[str], overrides: Sequence[Any] = (), data: str | None = None) -> "CfgNode":
     """The config of a training run with its best checkpoint, where one was kept, else its last.
 
     Args:
@@ -95,6 +93,7 @@ def load_run(
 
 def add_images(parser: argparse.ArgumentParser, images: str = "the first N images of DATASETS.TEST") -> None:
     """Options that choose what ``read_images`` gives; ``check_images`` refuses contradictions."""
+    add_data(parser)
     parser.add_argument("--num-images", type=int, metavar="N", help=images)
     parser.add_argument("--height", type=int, metavar="H", help="rows of an image of random pixels")
     parser.add_argument("--width", type=int, metavar="W", help="columns of it")
@@ -169,7 +168,12 @@ def markdown_table(rows: Iterable[Sequence[str]], headers: Sequence[str]) -> str
 
 def add_masks(parser: argparse.ArgumentParser, ending: str, size: int) -> None:
     """Options of scripts that learn from the masks of data sets: which, of what size, how many, and the result."""
-    parser.add_argument("--train", nargs="+", required=True, metavar="NAME", help="registered data sets to learn from")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--train", nargs="+", metavar="NAME", help="registered data sets to learn from")
+    source.add_argument(
+        "--data", metavar="FOLDER", help="learn from this folder (docs/your_own_data.md) and test on it"
+    )
+    parser.add_argument("--test", nargs="+", default=[], metavar="NAME", help="data sets to test the result on")
     parser.add_argument(
         "--output", required=True, type=file_ending(ending), metavar=f"FILE{ending}", help="the file to write"
     )
@@ -178,6 +182,17 @@ def add_masks(parser: argparse.ArgumentParser, ending: str, size: int) -> None:
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="use the first N masks of a split (0: all)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (0)")
     parser.add_argument("--workers", type=int, default=0, help="processes that rasterise masks (0: this one)")
+
+
+def parse_masks(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read a command line with the options of ``add_masks``; ``train`` and ``test`` are names where --data is given."""
+    from querymask.common.data.folders import register_folder
+
+    args = parser.parse_args(arguments)
+    if args.data:
+        folder = register_folder(args.data)
+        args.train, args.test = [folder.names["train"]], args.test or [folder.evaluated]
+    return args
 
 
 def file_ending(ending: str) -> Callable[[str], Path]:

@@ -100,7 +100,8 @@ class DataFolder:
             contents[part] = clean_coco(raw, str(files.json_file), roots[part])
             if not contents[part]["images"]:
                 raise AnnotationError(f"{files.json_file}: it has no images. Take it away, or give them to it.")
-        classes = {key: (name, index) for index, (key, name) in enumerate(self._categories(contents).items())}
+        names = self._categories(contents)
+        classes = {key: (name, index) for index, (key, name) in enumerate(names.items())}
         numbers = {key: index for key, (_, index) in classes.items()}
         entries = {}
         for part, content in contents.items():
@@ -114,7 +115,8 @@ class DataFolder:
         if len(entries) == 1:
             entries = self._split(*entries.values())
         counts = ", ".join(f"{len(found)} images in {self.names[part]}" for part, found in entries.items())
-        logger.info(f"{self.path} ({self._layout}): {counts}; {len(classes)} classes: {', '.join(self.classes[:12])}")
+        shown = ", ".join([*names.values()][:12])
+        logger.info(f"{self.path} ({self._layout}): {counts}; {len(names)} classes: {shown}")
         return classes, entries
 
     def _categories(self, contents: dict[str, Content]) -> dict[int | str, str]:
@@ -255,7 +257,9 @@ def _image_folder(part: Part, raw: Any) -> Path:
     best = min(missing, key=lambda folder: len(missing[folder]))
     if len(missing[best]) == len(names):
         tried = ", ".join(map(str, part.image_folders))
-        raise AnnotationError(f"{part.json_file}: its images, the first {names[0]}, are not in {tried}. Put them there.")
+        raise AnnotationError(
+            f"{part.json_file}: its images, the first {names[0]}, are not in {tried}. Put them there."
+        )
     raise AnnotationError(
         f"{part.json_file}: {len(missing[best])} of {len(names)} images, the first {missing[best][0]}, are not in "
         f"{best}. Put them there, or take them and their annotations out of the file."

@@ -138,7 +138,9 @@ class StrictCheckpointer(DetectionCheckpointer):
     def _leave_other_classes_out(self, checkpoint: dict[str, Any]) -> None:
         """Take what depends on the number of classes out of a file of other classes, unless the model has it frozen."""
         key, state, model = num_classes_key(self._cfg), checkpoint["model"], self.model.state_dict()
-        names, present = ([str(n) for n in x or ()] for x in (checkpoint.get("class_names"), self._cfg.MODEL.CLASS_NAMES))
+        names, present = (
+            [str(n) for n in x or ()] for x in (checkpoint.get("class_names"), self._cfg.MODEL.CLASS_NAMES)
+        )
         places = {name.removeprefix("module."): name for name in state}
         common = [name for name in model if name in places]
         misfits = {name for name in common if tuple(state[places[name]].shape) != tuple(model[name].shape)}

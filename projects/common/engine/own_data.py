@@ -80,7 +80,6 @@ def follow_batch(cfg: CfgNode, reference: CfgNode, given: Collection[str]) -> No
     change("SOLVER.STEPS", tuple(round(step * part) for step in reference.SOLVER.STEPS))
     if changed:
         logger.info(
-            f"the config is made for batches of {reference.SOLVER.IMS_PER_BATCH} images and {reference.SOLVER.MAX_ITER} "
-            f"iterations, this run has {cfg.SOLVER.IMS_PER_BATCH} and {cfg.SOLVER.MAX_ITER}. By the linear rule "
-            f"{', '.join(changed)}"
+            f"the config is made for {reference.SOLVER.MAX_ITER} batches of {reference.SOLVER.IMS_PER_BATCH} images, "
+            f"this run has {cfg.SOLVER.MAX_ITER} of {cfg.SOLVER.IMS_PER_BATCH}. By the linear rule {', '.join(changed)}"
         )
