@@ -52,6 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         source = read_source(args.source, args.form, args.class_name)
+        for title, lines in (("", source.remarks), ("left out: ", source.left_out)):
+            for line in lines[:NAMED]:
+                print(f"{title}{line}", file=sys.stderr)
+            if len(lines) > NAMED:
+                print(f"{title}... and {len(lines) - NAMED} more", file=sys.stderr)
         if args.output.exists() and any(args.output.iterdir()):
             raise ValueError(f"{args.output} is not empty: give a new folder")
         write_folder(source, args.output)
@@ -61,11 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for title, lines in (("", source.remarks), ("left out: ", source.left_out)):
-        for line in lines[:NAMED]:
-            print(f"{title}{line}", file=sys.stderr)
-        if len(lines) > NAMED:
-            print(f"{title}... and {len(lines) - NAMED} more", file=sys.stderr)
     print(f"{len(source.photos)} photographs are in {args.output}, {len(source.left_out)} were left out")
     print(f"Look at {args.output / 'check.jpg'}, then: train_net.py --config-file CONFIG --data {args.output}")
     return int(bool(source.left_out))

@@ -39,11 +39,9 @@ def use_folder(cfg: CfgNode, path: str | os.PathLike[str], reference: CfgNode, g
         if key not in given:
             cfg.merge_from_list([key, value])
     follow_batch(cfg, reference, given)
-    solver, count = cfg.SOLVER, len(folder.entries("train"))
-    logger.info(
-        f"SOLVER.MAX_ITER {solver.MAX_ITER} with batches of {solver.IMS_PER_BATCH} images: "
-        f"{solver.MAX_ITER * solver.IMS_PER_BATCH / count:.4g} times the {count} training images"
-    )
+    batches, size, count = cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, len(folder.entries("train"))
+    times = f"each of the {count} images to train on comes {batches * size / count:.4g} times"
+    logger.info(f"{batches} batches of {size} images (SOLVER.MAX_ITER, SOLVER.IMS_PER_BATCH): {times}")
 
 
 def register_configured(cfg: CfgNode) -> None:
@@ -60,7 +58,8 @@ def register_configured(cfg: CfgNode) -> None:
 def follow_batch(cfg: CfgNode, reference: CfgNode, given: Collection[str]) -> None:
     """Fit rate and schedule to another batch than that of ``reference`` by the linear rule (Goyal et al. 2017).
 
-    Twice the images of a batch: twice the rate, half the iterations. Steps stay at their part of all iterations.
+    Twice the images of a batch: twice the rate, half the iterations. Steps, warm-up and periods keep their part of all
+    iterations, also where these are given.
     """
     factor = cfg.SOLVER.IMS_PER_BATCH / reference.SOLVER.IMS_PER_BATCH
     changed = []
@@ -73,11 +72,15 @@ def follow_batch(cfg: CfgNode, reference: CfgNode, given: Collection[str]) -> No
             changed.append(f"{key} {old} becomes {value}")
 
     change("SOLVER.BASE_LR", float(f"{reference.SOLVER.BASE_LR * factor:.6g}"))
-    for key in ("SOLVER.MAX_ITER", "SOLVER.WARMUP_ITERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD"):
-        section, name = key.split(".")
-        change(key, round(reference[section][name] / factor))
+    change("SOLVER.MAX_ITER", max(round(reference.SOLVER.MAX_ITER / factor), 1))
     part = cfg.SOLVER.MAX_ITER / reference.SOLVER.MAX_ITER
     change("SOLVER.STEPS", tuple(round(step * part) for step in reference.SOLVER.STEPS))
+    change("SOLVER.WARMUP_ITERS", round(reference.SOLVER.WARMUP_ITERS * part))
+    for key, period in (
+        ("SOLVER.CHECKPOINT_PERIOD", reference.SOLVER.CHECKPOINT_PERIOD),
+        ("TEST.EVAL_PERIOD", reference.TEST.EVAL_PERIOD),
+    ):
+        change(key, max(round(period * part), 1) if period else 0)
     if changed:
         logger.info(
             f"the config is made for {reference.SOLVER.MAX_ITER} batches of {reference.SOLVER.IMS_PER_BATCH} images, "
