@@ -4,13 +4,14 @@ import base64
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from data_folders import restored_catalog
+from data_folders import restored_catalog, write_part
 from PIL import Image
 from tool_loader import load_tool
 
@@ -157,6 +158,16 @@ def test_masks(tmp_path: Path, form: str, make: Callable[[Path], None], capsys: 
     for masks in all_of(found).values():
         same(sorted(masks, key=lambda item: -item[1].sum()), ("cell", FIRST), ("cell", SECOND))
     assert "3 photographs are in" in capsys.readouterr().out
+
+
+def test_label_images_in_parts(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        photo(tmp_path / "in" / "images" / part / "a.png")
+        save(tmp_path / "in" / "masks" / part / "a.png", labels(SECOND, FIRST))
+    assert find_form(tmp_path / "in") == "labels"
+    _, found = run(tmp_path / "in", tmp_path / "out")
+    for part in ("train", "val"):
+        same(found[part]["a.png"], ("object", SECOND), ("object", FIRST))
 
 
 def test_cityscapes(tmp_path: Path) -> None:
@@ -342,6 +353,9 @@ def test_folders_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     refused("in: there is no such folder")
     photo(tmp_path / "in" / "images" / "a.png")
     refused("is of none of the known forms: masks, one file an object")
+    write_part(tmp_path / "in", "roboflow", "train", 1)
+    refused("in has COCO's format (Roboflow): give it to train_net.py --data as it is")
+    shutil.rmtree(tmp_path / "in" / "train")
     yolo(tmp_path / "in")
     labelme(tmp_path / "in" / "images" / "a.json", shape("cell", box(5, 5, 25, 25)))
     refused("may be of the forms yolo, labelme: choose one with --form")

@@ -1,8 +1,10 @@
 """From what other programs write to COCO's format: a function for each form of annotations."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+from querymask.common.data.annotations import AnnotationError
 from querymask.common.data.conversion.labelme import is_labelme, read_labelme
 from querymask.common.data.conversion.masks import (
     has_instance_ids,
@@ -14,6 +16,7 @@ from querymask.common.data.conversion.masks import (
 )
 from querymask.common.data.conversion.source import Photo, Source
 from querymask.common.data.conversion.yolo import is_yolo, read_yolo
+from querymask.common.data.folders import find_layout
 
 FORMS: dict[str, tuple[Callable[[Path], bool], Callable[[Path, str], Source]]] = {
     "masks": (has_object_masks, read_object_masks),
@@ -36,6 +39,9 @@ def find_form(folder: Path) -> str:
         return found[0]
     if found:
         raise ValueError(f"{folder} may be of the forms {', '.join(found)}: choose one with --form")
+    with suppress(AnnotationError):
+        name, _ = find_layout(folder)
+        raise ValueError(f"{folder} has COCO's format ({name}): give it to train_net.py --data as it is")
     raise ValueError(
         f"{folder} is of none of the known forms: masks, one file an object (NAME/images/*.png and NAME/masks/*.png, "
         "or images/NAME.png and masks/NAME/*.png), label images (images/NAME.png and masks/NAME.png), Cityscapes' "

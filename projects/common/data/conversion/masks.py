@@ -16,7 +16,7 @@ _PARTS = ("train", "val", "test")
 
 def has_object_masks(folder: Path) -> bool:
     """NAME/images/ and NAME/masks/ as in the Data Science Bowl of 2018, or images/ and masks/NAME/."""
-    return next(_object_masks(folder), None) is not None
+    return any(images for images, _ in _object_masks(folder))
 
 
 def read_object_masks(folder: Path, class_name: str) -> Source:
@@ -56,7 +56,10 @@ def _object_masks(folder: Path) -> Iterator[tuple[list[Path], Path]]:
 
 def has_label_images(folder: Path) -> bool:
     """images/ and, for photographs in it, images of the same names in masks/ or labels/."""
-    return bool((labels := _label_folder(folder)) and set(by_stem(image_files(labels), labels)) & _names(folder))
+    labels, photos = _label_folder(folder), folder / "images"
+    return labels is not None and bool(
+        by_stem(image_files(labels, deep=True), labels).keys() & by_stem(image_files(photos, deep=True), photos).keys()
+    )
 
 
 def read_label_images(folder: Path, class_name: str) -> Source:
@@ -88,10 +91,6 @@ def read_label_images(folder: Path, class_name: str) -> Source:
 
 def _label_folder(folder: Path) -> Path | None:
     return next((folder / name for name in ("masks", "labels") if (folder / name).is_dir()), None)
-
-
-def _names(folder: Path) -> set[str]:
-    return set(by_stem(image_files(folder / "images"), folder / "images"))
 
 
 def has_instance_ids(folder: Path) -> bool:
