@@ -70,6 +70,15 @@ def test_one_file_is_split_by_hashes(tmp_path: Path, place: str, log: pytest.Log
     assert "2 of 10 images, one of 5, chosen by the SHA-256 hashes of the file names" in log.text
 
 
+def test_split_counts_folders_as_part_of_the_name(tmp_path: Path) -> None:
+    names = [f"camera{i}/1.png" for i in range(10)]
+    for name in names:
+        save_photo(tmp_path / "own" / name)
+    (tmp_path / "own" / "all.json").write_text(json.dumps(content(names)))
+    register_folder(tmp_path / "own")
+    assert [len(read_dataset(f"own_{part}")) for part in ("train", "val")] == [8, 2]
+
+
 def test_split_depends_on_names_alone() -> None:
     names = [f"{i}.jpg" for i in range(50)]
     assert choose_kept_out(names) == choose_kept_out(names[::-1]) and len(choose_kept_out(names)) == 10

@@ -10,6 +10,7 @@
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from querymask.common.data.annotations import AnnotationError, clean_coco, coco_entries, read_json
+from querymask.common.data.annotations.dictionaries import CheckedEntries
 from querymask.common.data.annotations.reader import Content
 from querymask.common.data.image_files import find_file
 
@@ -113,7 +115,7 @@ class DataFolder:
                 for entry in entries[part]:
                     del entry["annotations"]
         if len(entries) == 1:
-            entries = self._split(*entries.values())
+            entries = self._split(*entries.values(), *roots.values())
         counts = ", ".join(f"{len(found)} images in {self.names[part]}" for part, found in entries.items())
         shown = ", ".join([*names.values()][:12])
         logger.info(f"{self.path} ({self._layout}): {counts}; {len(names)} classes: {shown}")
@@ -141,12 +143,13 @@ class DataFolder:
             logger.info(f"{self.path}: category 0, {found.pop(0)!r}, stands for all others, and is no class")
         return {key: found[key] for key in sorted(found)}
 
-    def _split(self, entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    def _split(self, entries: list[dict[str, Any]], root: Path) -> dict[str, list[dict[str, Any]]]:
         """Two parts of one: a part of the photographs, chosen by the hashes of their names, is kept out of training."""
-        kept_out = choose_kept_out(Path(entry["file_name"]).name for entry in entries)
-        parts: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
-        for entry in entries:
-            parts["val" if Path(entry["file_name"]).name in kept_out else "train"].append(entry)
+        names = [Path(os.path.relpath(entry["file_name"], root)).as_posix() for entry in entries]
+        kept_out = choose_kept_out(names)
+        parts: dict[str, list[dict[str, Any]]] = {"train": CheckedEntries(), "val": CheckedEntries()}
+        for entry, name in zip(entries, names):
+            parts["val" if name in kept_out else "train"].append(entry)
         if not parts["val"]:
             raise AnnotationError(f"{self.path}: one photograph cannot be split in two to train and to evaluate on.")
         logger.warning(
@@ -154,7 +157,7 @@ class DataFolder:
             f"chosen by the SHA-256 hashes of the file names, the same in every run, are kept out of training as "
             f"{self.names['val']}"
         )
-        return {part: type(entries)(found) for part, found in parts.items()}  # they stay checked entries
+        return parts
 
 
 def register_folder(path: str | Path) -> DataFolder:
