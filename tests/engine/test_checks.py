@@ -1,6 +1,7 @@
 """Wrong class counts and checkpoints that do not fit stop a run at once, with the numbers."""
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,9 +9,13 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from tiny_configs import tiny_config
 
 from querymask import get_cfg
+from querymask.common.checkpoint import Options, recognise
 from querymask.common.engine import StrictCheckpointer, Trainer, check_num_classes, num_classes_key
+from querymask.common.engine.checkpointer import class_tensors
+from querymask.common.measured_models import build_on_meta
 
 
 @pytest.mark.parametrize(
@@ -114,6 +119,21 @@ def test_training_starts_from_weights_of_other_classes(
         assert torch.equal(value, before[key] if left_out else content["model"][key]), key
     of = "the classes tall, wide" if names else "other classes"
     assert (f"other.pth is of {of}, the model of wide, tall: 2 tensors that depend" in caplog.text) != kept
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["solq/solq_shapes", "isda/isda_shapes", "istr/istr_shapes", "effseg/effseg_shapes", "effseg/mask_rcnn_shapes"],
+)
+def test_tensors_that_depend_on_the_classes(name: str) -> None:
+    """They are those that the conversion of checkpoints leaves out by their names."""
+    cfg = tiny_config(name)
+    model = build_on_meta(cfg)
+    key = num_classes_key(cfg)
+    assert key is not None
+    format = recognise(model.state_dict())
+    pattern = format.new_keys(Options(drop_classes=True))
+    assert class_tensors(cfg, key, model) == [key for key in model.state_dict() if re.search(pattern, key)] != []
 
 
 def test_checkpoint_of_another_width(cfg: CfgNode, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from fvcore.common.checkpoint import _filter_reused_missing_keys
+from torch import nn
 
 from querymask.common.checkpoint import MODEL_KEYS, CheckpointError, read_content
 from querymask.common.engine.checks import get_key, num_classes_key
@@ -146,11 +147,7 @@ class StrictCheckpointer(DetectionCheckpointer):
         misfits = {name for name in common if tuple(state[places[name]].shape) != tuple(model[name].shape)}
         if key is None or not (misfits or (names and present and not same_names(names, present))):
             return
-        other = self._cfg.clone()
-        other.defrost()
-        other.merge_from_list([key, get_key(other, key) + 1])
-        larger = build_on_meta(other).state_dict()
-        heads = [name for name in common if larger[name].shape != model[name].shape]
+        heads = [name for name in class_tensors(self._cfg, key, self.model) if name in places]
         frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
         if not heads or misfits.difference(heads) or frozen.intersection(heads):
             return
@@ -210,6 +207,15 @@ class StrictCheckpointer(DetectionCheckpointer):
             f"The file has {in_file} classes, {key} is {classes}. Set {key} {in_file} for the file's own classes. "
             "Training on others may start from it: its class head is left out then, unless it is frozen"
         )
+
+
+def class_tensors(cfg: CfgNode, key: str, model: nn.Module) -> list[str]:
+    """Names of the tensors of the config's model whose shapes depend on the number of classes, the value of ``key``."""
+    other = cfg.clone()
+    other.defrost()
+    other.merge_from_list([key, get_key(cfg, key) + 1])
+    larger = build_on_meta(other).state_dict()
+    return [name for name, tensor in model.state_dict().items() if larger[name].shape != tensor.shape]
 
 
 def find_checkpoint(folder: str | os.PathLike[str]) -> str:
