@@ -1,11 +1,13 @@
 """Detect and draw: images, folders, patterns, a video or a webcam, with any config and checkpoint.
 
+    python demo.py --run FOLDER --input a.jpg folder "holiday/*.png" --output FOLDER
     python demo.py --config-file FILE --input a.jpg folder "holiday/*.png" --output FOLDER --opts MODEL.WEIGHTS FILE
     python demo.py --config-file FILE --test-images 8 --output FOLDER --opts MODEL.WEIGHTS FILE
     python demo.py --config-file FILE --video-input FILE --output FILE.mp4 --opts MODEL.WEIGHTS FILE
     python demo.py --config-file FILE --webcam --opts MODEL.WEIGHTS FILE
 
-Without --output, pictures are shown in a window. Pictures have at most 1280 pixels on their longer side. --view shows
+--run takes config and weights of a training run: its best checkpoint where one was kept, else its last. Without
+--output, pictures are shown in a window. Pictures have at most 1280 pixels on their longer side. --view shows
 what goes on inside a method: reference_points (ISDA), stages (ISTR), coefficients (SOLQ), refinement (EffSeg). Files
 that cannot be read or drawn are reported and left out; the exit status is 1 if there were any.
 """
@@ -24,16 +26,14 @@ from detectron2.config import CfgNode
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from querymask.command_line import load_config, make_parser
+from querymask.command_line import add_data, load_config, load_run, make_parser
 from querymask.common.data.annotations import read_dataset
-from querymask.common.data.image_files import ImageFileError, ImageReader, find_file
+from querymask.common.data.image_files import IMAGE_ENDINGS, ImageFileError, ImageReader, find_file
 from querymask.common.fonts import set_font
 from querymask.common.predictor import Predictor
 from querymask.common.views import choose_view, find_views
 from querymask.common.visualization import PictureNames, draw_instances, write_image
 
-ENDINGS = set(".avif .bmp .gif .heic .heif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
-"""Of files of a folder that are taken for images."""
 WINDOW = "QueryMask (q: quit)"
 Draw = Callable[[np.ndarray], np.ndarray]
 
@@ -41,7 +41,10 @@ Draw = Callable[[np.ndarray], np.ndarray]
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser(__doc__)
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--config-file", metavar="FILE")
+    model.add_argument("--run", metavar="FOLDER", help="OUTPUT_DIR of a training run")
+    add_data(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", metavar="PATH", help="images, folders of images, or patterns in quotes")
     source.add_argument("--test-images", type=int, metavar="N", help="the first images of DATASETS.TEST")
@@ -80,7 +83,7 @@ def find_images(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:
         path = Path(text)
         try:
             if path.is_dir():
-                found = sorted(f for f in path.iterdir() if f.suffix.lower() in ENDINGS and not f.is_dir())
+                found = sorted(f for f in path.iterdir() if f.suffix.lower() in IMAGE_ENDINGS and not f.is_dir())
             else:
                 found = _file(text) or sorted(map(Path, glob.glob(text, recursive=True)))
         except OSError as error:
@@ -190,7 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit status."""
     args = parse_arguments(arguments)
     try:
-        cfg = load_config(args.config_file, args.opts)
+        load, source = (load_run, args.run) if args.run else (load_config, args.config_file)
+        cfg = load(source, args.opts, data=args.data)
         if args.test_images is not None:
             args.input = [entry["file_name"] for entry in read_dataset(cfg.DATASETS.TEST[0])[: args.test_images]]
         set_font(cfg.VIS_FONT)

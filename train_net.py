@@ -1,6 +1,6 @@
 """Train or evaluate a model, alone or in several processes.
 
-python train_net.py --config-file FILE [--resume | --eval-only] [--num-gpus N] [KEY VALUE ...]
+python train_net.py --config-file FILE [--data FOLDER] [--resume | --eval-only] [--num-gpus N] [KEY VALUE ...]
 python train_net.py --config-file FILE --eval-only --results FILE [KEY VALUE ...]
 torchrun --nproc-per-node N train_net.py --config-file FILE ...
 """
@@ -9,13 +9,14 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from querymask.command_line import load_config
-from querymask.common.engine import Trainer, default_argument_parser, default_setup, launch
+from querymask.command_line import add_data, load_config
+from querymask.common.engine import Trainer, default_argument_parser, default_setup, first_rank, launch
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line: Detectron2's arguments, and --results."""
+    """Read the command line: Detectron2's arguments, --data and --results."""
     parser = default_argument_parser()
+    add_data(parser)
     parser.add_argument("--results", metavar="FILE", help="with --eval-only: evaluate this result file, not a model")
     args = parser.parse_args(arguments)
     if args.results and not args.eval_only:
@@ -25,7 +26,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def setup(args: argparse.Namespace) -> Any:
     """The config of the run: that of the file, with the KEY VALUE pairs of the command line."""
-    cfg = load_config(args.config_file, args.opts)
+    rank = first_rank(args.num_gpus, args.machine_rank)
+    cfg = load_config(args.config_file, args.opts, data=args.data, log_rank=rank)
     cfg.freeze()
     return cfg
 

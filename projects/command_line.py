@@ -27,22 +27,44 @@ def add_config(parser: argparse.ArgumentParser, description: str | None = None) 
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
 
 
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """The option that names a folder of own data, for ``load_config``."""
+    parser.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="train and evaluate on this folder, whose classes the model gets (docs/your_own_data.md)",
+    )
+
+
 def load_config(
-    file: str | os.PathLike[str] | None, overrides: Sequence[Any] = (), device: str | None = None
+    file: str | os.PathLike[str] | None,
+    overrides: Sequence[Any] = (),
+    device: str | None = None,
+    data: str | None = None,
+    log_rank: int | None = None,
 ) -> "CfgNode":
     """The config of a file (None: the defaults) with its overrides.
 
     Args:
         overrides: keys and values in turn.
         device: ``MODEL.DEVICE``; where it is not given, the config's own, or "cpu" without a GPU.
+        data: a folder of own data, from which data sets, classes and schedule follow where no override says them.
+        log_rank: with ``data``: start the log of a run before, as the process of this rank.
     """
-    from querymask.common.engine import choose_device
+    from querymask.common.engine import choose_device, register_configured, start_log, use_folder
     from querymask.config import get_cfg
 
     cfg = get_cfg()
     if file:
         cfg.merge_from_file(os.fspath(file))
+    reference = cfg.clone()
     cfg.merge_from_list(list(overrides))
+    if data is None:
+        register_configured(cfg)
+    else:
+        if log_rank is not None:
+            start_log(cfg, log_rank)
+        use_folder(cfg, data, reference, overrides[::2])
     if device is None:
         choose_device(cfg)
     else:
@@ -50,8 +72,28 @@ def load_config(
     return cfg
 
 
+def load_run(folder: str | os.PathLike[str], overrides: Sequence[Any] = (), data: str | None = None) -> "CfgNode":
+    """The config of a training run with its best checkpoint, where one was kept, else its last.
+
+    Args:
+        folder: OUTPUT_DIR of the run.
+
+    Raises:
+        FileNotFoundError: it has no config or no checkpoint.
+    """
+    from querymask.common.engine import find_checkpoint
+
+    config = Path(folder, "config.yaml")
+    if not config.is_file():
+        raise FileNotFoundError(f"{folder} has no config.yaml: give the OUTPUT_DIR of a training run")
+    # The mask basis is in the checkpoint
+    own = ["MODEL.WEIGHTS", find_checkpoint(folder), "MODEL.MASK_CODING.BASIS", ""]
+    return load_config(config, [*own, *overrides], data=data)
+
+
 def add_images(parser: argparse.ArgumentParser, images: str = "the first N images of DATASETS.TEST") -> None:
     """Options that choose what ``read_images`` gives; ``check_images`` refuses contradictions."""
+    add_data(parser)
     parser.add_argument("--num-images", type=int, metavar="N", help=images)
     parser.add_argument("--height", type=int, metavar="H", help="rows of an image of random pixels")
     parser.add_argument("--width", type=int, metavar="W", help="columns of it")
@@ -126,7 +168,12 @@ def markdown_table(rows: Iterable[Sequence[str]], headers: Sequence[str]) -> str
 
 def add_masks(parser: argparse.ArgumentParser, ending: str, size: int) -> None:
     """Options of scripts that learn from the masks of data sets: which, of what size, how many, and the result."""
-    parser.add_argument("--train", nargs="+", required=True, metavar="NAME", help="registered data sets to learn from")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--train", nargs="+", metavar="NAME", help="registered data sets to learn from")
+    source.add_argument(
+        "--data", metavar="FOLDER", help="learn from this folder (docs/your_own_data.md) and test on it"
+    )
+    parser.add_argument("--test", nargs="+", default=[], metavar="NAME", help="data sets to test the result on")
     parser.add_argument(
         "--output", required=True, type=file_ending(ending), metavar=f"FILE{ending}", help="the file to write"
     )
@@ -135,6 +182,17 @@ def add_masks(parser: argparse.ArgumentParser, ending: str, size: int) -> None:
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="use the first N masks of a split (0: all)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (0)")
     parser.add_argument("--workers", type=int, default=0, help="processes that rasterise masks (0: this one)")
+
+
+def parse_masks(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read a command line with the options of ``add_masks``; ``train`` and ``test`` are names where --data is given."""
+    from querymask.common.data.folders import register_folder
+
+    args = parser.parse_args(arguments)
+    if args.data:
+        folder = register_folder(args.data)
+        args.train, args.test = [folder.names["train"]], args.test or [folder.evaluated]
+    return args
 
 
 def file_ending(ending: str) -> Callable[[str], Path]:

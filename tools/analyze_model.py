@@ -46,10 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the analysis; returns the exit status."""
     args = parse_arguments(arguments)
     if args.parameters_only:
-        model = build_on_meta(load_config(args.config_file, args.opts, "meta"))
+        model = build_on_meta(load_config(args.config_file, args.opts, "meta", data=args.data))
         print(parameter_table(count_parameters(model), args.depth))
         return 0
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, data=args.data)
     model = build_model(cfg)
     print(parameter_table(count_parameters(model), args.depth))
     if args.load_weights:

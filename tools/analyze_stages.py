@@ -23,7 +23,7 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
-from querymask.command_line import add_config, load_config, make_parser
+from querymask.command_line import add_config, add_data, load_config, make_parser
 from querymask.common.data.annotations import read_dataset
 from querymask.common.data.image_files import ImageReader
 from querymask.common.engine import Trainer
@@ -43,6 +43,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Read the command line."""
     parser = make_parser(__doc__)
     add_config(parser, "config of an ISTR")
+    add_data(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where results go")
     parser.add_argument("--images", type=int, default=0, metavar="N", help="evaluate the first N images only (0: all)")
     parser.add_argument("--pictures", type=int, default=4, metavar="N", help="draw the first N images (4)")
@@ -53,7 +54,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> Results:
     """Evaluate, write and draw; returns AP by task, of every stage."""
     args = parse_arguments(arguments)
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, data=args.data)
     if cfg.MODEL.META_ARCHITECTURE != "ISTR":
         raise SystemExit(f"{args.config_file} is a {cfg.MODEL.META_ARCHITECTURE}: only ISTR has refinement stages")
     dataset = cfg.DATASETS.TEST[0]

@@ -143,7 +143,7 @@ def measure_alone(path: Path, args: argparse.Namespace) -> Result:
         SystemExit: the process failed, after saying why.
     """
     options = [f"--detections={args.detections}", f"--regions={args.regions}", f"--repeat={args.repeat}"]
-    for name in ("num_images", "height", "width"):
+    for name in ("data", "num_images", "height", "width"):
         if getattr(args, name) is not None:
             options.append(f"--{name.replace('_', '-')}={getattr(args, name)}")
     options += ["--load-weights"] if args.load_weights else []
@@ -163,7 +163,7 @@ def measure_config(path: Path, args: argparse.Namespace) -> Result:
     Raises:
         ValueError: more regions are asked for than EffSeg has queries.
     """
-    cfg = load_config(path, ["TEST.DETECTIONS_PER_IMAGE", args.detections, *args.opts])
+    cfg = load_config(path, ["TEST.DETECTIONS_PER_IMAGE", args.detections, *args.opts], data=args.data)
     model = random_model(cfg).eval()
     if args.load_weights:
         StrictCheckpointer(model, cfg=cfg, complete=True).load(cfg.MODEL.WEIGHTS)

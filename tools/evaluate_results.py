@@ -18,6 +18,7 @@ import querymask  # isort: skip  (before Detectron2: makes it importable)  # noq
 
 from querymask.command_line import make_parser
 from querymask.common.data.annotations import read_coco
+from querymask.common.data.folders import register_folder
 from querymask.common.engine.checks import dataset_classes
 from querymask.common.evaluation import lvis, scores
 from querymask.common.evaluation.report import results_table
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("results", metavar="FILE", help="detections in COCO's result format")
     truth = parser.add_mutually_exclusive_group(required=True)
     truth.add_argument("--dataset", metavar="NAME", help="registered data set of the results")
+    truth.add_argument("--data", metavar="FOLDER", help="folder of own data (docs/your_own_data.md)")
     truth.add_argument("--annotations", metavar="FILE", help="its annotation file in COCO's format instead")
     parser.add_argument("--lvis", metavar="FILE", help="annotation file of LVIS: gives mask* and boundary*")
     parser.add_argument("--no-boundary", action="store_true", help="boxes and masks only")
@@ -47,8 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--max-detections must be at least 1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        name = args.dataset or register_annotations(args.annotations)
-        if args.dataset:
+        if args.annotations:
+            name = register_annotations(args.annotations)
+        else:
+            name = args.dataset or register_folder(args.data).evaluated
             dataset_classes(name)  # an error for a name that is not registered
         found = evaluate_results(args.results, name, not args.no_boundary, args.max_detections or scores.MAX_DETECTIONS)
         if args.lvis:

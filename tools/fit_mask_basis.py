@@ -1,6 +1,7 @@
 """Learn the basis of a mask coding from the annotations of a data set: principal components, or a dictionary.
 
     python tools/fit_mask_basis.py --train coco_2017_train --test coco_2017_val --output weights/pca_28_60.npz
+    python tools/fit_mask_basis.py --data FOLDER --output weights/pca_28_60.npz
     python tools/fit_mask_basis.py --method sparse --train coco_2017_train --output weights/sparse_28_256.npz
 
 Writes the basis, for MODEL.MASK_CODING.BASIS, with its statistics, and draws beside it the first components or atoms,
@@ -21,7 +22,7 @@ import querymask  # noqa: F401  before Detectron2, which it makes importable on 
 import matplotlib
 import numpy as np
 
-from querymask.command_line import add_masks, make_parser
+from querymask.command_line import add_masks, make_parser, parse_masks
 from querymask.common.data.mask_crops import MaskCrops
 from querymask.common.mask_coding import MaskCoding, PCABasis, PCAMaskCoding, SparseBasis, SparseMaskCoding
 from querymask.common.mask_coding.fitting import fit_dictionary, fit_pca_basis, reconstruction_quality
@@ -41,14 +42,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--method", choices=sorted(DEFAULT_LENGTHS), default="pca", help="principal components (pca) or a dictionary"
     )
     add_masks(parser, ending=".npz", size=28)
-    parser.add_argument("--test", nargs="*", default=[], metavar="NAME", help="data sets to evaluate the basis on")
     parser.add_argument(
         "--components", type=int, metavar="K", help="length of the vectors: components (60), or atoms (256)"
     )
     parser.add_argument(
         "--penalty", type=float, default=1.0, metavar="BETA", help="sparse: weight of the sum of absolute entries (1)"
     )
-    args = parser.parse_args(arguments)
+    args = parse_masks(parser, arguments)
     if args.components is None:
         args.components = DEFAULT_LENGTHS[args.method]
     return args

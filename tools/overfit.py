@@ -1,4 +1,4 @@
-"""Overfit a few images of a data set: python tools/overfit.py --config-file FILE [--num-images 4] [KEY VALUE ...].
+"""Overfit a few images of a data set: python tools/overfit.py --config-file FILE [--data FOLDER] [--num-images 4].
 
 A check of a whole set-up, from photographs to AP: a model that cannot learn a handful of images by heart has a broken
 path somewhere. The images are the first of ``DATASETS.TRAIN`` with annotations, without augmentation, and the model is
@@ -14,7 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from querymask.command_line import add_config, load_config, make_parser
+from querymask.command_line import add_config, add_data, load_config, make_parser
 from querymask.common.engine import Trainer, default_setup
 from querymask.common.engine.checks import dataset_classes
 from querymask.common.evaluation.truth import dataset_truth
@@ -49,7 +49,7 @@ def register_first_images(name: str, count: int, folder: Path) -> str:
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """The config with the small data set, its image size and no augmentation."""
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, data=args.data, log_rank=0)
     name = register_first_images(cfg.DATASETS.TRAIN[0], args.num_images, Path(cfg.OUTPUT_DIR))
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
     cfg.INPUT.MIN_SIZE_TRAIN = (cfg.INPUT.MIN_SIZE_TEST,)
@@ -64,6 +64,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
 def main() -> None:
     parser = make_parser(__doc__)
     add_config(parser, "the config to check")
+    add_data(parser)
     parser.add_argument("--num-images", type=int, default=4, help="images to learn, all in one batch (default: 4)")
     args = parser.parse_intermixed_args()
     cfg = setup(args)

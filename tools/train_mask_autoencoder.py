@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from querymask.command_line import add_masks, make_parser
+from querymask.command_line import add_masks, make_parser, parse_masks
 from querymask.common.data.mask_crops import MaskCrops
 from querymask.common.mask_coding.fitting import fit_autoencoder
 
@@ -20,11 +20,12 @@ def main(arguments: Sequence[str] | None = None) -> float:
     """Train and write; returns the best IoU."""
     parser = make_parser(__doc__)
     add_masks(parser, ending=".pth", size=112)
-    parser.add_argument("--test", nargs="+", required=True, metavar="NAME", help="data sets that choose the epoch")
     parser.add_argument("--length", type=int, default=256, metavar="K", help="entries of the vectors (256)")
     parser.add_argument("--epochs", type=int, default=30, help="(30)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(arguments)
+    args = parse_masks(parser, arguments)
+    if not args.test:
+        parser.error("--test names the data sets that choose the epoch")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     train = MaskCrops(args.train, args.mask_size, args.limit)
     test = MaskCrops(args.test, args.mask_size, args.limit)

@@ -12,6 +12,9 @@ def add_common_config(cfg: CfgNode) -> None:
     cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
     cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
 
+    # A folder of photographs with annotations, whose data sets TRAIN and TEST may name (--data sets all three)
+    cfg.DATASETS.FOLDER = ""
+
     # The values [low, high] of 16-bit and float images that become black and white; such images are refused where it is
     # empty. It has no effect on images of 8 bits
     cfg.INPUT.PIXEL_RANGE = []

@@ -116,10 +116,10 @@ def test_balloon(tmp_path, names):
 
 
 def test_example_of_the_documentation(tmp_path, names, monkeypatch):
-    """Runs the example of docs/data.md as it is there, with a trainer that only reads the data."""
-    text = (REPOSITORY / "docs" / "data.md").read_text()
+    """Runs the example of docs/your_own_data.md as it is there, with a trainer that only reads the data."""
+    text = (REPOSITORY / "docs" / "your_own_data.md").read_text()
     (example,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "fruit" in block]
-    assert example.startswith("from querymask import")  # applies the shims, without which Detectron2 0.5 fails
+    assert example.startswith("from querymask")  # applies the shims, without which Detectron2 0.5 fails
     (tmp_path / "example.py").write_text(example)
     (tmp_path / "projects").symlink_to(REPOSITORY / "projects")
     for split in ("train", "val"):

@@ -1,6 +1,7 @@
 """Wrong class counts and checkpoints that do not fit stop a run at once, with the numbers."""
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,9 +9,13 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from tiny_configs import tiny_config
 
 from querymask import get_cfg
+from querymask.common.checkpoint import Options, recognise
 from querymask.common.engine import StrictCheckpointer, Trainer, check_num_classes, num_classes_key
+from querymask.common.engine.checkpointer import class_tensors
+from querymask.common.measured_models import build_on_meta
 
 
 @pytest.mark.parametrize(
@@ -80,16 +85,55 @@ def checkpoint(cfg: CfgNode, path: Path, **changes: int) -> str:
 
 
 def test_checkpoint_with_another_class_head(cfg: CfgNode, tmp_path: Path) -> None:
+    """Evaluation refuses it, and so does training where the head is frozen."""
     cfg.MODEL.WEIGHTS = checkpoint(cfg, tmp_path / "coco.pth", NUM_CLASSES=80)
     cfg.DATASETS.TEST = ("engine_val",)
     message = (
         r"(?s)coco\.pth does not fit.*detector\.class_embed\.0\.weight: \(80, 64\) in the file, \(2, 64\) in the.*"
-        r"file has 80 classes, MODEL\.SOLQ\.NUM_CLASSES is 2\. Set MODEL\.SOLQ\.NUM_CLASSES 80.*--drop-classes"
+        r"file has 80 classes, MODEL\.SOLQ\.NUM_CLASSES is 2\. Set MODEL\.SOLQ\.NUM_CLASSES 80.*left out then"
     )
     with pytest.raises(ValueError, match=message):
-        Trainer(cfg).resume_or_load(resume=False)
-    with pytest.raises(ValueError, match=message):
         Trainer.evaluate(cfg)
+    cfg.MODEL.MASK_BRANCH.FREEZE_DETECTOR = True
+    with pytest.raises(ValueError, match=message):
+        Trainer(cfg).resume_or_load(resume=False)
+
+
+@pytest.mark.parametrize("names", [(), ("tall", "wide"), ("Wide", "tall ")])
+def test_training_starts_from_weights_of_other_classes(
+    cfg: CfgNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, names: tuple
+) -> None:
+    """Layers of another size are left out, and those of the same size if the names say that the classes are others."""
+    path = Path(checkpoint(cfg, tmp_path / "other.pth", **({} if names else {"NUM_CLASSES": 80})))
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "class_names": list(names)}, path)
+    cfg.MODEL.WEIGHTS = str(path)
+    trainer = Trainer(cfg)
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    monkeypatch.setattr(logging.getLogger("querymask"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("fvcore"), "propagate", True)
+    trainer.resume_or_load(resume=False)
+    kept = names == ("Wide", "tall ")
+    for key, value in trainer.model.state_dict().items():
+        left_out = not kept and "class_embed" in key
+        assert torch.equal(value, before[key] if left_out else content["model"][key]), key
+    of = "the classes tall, wide" if names else "other classes"
+    assert (f"other.pth is of {of}, the model of wide, tall: 2 tensors that depend" in caplog.text) != kept
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["solq/solq_shapes", "isda/isda_shapes", "istr/istr_shapes", "effseg/effseg_shapes", "effseg/mask_rcnn_shapes"],
+)
+def test_tensors_that_depend_on_the_classes(name: str) -> None:
+    """They are those that the conversion of checkpoints leaves out by their names."""
+    cfg = tiny_config(name)
+    model = build_on_meta(cfg)
+    key = num_classes_key(cfg)
+    assert key is not None
+    format = recognise(model.state_dict())
+    pattern = format.new_keys(Options(drop_classes=True))
+    assert class_tensors(cfg, key, model) == [key for key in model.state_dict() if re.search(pattern, key)] != []
 
 
 def test_checkpoint_of_another_width(cfg: CfgNode, tmp_path: Path) -> None:

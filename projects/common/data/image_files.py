@@ -17,6 +17,8 @@ from querymask.common.data.deep_images import deep_samples, sample_layout, white
 
 logger = logging.getLogger(__name__)
 
+IMAGE_ENDINGS = set(".avif .bmp .gif .heic .heif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
+"""Of files of a folder that are taken for images."""
 ORIENTATION = 274
 """EXIF's (and TIFF's) tag of the orientation, 1 to 8: 1 is upright, 5 to 8 exchange width and height."""
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,13 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from fvcore.common.checkpoint import _filter_reused_missing_keys
+from torch import nn
 
 from querymask.common.checkpoint import MODEL_KEYS, CheckpointError, read_content
 from querymask.common.engine.averaging import WeightAverage
 from querymask.common.engine.checks import get_key, num_classes_key
+from querymask.common.engine.class_names import same_names, shown
+from querymask.common.measured_models import build_on_meta
 from querymask.common.meta_arch import QuerySegmenter
 
 SHOWN = 4
@@ -25,7 +29,8 @@ class StrictCheckpointer(DetectionCheckpointer):
 
     - A file of which nothing fits the model, and tensors of other shapes, are errors.
     - Files are read as ``querymask.common.checkpoint.read_content`` does: nothing in them is run.
-    - Checkpoints keep the names of the classes, ``MODEL.CLASS_NAMES``.
+    - Checkpoints keep the names of the classes, ``MODEL.CLASS_NAMES``. Where training starts from weights of other
+      classes, all that depends on the number of classes is left out, with a line.
 
     Args:
         cfg: names the class-count key in messages, and gives the names of the classes.
@@ -55,6 +60,7 @@ class StrictCheckpointer(DetectionCheckpointer):
         self.file = ""
         self._entries: set[str] = set()
         self._keys: list[str] = []
+        self._resuming = False
 
     def save(self, name: str, **kwargs: Any) -> None:
         with nullcontext() if self._average is None else self._average.applied():
@@ -74,6 +80,7 @@ class StrictCheckpointer(DetectionCheckpointer):
         self.file = path
         self._find(path)
         self._entries = set()
+        self._resuming = checkpointables is None
         rest = super().load(path, checkpointables)
         missing = [key for key in self.checkpointables if checkpointables is None and key not in self._entries]
         if missing:
@@ -134,10 +141,35 @@ class StrictCheckpointer(DetectionCheckpointer):
         return content
 
     def _load_model(self, checkpoint: Any) -> Any:
+        if not (self._complete or self._resuming):
+            self._leave_other_classes_out(checkpoint)
         incompatible = super()._load_model(checkpoint)
         if incompatible.incorrect_shapes:
             raise ValueError(self._mismatch(incompatible.incorrect_shapes))
         return incompatible
+
+    def _leave_other_classes_out(self, checkpoint: dict[str, Any]) -> None:
+        """Take what depends on the number of classes out of a file of other classes, unless the model has it frozen."""
+        key, state, model = num_classes_key(self._cfg), checkpoint["model"], self.model.state_dict()
+        names, present = (
+            [str(n) for n in x or ()] for x in (checkpoint.get("class_names"), self._cfg.MODEL.CLASS_NAMES)
+        )
+        places = {name.removeprefix("module."): name for name in state}
+        common = [name for name in model if name in places]
+        misfits = {name for name in common if tuple(state[places[name]].shape) != tuple(model[name].shape)}
+        if key is None or not (misfits or (names and present and not same_names(names, present))):
+            return
+        heads = [name for name in class_tensors(self._cfg, key, self.model) if name in places]
+        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        if not heads or misfits.difference(heads) or frozen.intersection(heads):
+            return
+        for name in heads:
+            del state[places[name]]
+        self.logger.warning(
+            f"{self.file} is of {f'the classes {shown(names)}' if names else 'other classes'}, the model of "
+            f"{shown(present) or f'{get_key(self._cfg, key)} others'}: {len(heads)} tensors that depend on the classes "
+            f"are left out and learned anew ({_shown(heads)})"
+        )
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         """Say how much of the model the file has; refuse a file of which nothing or, in evaluation, not all fits."""
@@ -184,9 +216,32 @@ class StrictCheckpointer(DetectionCheckpointer):
             return message + remedy
         in_file = next(file[0] for _, file, _ in shapes)
         return message + (
-            f"The file has {in_file} classes, {key} is {classes}. Set {key} {in_file} for the file's own classes. To "
-            "train on others from it, leave its class head out with tools/convert_checkpoint.py --drop-classes"
+            f"The file has {in_file} classes, {key} is {classes}. Set {key} {in_file} for the file's own classes. "
+            "Training on others may start from it: its class head is left out then, unless it is frozen"
         )
+
+
+def class_tensors(cfg: CfgNode, key: str, model: nn.Module) -> list[str]:
+    """Names of the tensors of the config's model whose shapes depend on the number of classes, the value of ``key``."""
+    other = cfg.clone()
+    other.defrost()
+    other.merge_from_list([key, get_key(cfg, key) + 1])
+    larger = build_on_meta(other).state_dict()
+    return [name for name, tensor in model.state_dict().items() if larger[name].shape != tensor.shape]
+
+
+def find_checkpoint(folder: str | os.PathLike[str]) -> str:
+    """The file of a run's best checkpoint where one was kept (``model_best.pth``), else of its last.
+
+    Raises:
+        FileNotFoundError: the folder has none.
+    """
+    best, last = Path(folder, "model_best.pth"), Path(folder, "last_checkpoint")
+    if best.is_file():
+        return str(best)
+    if not last.is_file():
+        raise FileNotFoundError(f"{folder} has no checkpoint: neither {best.name} nor {last.name} is there")
+    return str(Path(folder, last.read_text().strip()))
 
 
 def _shown(keys: list[str]) -> str:

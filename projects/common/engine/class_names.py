@@ -55,6 +55,11 @@ def check_class_names(names: Sequence[str], source: str, dataset_name: str, warn
         logger.warning(f"the classes of the model are not those of the data set: {both}")
 
 
+def same_names(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether classes are the same at the same places, but for capitals."""
+    return [_spelling(name) for name in names] == [_spelling(name) for name in others]
+
+
 def _spelling(name: str) -> str:
     return str(name).strip().casefold()
 

@@ -66,6 +66,13 @@ def launch(
     mp.spawn(_spawned, (main, args, first), nprocs=num_processes)
 
 
+def first_rank(num_processes: int, machine_rank: int) -> int:
+    """The rank of this process where torchrun has started it, else of the first that ``launch`` will start here."""
+    if all(name in os.environ for name in TORCHRUN_VARIABLES):
+        return int(os.environ["RANK"])
+    return machine_rank * num_processes
+
+
 def _spawned(local_rank: int, main: Callable[..., Any], args: tuple[Any, ...], first: Place) -> None:
     if first.device == "cpu":  # else every process takes all cores; torchrun limits them by OMP_NUM_THREADS
         torch.set_num_threads(max(1, torch.get_num_threads() // first.local_size))

@@ -14,6 +14,7 @@ from detectron2.utils.logger import setup_logger
 
 import querymask
 from querymask.common.engine.class_names import choose_class_names
+from querymask.common.engine.own_data import register_configured
 from querymask.common.engine.sampling import START, mix_seed, seed_everything
 from querymask.common.fonts import set_font
 from querymask.common.precision import autocast_dtype
@@ -26,6 +27,12 @@ def choose_device(cfg: CfgNode) -> None:
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         print(f"No GPU found: MODEL.DEVICE {cfg.MODEL.DEVICE} becomes cpu", flush=True)
         cfg.MODEL.DEVICE = "cpu"
+
+
+def start_log(cfg: CfgNode, rank: int) -> None:
+    """Write to the terminal and to ``log.txt`` in ``OUTPUT_DIR``, from the process of rank 0; others to own files."""
+    for name in ("fvcore", "querymask", "detectron2"):
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
 
 
 def choose_seed(cfg: CfgNode) -> None:
@@ -53,8 +60,8 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     rank = comm.get_rank()
     if comm.is_main_process():
         PathManager.mkdirs(cfg.OUTPUT_DIR)
-    for name in ("fvcore", "querymask", "detectron2"):
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
+    start_log(cfg, rank)
+    register_configured(cfg)
     set_font(cfg.VIS_FONT)  # stops the run here, not at its first picture
     choose_seed(cfg)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"

@@ -3,7 +3,7 @@
 from querymask.common.data.annotations.dictionaries import clean_entries, clean_record, read_dataset
 from querymask.common.data.annotations.findings import AnnotationError, Findings
 from querymask.common.data.annotations.images import ImageInfo
-from querymask.common.data.annotations.reader import clean_coco, load_coco_json, read_coco, read_json
+from querymask.common.data.annotations.reader import clean_coco, coco_entries, load_coco_json, read_coco, read_json
 
 __all__ = [
     "AnnotationError",
@@ -12,6 +12,7 @@ __all__ = [
     "clean_coco",
     "clean_entries",
     "clean_record",
+    "coco_entries",
     "load_coco_json",
     "read_coco",
     "read_dataset",

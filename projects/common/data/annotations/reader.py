@@ -129,7 +129,22 @@ def load_coco_json(
     if dataset_name is not None:
         classes = {category["id"]: index for index, category in enumerate(content["categories"])}
         _set_classes(dataset_name, str(json_file), content["categories"], classes)
-    keys = {"iscrowd", "bbox", "keypoints", "category_id", "segmentation", *(extra_annotation_keys or ())}
+    return coco_entries(content, str(json_file), str(image_root), classes, extra_annotation_keys or ())
+
+
+def coco_entries(
+    content: Content,
+    json_file: str,
+    image_root: str,
+    classes: Mapping[int | str, int] | None,
+    extra_annotation_keys: Iterable[str] = (),
+) -> list[dict[str, Any]]:
+    """Detectron2's dictionaries of a checked file.
+
+    Args:
+        classes: the number of each category id; None keeps the ids.
+    """
+    keys = {"iscrowd", "bbox", "keypoints", "category_id", "segmentation", *extra_annotation_keys}
     entries = {}
     for image in content["images"]:
         name = image.get("file_name")
