@@ -3,6 +3,7 @@
 Arguments: the config as YAML, the data set's JSON, the iteration after which the second process dies (-1: never).
 """
 
+import argparse
 import os
 import signal
 import sys
@@ -15,12 +16,14 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.engine.hooks import CallbackHook
 from detectron2.utils import comm
 
-from querymask.common.engine import Trainer, launch
+from querymask.common.engine import Trainer, default_setup, launch
 
 
 def main(config: str, annotations: str, last: int) -> None:
     register_coco_instances("engine_train", {}, annotations, str(Path(annotations).with_suffix("")))
-    trainer = Trainer(CfgNode.load_cfg(config))
+    cfg = CfgNode.load_cfg(config)
+    default_setup(cfg, argparse.Namespace())
+    trainer = Trainer(cfg)
     trainer.resume_or_load(resume=True)
 
     def die(trainer: Trainer) -> None:
