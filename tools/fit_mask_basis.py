@@ -1,6 +1,7 @@
 """Learn the basis of a mask coding from the annotations of a data set: principal components, or a dictionary.
 
     python tools/fit_mask_basis.py --train coco_2017_train --test coco_2017_val --output weights/pca_28_60.npz
+    python tools/fit_mask_basis.py --method pca_linear --train coco_2017_train --output weights/pca_linear_28_60.npz
     python tools/fit_mask_basis.py --method sparse --train coco_2017_train --output weights/sparse_28_256.npz
 
 Writes the basis, for MODEL.MASK_CODING.BASIS, with its statistics, and draws beside it the first components or atoms,

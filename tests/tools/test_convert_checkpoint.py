@@ -454,4 +454,5 @@ def test_tool_names_the_trouble(
 def test_refusal_names_the_configs_that_fit() -> None:
     configs = [Path(path).name for path in fitting_configs(settings(published("checkpoint.json")))]
     assert configs[0] == "solq_r50.yaml"
-    assert not {"Base-SOLQ.yaml", "solq_r101.yaml", "solq_r50_width256.yaml", "solq_r50_no_refine.yaml"} & set(configs)
+    others = {"solq_r101.yaml", "solq_r50_width256.yaml", "solq_r50_no_refine.yaml", "solq_r50_paper.yaml"}
+    assert not {"Base-SOLQ.yaml", *others} & set(configs)
