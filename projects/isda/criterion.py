@@ -16,11 +16,11 @@ class ClassCriterion(SetCriterion):
     Args:
         cost: weight of the matching cost.
         weight: of ``loss_cls``.
-        class_cost: "focal", or "probability": minus that of the target's class.
         focal_alpha: alpha of the focal cost and loss.
+        class_cost: "focal", or "probability": minus that of the target's class.
     """
 
-    def __init__(self, cost: float, weight: float, class_cost: str = "focal", focal_alpha: float = 0.25) -> None:
+    def __init__(self, cost: float, weight: float, focal_alpha: float = 0.25, class_cost: str = "focal") -> None:
         if class_cost not in CLASS_COSTS:
             raise ValueError(f"MODEL.ISDA.CLASS_COST is {class_cost!r}: choose one of {', '.join(CLASS_COSTS)}")
         super().__init__({"loss_cls": weight})

@@ -58,7 +58,7 @@ def compute(
 ) -> list[Any]:
     """The terms of detector and branch."""
     found, made = outputs
-    detector, branch = SetDetector(ClassCriterion(2.0, 2.0, class_cost)), make_branch(mask_loss)
+    detector, branch = SetDetector(ClassCriterion(2.0, 2.0, class_cost=class_cost)), make_branch(mask_loss)
     with torch.no_grad():
         costs = branch.costs(found, made, masks, targets)
     assignment = detector.match(found, targets, costs)
@@ -133,7 +133,7 @@ def test_class_costs_choose_other_pairs() -> None:
     with torch.no_grad():
         costs = make_branch().costs(found, made, masks, targets)
         chosen = [
-            SetDetector(ClassCriterion(9.0, 2.0, kind)).match(found, targets, costs).query
+            SetDetector(ClassCriterion(9.0, 2.0, class_cost=kind)).match(found, targets, costs).query
             for kind in ("focal", "probability")
         ]
     assert not torch.equal(*chosen)
