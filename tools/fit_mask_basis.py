@@ -2,6 +2,7 @@
 
     python tools/fit_mask_basis.py --train coco_2017_train --test coco_2017_val --output weights/pca_28_60.npz
     python tools/fit_mask_basis.py --data FOLDER --output weights/pca_28_60.npz
+    python tools/fit_mask_basis.py --method pca_linear --train coco_2017_train --output weights/pca_linear_28_60.npz
     python tools/fit_mask_basis.py --method sparse --train coco_2017_train --output weights/sparse_28_256.npz
 
 Writes the basis, for MODEL.MASK_CODING.BASIS, with its statistics, and draws beside it the first components or atoms,
@@ -24,7 +25,14 @@ import numpy as np
 
 from querymask.command_line import add_masks, make_parser, parse_masks
 from querymask.common.data.mask_crops import MaskCrops
-from querymask.common.mask_coding import MaskCoding, PCABasis, PCAMaskCoding, SparseBasis, SparseMaskCoding
+from querymask.common.mask_coding import (
+    MaskCoding,
+    PCABasis,
+    PCAMaskCoding,
+    PixelPCAMaskCoding,
+    SparseBasis,
+    SparseMaskCoding,
+)
 from querymask.common.mask_coding.fitting import fit_dictionary, fit_pca_basis, reconstruction_quality
 
 matplotlib.use("Agg")
@@ -32,14 +40,18 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 SHOWN_COMPONENTS = 24
 SHOWN_VARIANCES = 5
-DEFAULT_LENGTHS = {"pca": 60, "sparse": 256}
+DEFAULT_LENGTHS = {"pca": 60, "pca_pixels": 60, "pca_linear": 60, "sparse": 256}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser(__doc__)
     parser.add_argument(
-        "--method", choices=sorted(DEFAULT_LENGTHS), default="pca", help="principal components (pca) or a dictionary"
+        "--method",
+        choices=sorted(DEFAULT_LENGTHS),
+        default="pca",
+        help="MODEL.MASK_CODING.NAME that it is for: principal components of logits (pca), of pixels (pca_pixels), of "
+        "pixels without their mean (pca_linear), or a dictionary (sparse)",
     )
     add_masks(parser, ending=".npz", size=28)
     parser.add_argument(
@@ -61,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     masks = MaskCrops(args.train, args.mask_size, args.limit)
     print(f"{len(masks)} masks of {', '.join(args.train)}")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    fit = fit_pca if args.method == "pca" else fit_sparse
+    fit = fit_sparse if args.method == "sparse" else fit_pca
     basis, coding, report = fit(args, masks)
     statistics: dict[str, object] = {"train": " ".join(args.train), "masks": len(masks), "seed": args.seed}
     quality: dict[str, float] = {}
@@ -73,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     pictures = args.output.with_suffix(".components.png")
     if isinstance(basis, PCABasis):
         draw_energy(basis, args.output.with_suffix(".energy.png"))
-        draw_pictures({"mean": basis.mean, **numbered(basis.components)}, pictures)
+        mean = {} if args.method == "pca_linear" else {"mean": basis.mean}
+        draw_pictures({**mean, **numbered(basis.components)}, pictures)
     else:
         draw_pictures(numbered(basis.dictionary), pictures)
     print(report)
@@ -89,6 +102,7 @@ def fit_pca(args: argparse.Namespace, masks: MaskCrops) -> tuple[PCABasis, MaskC
         masks,
         args.components,
         args.batch_size,
+        coding=args.method,
         seed=args.seed,
         state=args.output.with_suffix(".state.npz"),
         settings={"train": args.train, "mask_size": args.mask_size, "masks": len(masks)},
@@ -99,7 +113,10 @@ def fit_pca(args: argparse.Namespace, masks: MaskCrops) -> tuple[PCABasis, MaskC
         f"variances {variances}, ..., {basis.explained_variance[-1]:.4g}\n"
         f"{args.components} components hold {basis.explained_variance_ratio.sum():.2%} of the variance"
     )
-    return basis, PCAMaskCoding(args.mask_size, args.components, basis, noise=None), report
+    sizes = (args.mask_size, args.components)
+    if args.method == "pca":
+        return basis, PCAMaskCoding(*sizes, basis, noise=None), report
+    return basis, PixelPCAMaskCoding(*sizes, basis, centred=args.method == "pca_pixels"), report
 
 
 def fit_sparse(args: argparse.Namespace, masks: MaskCrops) -> tuple[SparseBasis, MaskCoding, str]:
@@ -115,7 +132,7 @@ def fit_sparse(args: argparse.Namespace, masks: MaskCrops) -> tuple[SparseBasis,
 
 
 def draw_energy(basis: PCABasis, path: Path) -> None:
-    """The part of the variance that the first components hold, by their number (Figure 1 of the paper)."""
+    """The part of the variance that the first components hold, by their number (ISTR's Figure 1)."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     energy = np.cumsum(basis.explained_variance_ratio)
     axes.plot(np.arange(1, len(energy) + 1), energy)

@@ -130,6 +130,9 @@ def add_common_config(cfg: CfgNode) -> None:
     # has them is looked for
     cfg.VIS_FONT = ""
 
+    # The command that makes the file of MODEL.WEIGHTS where no address has it; the error if it is missing names it
+    cfg.MODEL.WEIGHTS_FROM = ""
+
     # Training keeps the inputs of layers alone (transformers, Swin, FQDet, stages of ISTR and of region heads), and
     # computes them again in the backward pass: less memory, more time
     cfg.MODEL.USE_CHECKPOINT = False
@@ -143,12 +146,14 @@ def add_common_config(cfg: CfgNode) -> None:
 
     # How masks become vectors, for the branches that predict these (VectorBranch, CodeBranch)
     cfg.MODEL.MASK_CODING = CfgNode()
-    # "dct", "pca", "sparse", "autoencoder" (SMT), "flatten" (pixels), "flatten_logits"
+    # "dct", "sparse", "autoencoder" (SMT), "flatten" (pixels), "flatten_logits"; principal components: "pca" of logits,
+    # whitened (the releases), "pca_pixels" of the pixels, not whitened (SOLQ, equation 4), "pca_linear" of the pixels
+    # without their mean (ISTR, equation 3)
     cfg.MODEL.MASK_CODING.NAME = "dct"
     # Side of the coded mask, length of its vector
     cfg.MODEL.MASK_CODING.SIZE = 128
     cfg.MODEL.MASK_CODING.LENGTH = 256
-    # File with the basis of "pca" or "sparse" (tools/fit_mask_basis.py) or the weights of "autoencoder"
+    # File with the basis of a PCA or of "sparse" (tools/fit_mask_basis.py) or the weights of "autoencoder"
     # (tools/train_mask_autoencoder.py); "": it comes with the checkpoint of MODEL.WEIGHTS
     cfg.MODEL.MASK_CODING.BASIS = ""
     # "pca": noise on the labels, drawn anew for every target vector (releases; the papers have none)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fvcore.nn.weight_init import c2_msra_fill
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -44,6 +45,29 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
+
+
+class MaskLayers(Recomputable):
+    """The mask head of Mask R-CNN (He et al. 2017, figure 4): four convolutions, twice the size, a mask for each class.
+
+    Args:
+        width: C.
+        num_classes: K.
+    """
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(4))
+        self.upsample = nn.ConvTranspose2d(width, width, 2, stride=2)
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+        for layer in (*self.convs, self.upsample, self.classifier):
+            c2_msra_fill(layer)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(n, C, S, S) -> logits (n, K, 2 S, 2 S)."""
+        for conv in self.convs:
+            features = conv(features).relu()
+        return self.classifier(self.upsample(features).relu())
 
 
 class LevelProjections(nn.ModuleList):

@@ -22,6 +22,19 @@ def pad_targets(values: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(values.split(list(counts)), batch_first=True)
 
 
+def probability_cost(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Minus the probability of the target's class (Carion et al. 2020, equation 1).
+
+    Args:
+        probabilities: (N, B, Q, K).
+        labels: (B, T).
+
+    Returns:
+        (N, B, Q, T).
+    """
+    return -probabilities.gather(-1, labels[None, :, None, :].expand(*probabilities.shape[:3], -1))
+
+
 def focal_class_cost(
     logits: torch.Tensor, labels: torch.Tensor, alpha: float = 0.25, gamma: float = 2.0, eps: float = 1e-8
 ) -> torch.Tensor:

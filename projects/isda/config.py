@@ -49,7 +49,9 @@ def _add_detector(cfg: CfgNode) -> None:
     cfg.MODEL.ISDA.ENC_POINTS = 4
     cfg.MODEL.ISDA.DEC_POINTS = 4
 
-    # Matching cost and loss weight
+    # Matching cost of the classes: "focal" (the release), or "probability": minus the class's, as in DETR (the paper)
+    cfg.MODEL.ISDA.CLASS_COST = "focal"
+    # Weights of the cost and of the loss
     cfg.MODEL.ISDA.COST_CLASS = 2.0
     cfg.MODEL.ISDA.CLASS_WEIGHT = 2.0
     cfg.MODEL.ISDA.FOCAL_ALPHA = 0.25
@@ -69,7 +71,9 @@ def _add_kernel_branch(cfg: CfgNode) -> None:
     cfg.MODEL.MASK_BRANCH.KERNEL.MASK_FEATURE_DIM = 128
     cfg.MODEL.MASK_BRANCH.KERNEL.MASK_POSITIONS = True
 
-    # A mask's score is the mean of its probabilities above this: 0.5 in the release's first head, 1e-6 in its second
+    # Scores are class probabilities times maskness (the release), or the former alone (the paper has no maskness)
+    cfg.MODEL.MASK_BRANCH.KERNEL.MASKNESS = True
+    # Maskness is the mean of a mask's probabilities above this: 0.5 in the release's first head, 1e-6 in its second
     cfg.MODEL.MASK_BRANCH.KERNEL.MASKNESS_THRESHOLD = 0.5
     # Foreground of the final masks
     cfg.MODEL.MASK_BRANCH.KERNEL.MASK_THRESHOLD = 0.5

@@ -110,7 +110,7 @@ class BoxFreeDETR(SetDetector):
             num_queries=isda.NUM_QUERIES,
             num_classes=isda.NUM_CLASSES,
             use_fine=cfg.MODEL.MASK_BRANCH.KERNEL.MASK_STRIDE <= fine.stride,
-            criterion=ClassCriterion(isda.COST_CLASS, isda.CLASS_WEIGHT, isda.FOCAL_ALPHA),
+            criterion=ClassCriterion(isda.COST_CLASS, isda.CLASS_WEIGHT, isda.FOCAL_ALPHA, isda.CLASS_COST),
             detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
         )
 

@@ -69,7 +69,7 @@ class KernelBranch(MaskBranch):
         weight: of ``loss_mask``.
         mask_loss: "dice" with squared denominators (the release), or "iou": one minus the IoU that the matching uses
             (the text of the paper). Sums run over the whole padded map: padding counts as background.
-        maskness_threshold: probabilities above it count for a mask's score.
+        maskness_threshold: probabilities above it count for a mask's score; None: scores are those of the classes.
         mask_threshold: foreground of the final masks.
     """
 
@@ -89,7 +89,7 @@ class KernelBranch(MaskBranch):
         cost: float = 3.0,
         weight: float = 3.0,
         mask_loss: str = "dice",
-        maskness_threshold: float = 0.5,
+        maskness_threshold: float | None = 0.5,
         mask_threshold: float = 0.5,
     ) -> None:
         for key, value, choices in (
@@ -129,7 +129,7 @@ class KernelBranch(MaskBranch):
             cost=0.0 if detector.static_matching else kernel.COST_WEIGHT,
             weight=kernel.WEIGHT,
             mask_loss=kernel.LOSS,
-            maskness_threshold=kernel.MASKNESS_THRESHOLD,
+            maskness_threshold=kernel.MASKNESS_THRESHOLD if kernel.MASKNESS else None,
             mask_threshold=kernel.MASK_THRESHOLD,
         )
 
@@ -209,11 +209,12 @@ class KernelBranch(MaskBranch):
     def add_masks(
         self, found: Predictions, made: Kernels, image: int, detections: Instances, layer: int | None = None
     ) -> Instances:
-        """Masks, and scores times maskness. An empty mask is kept with score 0."""
+        """Masks, and scores times maskness, which is 0 for an empty mask."""
         detections = instances_to_device(detections, made.features.device)
         kernels = made.kernels[-1 if layer is None else layer, image, detections.pred_queries]
         probabilities = full_precision(apply_kernels(kernels, made.features[image])).sigmoid()
-        detections.scores = detections.scores * maskness(probabilities, self.maskness_threshold)
+        if self.maskness_threshold is not None:
+            detections.scores = detections.scores * maskness(probabilities, self.maskness_threshold)
         detections.pred_masks = resize_probabilities(
             probabilities,
             self.mask_stride,

@@ -99,6 +99,7 @@ def settings(state: State) -> dict[str, Any]:
         "MODEL.FPN.OUT_CHANNELS": state["backbone.fpn_output2.weight"].shape[0],
         "MODEL.ISTR.NUM_STAGES": count(r"head\.head_series\.(\d+)\."),
         "MODEL.ISTR.DIM_FEEDFORWARD": hidden,
+        "MODEL.ISTR.DYNAMIC_LAYERS": 2,
         "MODEL.ISTR.DIM_DYNAMIC": state[_FIRST + "inst_interact.norm1.weight"].shape[0],
         "MODEL.ISTR.POOL_SIZE": round(pool_area**0.5),
         "MODEL.ISTR.USE_POSITION": "pos_embeddings.weight" in state,

@@ -21,11 +21,12 @@ from querymask.common.losses import dice_loss
 from querymask.common.mask_branch import MASK_BRANCH_REGISTRY, MaskBranch
 from querymask.common.mask_coding import AutoencoderMaskCoding, MaskCoding, coding_from_config
 from querymask.common.mask_coding.targets import CodedTargets, encode_targets
-from querymask.common.masks import crop_masks, paste_masks
+from querymask.common.masks import paste_masks
 from querymask.common.matching import pad_targets
 from querymask.common.precision import full_precision, without_autocast
 from querymask.common.predictions import Assignment, LossTerm, Normalizers, Predictions, Targets, loss_terms
 from querymask.common.transfer import instances_to_device
+from querymask.istr.crops import crop_at_predictions
 from querymask.istr.mask_head import MaskCode, build_mask_head
 
 MASK_COSTS = ("cosine", "l1", "dice", "none")
@@ -251,18 +252,7 @@ class CodeBranch(MaskBranch):
         """(N * n, S, S) bool: the matched masks, inside of the boxes that ``mask_target`` names."""
         if self.mask_target == "ground_truth":
             return truth.crops[assignment.target]
-        boxes = full_precision(found.pixel_boxes(assignment.image, assignment.query, assignment.layer))
-        boxes = boxes.clamp(min=0).minimum(found.canvas.sides[assignment.image])
-        # Pairs are ordered by layer and image, so an image's are a slice of every layer: nothing waits for the device
-        layers, number, size = assignment.num_layers, assignment.pairs_per_layer(), self.coding.mask_size
-        boxes, target = boxes.view(layers, number, 4), assignment.target.view(layers, number)
-        crops, start, first = [], 0, 0
-        for masks, pairs in zip(targets.masks, assignment.pairs_of_images(len(targets.masks)), strict=True):
-            here = slice(start, start + pairs)
-            own = crop_masks(masks, boxes[:, here].flatten(0, 1), size, (target[:, here] - first).flatten())
-            crops.append(own.view(layers, pairs, size, size))
-            start, first = here.stop, first + len(masks)
-        return torch.cat(crops, dim=1).flatten(0, 1)
+        return crop_at_predictions(found, targets, assignment, self.coding.mask_size)
 
     # ---- Inference ------------------------------------------------------------------------------------------------
 

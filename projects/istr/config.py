@@ -25,12 +25,13 @@ RENAMED = {
 
 
 def add_istr_config(cfg: CfgNode) -> None:
-    """Add the sections ``MODEL.ISTR`` and ``CODE`` in place.
+    """Add the sections ``MODEL.ISTR``, ``CODE`` and ``PIXEL`` in place.
 
     With ``MODEL.MASK_CODING`` as in ``configs/Base-ISTR.yaml``, the defaults are the paper's R50 model as released.
     """
     _add_detector(cfg)
     _add_code_branch(cfg)
+    _add_pixel_branch(cfg)
     register_renamed_keys(cfg, RENAMED)
 
 
@@ -62,12 +63,16 @@ def _add_detector(cfg: CfgNode) -> None:
     cfg.MODEL.ISTR.POOL_SIZE = 7
     # How queries read their crops (Table 1d): "dynamic" layers made of the query, or "multi_head" attention
     cfg.MODEL.ISTR.ATTENTION = "dynamic"
+    # 2 dynamic layers, to the inner width and back (release), or the first one alone (equation 11)
+    cfg.MODEL.ISTR.DYNAMIC_LAYERS = 2
     # Inner width of the dynamic layers
     cfg.MODEL.ISTR.DIM_DYNAMIC = 64
     # Layers before the last one of the class and box heads
     cfg.MODEL.ISTR.HEAD_LAYERS = 3
-    # "sigmoid" scores with focal loss (release), or "softmax" with a no-object class and cross-entropy (equation 6)
+    # "sigmoid" scores with focal loss (release), or "softmax" with a no-object class (equation 6)
     cfg.MODEL.ISTR.CLASSIFIER = "sigmoid"
+    # Of "softmax": DETR's "cross_entropy", or "focal" loss (equation 8)
+    cfg.MODEL.ISTR.SOFTMAX_LOSS = "cross_entropy"
 
     # Matching costs
     cfg.MODEL.ISTR.COST_CLASS = 2.0
@@ -79,7 +84,7 @@ def _add_detector(cfg: CfgNode) -> None:
     cfg.MODEL.ISTR.BBOX_WEIGHT = 5.0
     cfg.MODEL.ISTR.GIOU_WEIGHT = 2.0
     cfg.MODEL.ISTR.FOCAL_ALPHA = 0.25
-    # Weight of the no-object class of the "softmax" classifier
+    # Weight of the no-object class in the cross-entropy of the "softmax" classifier
     cfg.MODEL.ISTR.NO_OBJECT_WEIGHT = 0.1
     # Losses for every stage, or for the last one only
     cfg.MODEL.ISTR.DEEP_SUPERVISION = True
@@ -91,12 +96,12 @@ def _add_detector(cfg: CfgNode) -> None:
 def _add_code_branch(cfg: CfgNode) -> None:
     # CodeBranch, ISTR's own: mask vectors that are predicted, matched and regressed, layer by layer
     cfg.MODEL.MASK_BRANCH.CODE = CfgNode()
-    # What predicts the vector: "vector" head on the query (paper), "convolution" over a larger crop at the refined box
-    # (second release), or "pixel", the head of Mask R-CNN, for the coding "flatten_logits" (Table 1a)
+    # What predicts the vector: "vector" head on the query (paper), or "convolution" over a larger crop at the refined
+    # box (second release)
     cfg.MODEL.MASK_BRANCH.CODE.HEAD = "vector"
     # Layers before the last one of the "vector" head
     cfg.MODEL.MASK_BRANCH.CODE.HEAD_LAYERS = 3
-    # Bins a side of the crops of the "convolution" and "pixel" heads
+    # Bins a side of the crops of the "convolution" head
     cfg.MODEL.MASK_BRANCH.CODE.POOL_SIZE = 28
     # Box at which the target of the mask losses is cut out: "ground_truth", or the matched "predicted" one
     cfg.MODEL.MASK_BRANCH.CODE.TARGET = "ground_truth"
@@ -113,3 +118,11 @@ def _add_code_branch(cfg: CfgNode) -> None:
 
     # Inference: foreground of a pasted mask is what reaches it
     cfg.MODEL.MASK_BRANCH.CODE.PASTE_THRESHOLD = 0.5
+
+
+def _add_pixel_branch(cfg: CfgNode) -> None:
+    # PixelBranch: the mask head of Mask R-CNN in every layer, instead of vectors (Table 1a, "mask")
+    cfg.MODEL.MASK_BRANCH.PIXEL = CfgNode()
+    # Bins a side of the crops; masks have twice as many
+    cfg.MODEL.MASK_BRANCH.PIXEL.POOL_SIZE = 14
+    cfg.MODEL.MASK_BRANCH.PIXEL.WEIGHT = 1.0

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from querymask.common.boxes import generalized_iou
-from querymask.common.matching import focal_class_cost, pad_targets
+from querymask.common.matching import focal_class_cost, pad_targets, probability_cost
 from querymask.common.precision import full_precision
 from querymask.common.predictions import Assignment, Normalizers, Targets
 from querymask.common.processes import Processes, whole_batch
@@ -16,6 +16,7 @@ from querymask.common.transfer import numbers_to_device
 from querymask.istr.predictions import RecurrentPredictions
 
 CLASSIFIERS = ("sigmoid", "softmax")
+SOFTMAX_LOSSES = ("cross_entropy", "focal")
 
 
 class RecurrentCriterion(SetCriterion):
@@ -25,8 +26,9 @@ class RecurrentCriterion(SetCriterion):
         costs: weights of the matching costs ``class``, ``bbox``, ``giou``.
         weights: weights of ``loss_ce``, ``loss_bbox``, ``loss_giou``.
         classifier: "sigmoid" or "softmax", whose last logit is "no object".
-        focal_alpha: alpha of the focal loss.
-        no_object_weight: of the softmax classifier.
+        softmax_loss: of the latter, "cross_entropy" or "focal" (equation 8).
+        focal_alpha: alpha of the focal losses.
+        no_object_weight: of the cross-entropy.
     """
 
     def __init__(
@@ -35,14 +37,18 @@ class RecurrentCriterion(SetCriterion):
         weights: Mapping[str, float],
         *,
         classifier: str = "sigmoid",
+        softmax_loss: str = "cross_entropy",
         focal_alpha: float = 0.25,
         no_object_weight: float = 0.1,
     ) -> None:
         if classifier not in CLASSIFIERS:
             raise ValueError(f"MODEL.ISTR.CLASSIFIER is {classifier!r}: choose one of {', '.join(CLASSIFIERS)}")
+        if softmax_loss not in SOFTMAX_LOSSES:
+            raise ValueError(f"MODEL.ISTR.SOFTMAX_LOSS is {softmax_loss!r}: choose one of {', '.join(SOFTMAX_LOSSES)}")
         super().__init__(weights)
         self.costs = dict(costs)
         self.classifier = classifier
+        self.softmax_loss = softmax_loss
         self.focal_alpha = focal_alpha
         self.no_object_weight = no_object_weight
 
@@ -61,8 +67,7 @@ class RecurrentCriterion(SetCriterion):
         labels = pad_targets(targets.labels, targets.counts)
         if self.classifier == "sigmoid":
             return focal_class_cost(logits, labels, self.focal_alpha)
-        index = labels[None, :, None, :].expand(*logits.shape[:3], -1)
-        return -full_precision(logits).softmax(-1).gather(-1, index)
+        return probability_cost(full_precision(logits).softmax(-1), labels)
 
     def layer_losses(
         self, found: RecurrentPredictions, targets: Targets, assignment: Assignment, normalizers: Normalizers
@@ -78,13 +83,15 @@ class RecurrentCriterion(SetCriterion):
         }
 
     def class_losses(self, logits: Tensor, targets: Targets, assignment: Assignment, count: Tensor) -> Tensor:
-        """(N,): focal loss, or DETR's weighted mean of the cross-entropy, over the queries of all processes."""
+        """(N,): focal losses, or DETR's weighted mean of the cross-entropy over the queries of all processes."""
         if self.classifier == "sigmoid":
             return focal_class_loss(logits, targets.labels, assignment, count, self.focal_alpha)
         logits = full_precision(logits)
         no_object = logits.shape[-1] - 1
         labels = torch.full(logits.shape[:3], no_object, dtype=torch.int64, device=logits.device)
         labels[assignment.layer, assignment.image, assignment.query] = targets.labels[assignment.target]
+        if self.softmax_loss == "focal":
+            return softmax_focal_loss(logits, labels, self.focal_alpha).sum((1, 2)) / count
         weights = logits.new_ones(logits.shape[-1])
         weights[no_object] = self.no_object_weight
         values = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), weights, reduction="none").view_as(labels)
@@ -94,6 +101,21 @@ class RecurrentCriterion(SetCriterion):
         others = len(counts) * logits.shape[2] - pairs
         total = numbers_to_device([pairs + self.no_object_weight * others], logits.dtype, logits.device)
         return values.sum((1, 2)) * processes.count / processes.total(total)
+
+
+def softmax_focal_loss(logits: Tensor, labels: Tensor, alpha: float, gamma: float = 2.0) -> Tensor:
+    """-a (1 - p)^gamma ln p of the label's probability p, with a = alpha, and 1 - alpha for the last class, no object.
+
+    Args:
+        logits: (..., classes).
+        labels: (...).
+
+    Returns:
+        (...).
+    """
+    log_p = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    balance = torch.where(labels == logits.shape[-1] - 1, 1 - alpha, alpha)
+    return -balance * (1 - log_p.exp()) ** gamma * log_p
 
 
 def relative_xyxy(targets: Targets, like: Tensor) -> Tensor:

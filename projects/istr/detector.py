@@ -124,6 +124,7 @@ class RecurrentBoxes(SetDetector):
             criterion=RecurrentCriterion(
                 **box_criterion_arguments(istr),
                 classifier=istr.CLASSIFIER,
+                softmax_loss=istr.SOFTMAX_LOSS,
                 no_object_weight=istr.NO_OBJECT_WEIGHT,
             ),
             deep_supervision=istr.DEEP_SUPERVISION,
@@ -231,6 +232,7 @@ def build_stage(istr: CfgNode) -> RecurrentStage:
         dim_feedforward=istr.DIM_FEEDFORWARD,
         pool_size=istr.POOL_SIZE,
         attention=istr.ATTENTION,
+        dynamic_layers=istr.DYNAMIC_LAYERS,
         dim_dynamic=istr.DIM_DYNAMIC,
         num_logits=istr.NUM_CLASSES + int(istr.CLASSIFIER == "softmax"),
         num_head_layers=istr.HEAD_LAYERS,

@@ -5,6 +5,8 @@ Data flow (B images, Q queries, C width, N stages, K entries of a mask vector)::
     images (B, 3, H, W) -> ResNet and feature pyramid p2..p5 (B, C, H_l, W_l)
       -> RecurrentBoxes (detector.py): N stages of classes, boxes and object features (N, B, Q, C)
       -> CodeBranch (codes.py): mask codes (., K) of all, matched or selected queries, decoded and pasted
+
+With PixelBranch (pixels.py) instead of the codes it has the mask head of Mask R-CNN.
 """
 
 from detectron2.modeling import META_ARCH_REGISTRY

@@ -1,17 +1,17 @@
-"""What predicts the code of a mask: the paper's head on the query, the second release's on a crop, Mask R-CNN's."""
+"""What predicts the code of a mask: the paper's head on the query, the second release's on a crop."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from querymask.common.mask_coding import AutoencoderMaskCoding, FlattenMaskCoding, MaskCoding
+from querymask.common.mask_coding import AutoencoderMaskCoding, MaskCoding
 from querymask.common.mask_coding.autoencoder import CONTEXT_CHANNELS
 from querymask.common.precision import full_precision
 from querymask.common.pyramid import FeaturePyramid
 from querymask.istr.stage import head_layers
 
-MASK_HEADS = ("vector", "convolution", "pixel")
+MASK_HEADS = ("vector", "convolution")
 
 
 @dataclass
@@ -89,28 +89,6 @@ class ConvolutionMaskHead(nn.Module):
         return MaskCode(vectors, self.ret_roi_layer_2(self.ret_roi_layer_1(crops)))
 
 
-class PixelMaskHead(nn.Module):
-    """The mask head of Mask R-CNN (He et al. 2017), whose logits are the code (Table 1a, "mask")."""
-
-    uses_batch_statistics = False
-
-    def __init__(self, width: int, pool_size: int) -> None:
-        super().__init__()
-        self.pool_size = pool_size
-        modules: list[nn.Module] = []
-        for _ in range(4):
-            modules += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
-        self.layers = nn.Sequential(
-            *modules, nn.ConvTranspose2d(width, width, 2, stride=2), nn.ReLU(), nn.Conv2d(width, 1, 1)
-        )
-
-    def forward(
-        self, features: torch.Tensor, boxes: torch.Tensor, images: torch.Tensor, pyramid: FeaturePyramid
-    ) -> MaskCode:
-        """Boxes (n, 4) in pixels of images (n,) -> logits (n, (2 * pool_size) ** 2)."""
-        return MaskCode(self.layers(pyramid.pool(boxes, images, self.pool_size)).flatten(1))
-
-
 def _double_convolution(in_channels: int, out_channels: int) -> nn.Sequential:
     modules: list[nn.Module] = []
     for channels in (in_channels, out_channels):
@@ -134,11 +112,4 @@ def build_mask_head(kind: str, coding: MaskCoding, width: int, num_head_layers: 
                 f"{coding.mask_size}x{coding.mask_size} masks needs {coding.mask_size // 4}"
             )
         return ConvolutionMaskHead(width, coding.length, pool_size, with_context)
-    if kind == "pixel":
-        if not (isinstance(coding, FlattenMaskCoding) and coding.logits) or coding.mask_size != 2 * pool_size:
-            raise ValueError(
-                f"MODEL.MASK_BRANCH.CODE.HEAD 'pixel' predicts the logits of {2 * pool_size}x{2 * pool_size} masks "
-                "(twice POOL_SIZE): set MODEL.MASK_CODING.NAME 'flatten_logits', and its SIZE and LENGTH to match"
-            )
-        return PixelMaskHead(width, pool_size)
     raise ValueError(f"MODEL.MASK_BRANCH.CODE.HEAD is {kind!r}: choose one of {', '.join(MASK_HEADS)}")

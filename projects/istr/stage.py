@@ -46,24 +46,35 @@ def head_layers(width: int, number: int) -> nn.Sequential:
 
 
 class DynamicInteraction(nn.Module):
-    """Two linear layers whose weights are made of the query, over every bin of its crop (Sparse R-CNN's, with ELU)."""
+    """Linear layers whose weights are made of the query, over every bin of its crop (Sparse R-CNN's, with ELU).
 
-    def __init__(self, width: int, dim_dynamic: int, pool_size: int) -> None:
+    Args:
+        width: C.
+        dim_dynamic: D.
+        pool_size: S.
+        num_layers: 2, from C to D and back, or the first one alone (equation 11).
+    """
+
+    def __init__(self, width: int, dim_dynamic: int, pool_size: int, num_layers: int = 2) -> None:
+        if num_layers not in (1, 2):
+            raise ValueError(f"MODEL.ISTR.DYNAMIC_LAYERS is {num_layers}: choose 1 or 2")
         super().__init__()
         self.dim_dynamic = dim_dynamic
-        self.dynamic_layer = nn.Linear(width, 2 * width * dim_dynamic)
+        self.dynamic_layer = nn.Linear(width, num_layers * width * dim_dynamic)
         self.norm1 = nn.LayerNorm(dim_dynamic)
-        self.norm2 = nn.LayerNorm(width)
-        self.out_layer = nn.Linear(pool_size**2 * width, width)
+        self.norm2 = nn.LayerNorm(width) if num_layers == 2 else None
+        self.out_layer = nn.Linear(pool_size**2 * (dim_dynamic if self.norm2 is None else width), width)
         self.norm3 = nn.LayerNorm(width)
 
     def forward(self, queries: torch.Tensor, crops: torch.Tensor) -> torch.Tensor:
         """(n, C), (n, S^2, C) -> (n, C)."""
         width = queries.shape[1]
-        first, second = self.dynamic_layer(queries).chunk(2, dim=1)
+        first, *second = self.dynamic_layer(queries).split(width * self.dim_dynamic, dim=1)
         x = crops.to(first.dtype)
         x = F.elu(self.norm1(torch.bmm(x, first.view(-1, width, self.dim_dynamic))))
-        x = F.elu(self.norm2(torch.bmm(x.to(second.dtype), second.view(-1, self.dim_dynamic, width))))
+        if self.norm2 is not None:
+            back = second[0].view(-1, self.dim_dynamic, width)
+            x = F.elu(self.norm2(torch.bmm(x.to(back.dtype), back)))
         return F.elu(self.norm3(self.out_layer(x.flatten(1))))
 
 
@@ -104,7 +115,7 @@ class RecurrentStage(Recomputable):
         dim_feedforward: hidden width of the feed-forward network.
         pool_size: bins a side of the crops.
         attention: "dynamic" or "multi_head".
-        dim_dynamic: inner width of the dynamic layers.
+        dynamic_layers, dim_dynamic: number of the dynamic layers, and their inner width.
         num_logits: entries of the class head.
         num_head_layers: layers of the heads before the last one.
         dropout: in the attention and after each of the three parts.
@@ -118,6 +129,7 @@ class RecurrentStage(Recomputable):
         dim_feedforward: int,
         pool_size: int,
         attention: str,
+        dynamic_layers: int,
         dim_dynamic: int,
         num_logits: int,
         num_head_layers: int,
@@ -129,7 +141,7 @@ class RecurrentStage(Recomputable):
         self.pool_size = pool_size
         self.self_attn = nn.MultiheadAttention(width, num_heads, dropout=dropout, batch_first=True)
         if attention == "dynamic":
-            self.inst_interact: nn.Module = DynamicInteraction(width, dim_dynamic, pool_size)
+            self.inst_interact: nn.Module = DynamicInteraction(width, dim_dynamic, pool_size, dynamic_layers)
         elif attention == "multi_head":
             self.inst_interact = MultiHeadInteraction(width, num_heads)
         else:

@@ -162,6 +162,7 @@ def settings(state: State) -> dict[str, Any]:
         result["MODEL.MASK_CODING.NAME"] = "pca" if pca else "dct"
         if pca:
             result["MODEL.MASK_CODING.SIZE"] = round(state["processor_pca.means"].shape[0] ** 0.5)
+        result["MODEL.MASK_BRANCH.VECTOR.SHARED_HEAD"] = True
         result["MODEL.MASK_BRANCH.VECTOR.HIDDEN_DIM"] = state["vector_embed.0.layers.0.bias"].shape[0]
         result["MODEL.MASK_CODING.LENGTH"] = state["vector_embed.0.layers.2.bias"].shape[0]
     return result

@@ -75,6 +75,8 @@ def _add_vector_branch(cfg: CfgNode) -> None:
     cfg.MODEL.MASK_BRANCH.VECTOR = CfgNode()
     # Of the vector head
     cfg.MODEL.MASK_BRANCH.VECTOR.HIDDEN_DIM = 1024
+    # One vector head for all decoder layers (the release), or one for each (the paper)
+    cfg.MODEL.MASK_BRANCH.VECTOR.SHARED_HEAD = True
     # First decoder layer with a vector loss; the last layer always has one
     cfg.MODEL.MASK_BRANCH.VECTOR.START_LAYER = 0
     # "l1" distance of vectors, or "l2_dice": mean square over the entries plus the dice loss of the decoded mask, per

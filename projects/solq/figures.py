@@ -43,7 +43,7 @@ def detections_by_coefficients(
         def truncate(module: nn.Module, arguments: Any, vectors: torch.Tensor, count: int = count) -> torch.Tensor:
             return torch.cat((vectors[..., :count], torch.zeros_like(vectors[..., count:])), dim=-1)
 
-        handle = branch.vector_embed.register_forward_hook(truncate)
+        handle = branch.head(-1).register_forward_hook(truncate)
         try:
             (results[count],) = model.detect(found, made, [(item["height"], item["width"])])
         finally:

@@ -2,7 +2,7 @@
 
 Data flow (n matched or selected queries, C width, K entries of a vector, S side of the coded mask)::
 
-    hidden states (n, C) -> vector head (n, K)
+    hidden states (n, C) -> vector head, of all layers or of the layer (n, K)
       -> training: distance from the vectors of the targets' masks, per layer
       -> inference: decoded maps (n, S, S) -> pasted into the boxes
 """
@@ -39,6 +39,8 @@ class VectorBranch(MaskBranch):
         width: C.
         hidden_dim: of the vector head.
         coding: of the masks.
+        num_layers: of the detector that have a head of their own; None: one head for all layers.
+        num_trained_layers: those of them, from the last one on, that may have losses; None: all.
         weight: coefficient inside ``loss_vector``.
         start_layer: first layer with a loss; the last layer always has one.
         loss: "l1" distance of vectors, or "l2_dice": squared distance by entry plus the dice loss of the decoded mask,
@@ -58,6 +60,8 @@ class VectorBranch(MaskBranch):
         width: int,
         hidden_dim: int,
         coding: MaskCoding,
+        num_layers: int | None = None,
+        num_trained_layers: int | None = None,
         weight: float = 3.0,
         start_layer: int = 0,
         loss: str = "l1",
@@ -87,28 +91,42 @@ class VectorBranch(MaskBranch):
         self.loss = loss
         self.reduction = reduction
         self.binarize_before_paste = binarize_before_paste
-        self.vector_embed = MLP(width, hidden_dim, coding.length, 3)
-        last = self.vector_embed.layers[-1]
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        nn.init.constant_(last.bias[2:], -2.0)  # as the release does, from its box head: it means nothing here
+        heads = [MLP(width, hidden_dim, coding.length, 3) for _ in range(num_layers or 1)]
+        for head in heads:
+            last = head.layers[-1]
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            nn.init.constant_(last.bias[2:], -2.0)  # as the release does, from its box head: it means nothing here
+            head.load_state_dict(heads[0].state_dict())  # copies start equal
+        self.vector_embed = heads[0] if num_layers is None else nn.ModuleList(heads)
+        if num_layers is not None:
+            trained = num_trained_layers or num_layers
+            untrained = num_layers - trained + min(start_layer, trained - 1)
+            self.vector_embed[:untrained].requires_grad_(False)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, detector: Detector, shapes: Mapping[str, ShapeSpec]) -> "VectorBranch":
         """What ``MODEL.MASK_BRANCH.VECTOR`` describes, for any detector with boxes."""
         vector = cfg.MODEL.MASK_BRANCH.VECTOR
+        own_heads = not vector.SHARED_HEAD
         if vector.PASTE not in ("binary", "soft"):
             raise ValueError(f"MODEL.MASK_BRANCH.VECTOR.PASTE is {vector.PASTE!r}: choose 'binary' or 'soft'")
         return cls(
             width=detector.width,
             hidden_dim=vector.HIDDEN_DIM,
             coding=coding_from_config(cfg),
+            num_layers=detector.num_layers if own_heads else None,
+            num_trained_layers=detector.num_trained_layers if own_heads else None,
             weight=vector.WEIGHT,
             start_layer=vector.START_LAYER,
             loss=vector.LOSS,
             reduction=vector.LOSS_REDUCTION,
             binarize_before_paste=vector.PASTE == "binary",
         )
+
+    def head(self, layer: int) -> MLP:
+        """The vector head of a layer, which is counted from the last one, -1, backwards."""
+        return self.vector_embed[layer] if isinstance(self.vector_embed, nn.ModuleList) else self.vector_embed
 
     def encode(self, targets: Targets, found: Predictions) -> CodedTargets:
         """See :class:`MaskBranch`."""
@@ -129,7 +147,13 @@ class VectorBranch(MaskBranch):
         number = assignment.num_layers - first
         start = first * assignment.pairs_per_layer()
         target = assignment.target[start:]
-        predicted = full_precision(self.vector_embed(assignment.select(found.hidden)[start:]))
+        hidden = assignment.select(found.hidden)[start:]
+        if isinstance(self.vector_embed, nn.ModuleList):
+            by_layer = hidden.view(number, assignment.pairs_per_layer(), hidden.shape[-1]).unbind()
+            predicted = torch.cat([self.head(i - number)(x) for i, x in enumerate(by_layer)])
+        else:
+            predicted = self.vector_embed(hidden)
+        predicted = full_precision(predicted)
         wanted = self.target_vectors(truth, target).to(predicted.dtype)
         if self.loss == "l2_dice":
             crops = truth.crops[target].to(predicted.dtype)
@@ -157,8 +181,10 @@ class VectorBranch(MaskBranch):
         """See :class:`MaskBranch`."""
         device = found.hidden.device
         detections = instances_to_device(detections, device)
-        hidden = found.hidden[-1 if layer is None else layer, image, detections.pred_queries]
-        maps = self.coding.decode(full_precision(self.vector_embed(hidden)))
+        layer = -1 if layer is None else layer
+        head = self.head(layer - found.num_layers if layer >= 0 else layer)
+        hidden = found.hidden[layer, image, detections.pred_queries]
+        maps = self.coding.decode(full_precision(head(hidden)))
         if self.binarize_before_paste:
             maps = binarize_at_half_range(maps)
         boxes = detections.pred_boxes.tensor

@@ -69,6 +69,10 @@ CODES = {"MODEL.MASK_CODING.SIZE": 16, "MODEL.MASK_CODING.LENGTH": 20, "MODEL.MA
 BRANCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "DCT vectors": ("VectorBranch", VECTORS),
     "PCA vectors": ("VectorBranch", {**VECTORS, "MODEL.MASK_CODING.NAME": "pca"}),
+    "PCA vectors of pixels, a head for each layer": (
+        "VectorBranch",
+        {**VECTORS, "MODEL.MASK_CODING.NAME": "pca_pixels", "MODEL.MASK_BRANCH.VECTOR.SHARED_HEAD": False},
+    ),
     "flattened vectors": (
         "VectorBranch",
         {**VECTORS, "MODEL.MASK_CODING.NAME": "flatten", "MODEL.MASK_CODING.SIZE": 8, "MODEL.MASK_CODING.LENGTH": 64},
@@ -94,6 +98,8 @@ BRANCHES: dict[str, tuple[str, dict[str, Any]]] = {
             "MODEL.MASK_BRANCH.CODE.POOL_SIZE": 8,
         },
     ),
+    "linear codes": ("CodeBranch", {**CODES, "MODEL.MASK_CODING.NAME": "pca_linear"}),
+    "pixels": ("PixelBranch", {"MODEL.MASK_BRANCH.PIXEL.POOL_SIZE": 7}),
     "kernels": ("KernelBranch", {"MODEL.MASK_BRANCH.KERNEL.MASK_FEATURE_DIM": 32}),
     "EffSeg": ("EffSegBranch", {"MODEL.MASK_BRANCH.EFFSEG.REFINEMENTS": 300}),
     "Mask R-CNN++": ("MaskRCNNBranch", {}),

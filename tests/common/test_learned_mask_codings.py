@@ -13,6 +13,7 @@ from querymask.common.mask_coding import (
     MissingBasisError,
     PCABasis,
     PCAMaskCoding,
+    PixelPCAMaskCoding,
     build_mask_coding,
     fill_missing_bases,
     label_logits,
@@ -25,10 +26,11 @@ def random_masks(count: int, size: int = SIZE) -> torch.Tensor:
     return torch.rand(count, size, size, generator=torch.Generator().manual_seed(0)) < 0.5
 
 
-def random_basis(length: int) -> PCABasis:
+def random_basis(length: int, coding: str = "pca") -> PCABasis:
     rng = np.random.default_rng(0)
     components = np.linalg.qr(rng.standard_normal((SIZE**2, length)))[0].T
-    return PCABasis(components, rng.standard_normal(SIZE**2), np.geomspace(50, 2, length), np.full(length, 0.01))
+    mean = rng.standard_normal(SIZE**2)
+    return PCABasis(components, mean, np.geomspace(50, 2, length), np.full(length, 0.01), coding)
 
 
 def test_logits_of_masks() -> None:
@@ -69,6 +71,47 @@ def test_pca_draws_noise_in_every_call() -> None:
     assert torch.equal(coding.encode(masks, torch.full((3, SIZE**2), 0.5)), quiet.encode(masks))
 
 
+@pytest.mark.parametrize("name", ["pca_pixels", "pca_linear"])
+def test_pca_of_pixels_against_loops(name: str) -> None:
+    """Neither logits nor whitening; without a mean it is linear (ISTR, equation 3)."""
+    basis = random_basis(5, name)
+    coding = PixelPCAMaskCoding(SIZE, 5, basis, centred=name == "pca_pixels").double()
+    constants = {"components", "means"} if name == "pca_pixels" else {"components"}
+    assert set(coding.state_dict()) == constants and not coding.is_random
+    assert not any(parameter.requires_grad for parameter in coding.parameters())
+    masks, vectors = random_masks(3), torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    found, maps = coding.encode(masks), coding.decode(vectors)
+    rows = coding.components.tolist()  # the basis was float32
+    mean = coding.means.tolist() if name == "pca_pixels" else [0.0] * SIZE**2
+    for mask, vector, code, map_ in zip(masks.flatten(1).tolist(), vectors.tolist(), found, maps, strict=True):
+        expected = [sum(v * (x - m) for v, x, m in zip(row, mask, mean, strict=True)) for row in rows]
+        assert code.tolist() == pytest.approx(expected, abs=1e-12)
+        pixels = [m + sum(r * row[i] for r, row in zip(vector, rows, strict=True)) for i, m in enumerate(mean)]
+        assert map_.flatten().tolist() == pytest.approx(pixels, abs=1e-12)
+    maps.sum().backward()
+    assert vectors.grad.all()
+    whole = PixelPCAMaskCoding(SIZE, SIZE**2, random_basis(SIZE**2, name), centred=name == "pca_pixels").double()
+    assert torch.allclose(whole.decode(whole.encode(masks)), masks.double(), atol=1e-5), "lossless with all components"
+
+
+def test_a_basis_is_for_one_coding(tmp_path: Path) -> None:
+    """What a file was learned for is in it; those of the releases, which do not say it, are for "pca"."""
+    path = tmp_path / "basis.npz"
+    random_basis(5, "pca_linear").save(path)
+    assert build_mask_coding("pca_linear", SIZE, 5, basis=str(path)).length == 5
+    for name in ("pca", "pca_pixels"):
+        message = f"one for MODEL.MASK_CODING.NAME 'pca_linear', not '{name}': set NAME to that, or .*--method {name}"
+        with pytest.raises(ValueError, match=message):
+            build_mask_coding(name, SIZE, 5, basis=str(path))
+    random_basis(5).save(path)
+    with np.load(path) as file:
+        arrays = {key: file[key] for key in file if key != "coding"}
+    np.savez(path, **arrays)
+    assert build_mask_coding("pca", SIZE, 5, basis=str(path)).length == 5
+    with pytest.raises(ValueError, match="one for MODEL.MASK_CODING.NAME 'pca', not 'pca_pixels'"):
+        build_mask_coding("pca_pixels", SIZE, 5, basis=str(path))
+
+
 def test_basis_files(tmp_path: Path) -> None:
     random_basis(5).save(tmp_path / "basis.npz", statistics="a note")
     loaded = PCABasis.load(tmp_path / "basis.npz")
@@ -88,8 +131,8 @@ def test_pixels(logits: bool) -> None:
     assert torch.allclose(coding.decode(vectors), 0.025 + 0.95 * masks.float() if logits else masks.float())
 
 
-@pytest.mark.parametrize("coding", [PCAMaskCoding(16, 5), AutoencoderMaskCoding(16, 5)])
-def test_without_a_basis(coding: PCAMaskCoding | AutoencoderMaskCoding) -> None:
+@pytest.mark.parametrize("coding", [PCAMaskCoding(16, 5), PixelPCAMaskCoding(16, 5), AutoencoderMaskCoding(16, 5)])
+def test_without_a_basis(coding: PCAMaskCoding | PixelPCAMaskCoding | AutoencoderMaskCoding) -> None:
     with pytest.raises(MissingBasisError, match="has no basis yet"):
         coding.encode(random_masks(1, 16))
     with pytest.raises(MissingBasisError, match="MODEL.MASK_CODING.BASIS"):
@@ -120,7 +163,11 @@ def test_autoencoder() -> None:
 
 def test_autocast_does_not_change_codes() -> None:
     masks = random_masks(2, 16)
-    for coding in (PCAMaskCoding(SIZE, 5, random_basis(5), noise=None), AutoencoderMaskCoding(16, 5, initialise=True)):
+    for coding in (
+        PCAMaskCoding(SIZE, 5, random_basis(5), noise=None),
+        PixelPCAMaskCoding(SIZE, 5, random_basis(5, "pca_pixels")),
+        AutoencoderMaskCoding(16, 5, initialise=True),
+    ):
         cut = masks[:, : coding.mask_size, : coding.mask_size]
         vectors = coding.eval().encode(cut)
         maps = coding.decode(vectors)

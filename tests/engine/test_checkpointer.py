@@ -164,6 +164,19 @@ def test_file_that_is_no_checkpoint(
             way_in(cfg)
 
 
+def test_start_that_a_command_makes(cfg: CfgNode, tmp_path: Path) -> None:
+    """The error has the command, unless another file is asked for."""
+    cfg.MODEL.WEIGHTS = str(tmp_path / "start.pth")
+    cfg.MODEL.WEIGHTS_FROM = f"tools/convert_checkpoint.py --config-file a.yaml b.pth {cfg.MODEL.WEIGHTS}"
+    with pytest.raises(CheckpointError) as error:
+        train(cfg)
+    assert f"{cfg.MODEL.WEIGHTS}: there is no such file. " in str(error.value)
+    assert f"made once: python {cfg.MODEL.WEIGHTS_FROM} " in str(error.value)
+    cfg.MODEL.WEIGHTS = "b.pth"
+    with pytest.raises(CheckpointError, match=r"b\.pth: there is no such file\. Check MODEL\.WEIGHTS"):
+        train(cfg)
+
+
 def test_address_that_cannot_be_fetched(cfg: CfgNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
     cfg.MODEL.WEIGHTS = "http://127.0.0.1:1/model.pth"

@@ -141,15 +141,21 @@ def test_names_of_ablations_say_their_setting() -> None:
     }
     found = {name: (n.MASK_STRIDE, n.MASK_POSITIONS, n.POSITIONS) for name, n in nodes.items()}
     assert found == {
-        "ablations/mask_stride_8": (8, True, "logit"),
-        "ablations/mask_stride_4": (4, True, "logit"),
-        "ablations/mask_stride_2": (2, True, "logit"),
+        "ablations/mask_stride_8": (8, True, "point"),
+        "ablations/mask_stride_4": (4, True, "point"),
+        "ablations/mask_stride_2": (2, True, "point"),
         "ablations/positions_none": (4, False, "none"),
         "ablations/positions_mask": (4, True, "none"),
-        "ablations/positions_kernel": (4, False, "logit"),
-        "ablations/positions_both": (4, True, "logit"),
+        "ablations/positions_kernel": (4, False, "point"),
+        "ablations/positions_both": (4, True, "point"),
     }
     paper = LEAVES["isda_r50_paper"].config().MODEL
-    kernel = paper.MASK_BRANCH.KERNEL
-    assert (kernel.LOSS, paper.ISDA.CLASS_WEIGHT, kernel.WEIGHT, kernel.POSITIONS) == ("iou", 1, 3, "point")
+    isda, kernel = paper.ISDA, paper.MASK_BRANCH.KERNEL
+    assert (kernel.LOSS, isda.CLASS_WEIGHT, kernel.WEIGHT, kernel.POSITIONS) == ("iou", 1, 3, "point")
+    assert (isda.CLASS_COST, isda.COST_CLASS, kernel.COST_WEIGHT, kernel.MASKNESS) == ("probability", 1, 3, False)
+    for name in nodes:
+        model = LEAVES[name].config().MODEL
+        for key in ("MASK_STRIDE", "MASK_POSITIONS", "POSITIONS"):
+            model.MASK_BRANCH.KERNEL[key] = kernel[key]
+        assert model == paper, f"{name} differs from the paper's model in more than its setting"
     assert LEAVES["isda_r50_second_head"].config().MODEL.MASK_BRANCH.KERNEL.MASKNESS_THRESHOLD == 1e-6

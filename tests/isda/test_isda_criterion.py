@@ -53,10 +53,12 @@ def make_targets(counts: Sequence[int]) -> tuple[Targets, torch.Tensor]:
     return Targets(counts, labels, torch.zeros(n, 4), [(24, 40)] * len(counts)), masks
 
 
-def compute(outputs: Outputs, targets: Targets, masks: torch.Tensor, mask_loss: str = "dice") -> list[Any]:
+def compute(
+    outputs: Outputs, targets: Targets, masks: torch.Tensor, mask_loss: str = "dice", class_cost: str = "focal"
+) -> list[Any]:
     """The terms of detector and branch."""
     found, made = outputs
-    detector, branch = SetDetector(ClassCriterion(2.0, 2.0)), make_branch(mask_loss)
+    detector, branch = SetDetector(ClassCriterion(2.0, 2.0, class_cost=class_cost)), make_branch(mask_loss)
     with torch.no_grad():
         costs = branch.costs(found, made, masks, targets)
     assignment = detector.match(found, targets, costs)
@@ -75,15 +77,19 @@ def slow_iou(p: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return both / (p.sum() + t.sum() - both + 1e-6)
 
 
-def slow_cost(outputs: Outputs, layer: int, image: int, labels: torch.Tensor, masks: torch.Tensor) -> list:
+def slow_cost(
+    outputs: Outputs, layer: int, image: int, labels: torch.Tensor, masks: torch.Tensor, class_cost: str
+) -> list:
     """Cost [query][target] of one layer and image."""
     rows = []
     for q in range(QUERIES):
         row = []
         for label, mask in zip(labels.tolist(), masks, strict=True):
             s = 1 / (1 + math.exp(-outputs[0].logits[layer, image, q, label].item()))
-            focal = -0.25 * (1 - s) ** 2 * math.log(s + 1e-12) + 0.75 * s**2 * math.log(1 - s + 1e-12)
-            row.append(2 * focal + 3 * (1 - slow_iou(masks_of(outputs[1], layer, image)[q], mask).item()))
+            cost = -s
+            if class_cost == "focal":
+                cost = -0.25 * (1 - s) ** 2 * math.log(s + 1e-12) + 0.75 * s**2 * math.log(1 - s + 1e-12)
+            row.append(2 * cost + 3 * (1 - slow_iou(masks_of(outputs[1], layer, image)[q], mask).item()))
         rows.append(row)
     return rows
 
@@ -97,11 +103,11 @@ def best_pairs(cost: list, count: int) -> list[tuple[int, int]]:
     return min(choices, key=lambda pairs: sum(cost[q][t] for q, t in pairs))
 
 
-@pytest.mark.parametrize("mask_loss", ["dice", "iou"])
+@pytest.mark.parametrize(("mask_loss", "class_cost"), [("dice", "focal"), ("iou", "focal"), ("iou", "probability")])
 @pytest.mark.parametrize("counts", BATCHES)
-def test_against_loops(counts: list[int], mask_loss: str) -> None:
+def test_against_loops(counts: list[int], mask_loss: str, class_cost: str) -> None:
     outputs, (targets, all_masks) = make_outputs(len(counts)), make_targets(counts)
-    losses = unweighted(compute(outputs, targets, all_masks, mask_loss))
+    losses = unweighted(compute(outputs, targets, all_masks, mask_loss, class_cost))
     labels, masks = targets.labels.split(counts), all_masks.split(counts)
     pairs = max(sum(min(count, QUERIES) for count in counts), 1)
     for layer in range(LAYERS):
@@ -109,7 +115,7 @@ def test_against_loops(counts: list[int], mask_loss: str) -> None:
         one_hot = torch.zeros(len(counts), QUERIES, CLASSES, dtype=torch.float64)
         mask_sum = torch.zeros((), dtype=torch.float64)
         for image, count in enumerate(counts):
-            cost = slow_cost(outputs, layer, image, labels[image], masks[image])
+            cost = slow_cost(outputs, layer, image, labels[image], masks[image], class_cost)
             for q, t in best_pairs(cost, count):
                 one_hot[image, q, labels[image][t]] = 1
                 p, truth = masks_of(outputs[1], layer, image)[q], masks[image][t]
@@ -119,6 +125,18 @@ def test_against_loops(counts: list[int], mask_loss: str) -> None:
         assert losses[f"loss_cls{suffix}"].item() == pytest.approx(focal.item(), rel=1e-7)
         expected = (mask_sum / (pairs + 1e-5)).item()
         assert losses[f"loss_mask{suffix}"].item() == pytest.approx(expected, rel=1e-7, abs=1e-12)
+
+
+def test_class_costs_choose_other_pairs() -> None:
+    """So that the comparison with loops tells them apart."""
+    (found, made), (targets, masks) = make_outputs(2), make_targets([2, 1])
+    with torch.no_grad():
+        costs = make_branch().costs(found, made, masks, targets)
+        chosen = [
+            SetDetector(ClassCriterion(9.0, 2.0, class_cost=kind)).match(found, targets, costs).query
+            for kind in ("focal", "probability")
+        ]
+    assert not torch.equal(*chosen)
 
 
 @pytest.mark.parametrize("mask_loss", ["dice", "iou"])

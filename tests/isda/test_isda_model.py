@@ -24,7 +24,13 @@ MakeBatch = Callable[..., list[dict[str, Any]]]
 
 FORMS = {
     "release": {},
-    "paper": {"KERNEL_POSITIONS": "point", "KERNEL_LOSS": "iou", "CLASS_WEIGHT": 1.0},
+    "paper": {
+        "KERNEL_POSITIONS": "point",
+        "KERNEL_LOSS": "iou",
+        "KERNEL_MASKNESS": False,
+        "CLASS_COST": "probability",
+        "CLASS_WEIGHT": 1.0,
+    },
     "no positions": {"KERNEL_POSITIONS": "none", "KERNEL_MASK_POSITIONS": False},
     "stride 8": {"KERNEL_MASK_STRIDE": 8},
     "stride 2": {"KERNEL_MASK_STRIDE": 2},
@@ -158,9 +164,10 @@ def test_resizing_holds_few_maps_at_once() -> None:
     assert 0 < largest <= isda_masks.CHUNK_ELEMENTS
 
 
-def test_detections(make_model: MakeModel, make_batch: MakeBatch) -> None:
+@pytest.mark.parametrize("with_maskness", [True, False])
+def test_detections(make_model: MakeModel, make_batch: MakeBatch, with_maskness: bool) -> None:
     """The best pairs of query and class; masks, scores and order by a second implementation in numpy."""
-    model = make_model().eval()
+    model = make_model(KERNEL_MASKNESS=with_maskness).eval()
     batch = make_batch([0, 0], [(64, 96), (60, 70)])
     batch[0].update(height=50, width=120)
     with torch.no_grad():
@@ -176,7 +183,9 @@ def test_detections(make_model: MakeModel, make_batch: MakeBatch) -> None:
             kernel, features = made.kernels[-1, b, query].cpu().numpy(), made.features[b].cpu().numpy()
             map_ = expit(np.einsum("c,chw->hw", kernel, features))
             above = map_ > 0.5
-            expected = scores[query, label] * (map_ * above).sum() / (above.sum() + 1e-5)
+            expected = scores[query, label]
+            if with_maskness:
+                expected *= (map_ * above).sum() / (above.sum() + 1e-5)
             assert instances.scores[i].item() == pytest.approx(expected, abs=1e-5)
             image = bilinear(map_, (64, 96))[: size[0], : size[1]]
             mask = bilinear(image, shape) > 0.5
@@ -230,6 +239,7 @@ def test_no_image_side_below_the_coarsest_stride(make_model: MakeModel, make_bat
     [
         ({"KERNEL_POSITIONS": "logits"}, "MODEL.MASK_BRANCH.KERNEL.POSITIONS is 'logits': choose one of"),
         ({"KERNEL_MASK_STRIDE": 3}, "MODEL.MASK_BRANCH.KERNEL.MASK_STRIDE is 3: choose one of (2, 4, 8)"),
+        ({"CLASS_COST": "dice"}, "MODEL.ISDA.CLASS_COST is 'dice': choose one of focal, probability"),
         ({"KERNEL_LOSS": "bce"}, "MODEL.MASK_BRANCH.KERNEL.LOSS is 'bce': choose one of ('dice', 'iou')"),
         ({"KERNEL_MASK_FEATURE_DIM": 48}, "MASK_FEATURE_DIM is 48; it must be a multiple of 32"),
         ({"IN_FEATURES": ["res2", "p3"]}, "IN_FEATURES names ['p3'], but the backbone gives ['res2', 'res3'"),

@@ -77,7 +77,8 @@ def test_training_step_and_inference(name: str, make_batch: Any, give_basis: Any
 
     losses = model(batch(make_batch))
     istr = cfg.MODEL.ISTR
-    kinds = ("loss_ce", "loss_bbox", "loss_giou", "loss_vector", "loss_dice")
+    masks = ("loss_mask",) if cfg.MODEL.MASK_BRANCH.NAME == "PixelBranch" else ("loss_vector", "loss_dice")
+    kinds = ("loss_ce", "loss_bbox", "loss_giou", *masks)
     suffixes = ["", *(f"_{stage}" for stage in range(istr.NUM_STAGES - 1))]
     assert set(losses) == {kind + suffix for kind in kinds for suffix in suffixes}
     assert all(torch.isfinite(loss) for loss in losses.values())
@@ -138,14 +139,7 @@ ROWS = {
     "length_60": {},
     "length_80": {"CODING_LENGTH": 80},
     "length_784": {"CODING_LENGTH": 784, "CODING_NAME": "flatten"},
-    "mask_pixels": {
-        "CODING_LENGTH": 784,
-        "CODING_NAME": "flatten_logits",
-        "CODE_HEAD": "pixel",
-        "CODE_POOL_SIZE": 14,
-        "CODE_COST": "none",
-        "CODE_WEIGHT": 0.0,
-    },
+    "mask_pixels": {"BRANCH": "PixelBranch"},
     "mask_cost_none": {"CODE_COST": "none"},
     "mask_cost_dice": {"CODE_COST": "dice"},
     "mask_cost_l1": {"CODE_COST": "l1"},
@@ -159,7 +153,13 @@ ROWS = {
     "queries_avg": {"USE_POSITION": False},
     "queries_position": {"USE_IMAGE_FEATURE": False},
     "queries_both": {},
-    "paper_equations": {"STAGE_INPUT": "initial", "CLASSIFIER": "softmax", "CODING_LABEL_NOISE": False},
+    "paper_equations": {
+        "STAGE_INPUT": "initial",
+        "DYNAMIC_LAYERS": 1,
+        "CLASSIFIER": "softmax",
+        "SOFTMAX_LOSS": "focal",
+        "CODING_NAME": "pca_linear",
+    },
     **{f"refinement_stages_{number}": {"NUM_STAGES": number} for number in range(1, 7)},
 }
 

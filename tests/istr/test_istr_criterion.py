@@ -73,12 +73,12 @@ def random_boxes(*shape: int) -> torch.Tensor:
     return torch.cat((low, low + 2 + torch.rand(*shape, 2) * 20), dim=-1)
 
 
-def make_case(coding: MaskCoding, soft: bool = False, counts: Sequence[int] = COUNTS, **options: Any) -> Case:
-    """``options`` are those of the branch; ``soft``: a softmax classifier."""
+def make_case(coding: MaskCoding, soft: str = "", counts: Sequence[int] = COUNTS, **options: Any) -> Case:
+    """``options`` are those of the branch; ``soft``: the loss of a softmax classifier, "" for a sigmoid one."""
     torch.manual_seed(0)
     sides = torch.tensor([[width, height] * 2 for height, width in SIZES], dtype=torch.float64)
     found = RecurrentPredictions(
-        logits=torch.randn(N, B, Q, K + soft, requires_grad=True),
+        logits=torch.randn(N, B, Q, K + bool(soft), requires_grad=True),
         hidden=torch.zeros(N, B, Q, 1),
         canvas=Canvas((36, 40), torch.zeros(B, 36, 40, dtype=torch.bool), sides, True),
         image_sizes=SIZES,
@@ -88,7 +88,8 @@ def make_case(coding: MaskCoding, soft: bool = False, counts: Sequence[int] = CO
     boxes = torch.cat([random_boxes(count) for count in counts])
     masks = [torch.rand(count, *size) < 0.6 for count, size in zip(counts, SIZES, strict=True)]
     labels = torch.tensor([1, 3, 0] * sum(counts))[: sum(counts)]
-    criterion = RecurrentCriterion(COSTS, WEIGHTS, classifier="softmax" if soft else "sigmoid")
+    kinds = {"classifier": "softmax", "softmax_loss": soft} if soft else {}
+    criterion = RecurrentCriterion(COSTS, WEIGHTS, **kinds)
     branch = CodeBranch([], coding, cost=1.5, weights={"loss_vector": 0.5, "loss_dice": 4.0}, **options)
     return Case(SetDetector(criterion), branch, found, made, Targets(counts, labels, boxes, SIZES, masks))
 
@@ -122,8 +123,8 @@ def slow_dice(p: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["cosine", "l1", "dice", "none"])
-@pytest.mark.parametrize("soft", [False, True])
-def test_costs(kind: str, soft: bool) -> None:
+@pytest.mark.parametrize("soft", ["", "cross_entropy"])
+def test_costs(kind: str, soft: str) -> None:
     case = make_case(DCTMaskCoding(SIZE, LENGTH), soft, mask_cost=kind)
     truth = case.truth
     cost = sum(case.costs(truth).values()).detach()
@@ -134,10 +135,10 @@ def test_costs(kind: str, soft: bool) -> None:
             assert float(cost[n, b, q, t]) == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("soft", ["", "cross_entropy", "focal"])
 @pytest.mark.parametrize("distance", ["l2", "smooth_l1"])
 @pytest.mark.parametrize("at", ["ground_truth", "predicted"])
-def test_losses(soft: bool, distance: str, at: str) -> None:
+def test_losses(soft: str, distance: str, at: str) -> None:
     coding = DCTMaskCoding(SIZE, LENGTH)
     case = make_case(coding, soft, vector_loss=distance, mask_target=at)
     found, targets, truth = case.found, case.targets, case.truth
@@ -171,7 +172,13 @@ def test_losses(soft: bool, distance: str, at: str) -> None:
             expected["loss_vector"] += value / count / LENGTH
             expected["loss_dice"] += slow_dice(coding.decode(vector[None])[0], crop) / count
         logits = found.logits[n]
-        if soft:
+        if soft == "focal":
+            value = 0.0
+            for b, q in itertools.product(range(B), range(Q)):
+                p = logits[b, q, labels[b, q]].exp() / logits[b, q].exp().sum()
+                value -= (0.75 if labels[b, q] == K else 0.25) * (1 - p) ** 2 * torch.log(p)
+            expected["loss_ce"] = value / count
+        elif soft:
             weight = torch.tensor([1.0] * K + [0.1])
             expected["loss_ce"] = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight)
         else:

@@ -14,6 +14,7 @@ from torch import nn
 
 from querymask.common.mask_coding import MissingBasisError
 from querymask.common.solver import build_optimizer
+from querymask.istr.stage import DynamicInteraction
 
 MakeCfg = Callable[..., CfgNode]
 MakeModel = Callable[..., nn.Module]
@@ -27,15 +28,16 @@ FORMS = {
     "second release, DCT": V2,
     "second release, autoencoder": {**V2, "CODING_NAME": "autoencoder", "CODING_SIZE": 32},
     "pixels as vector": {"CODING_NAME": "flatten", "CODING_LENGTH": 256},
-    "pixels": {
-        "CODE_HEAD": "pixel",
-        "CODING_NAME": "flatten_logits",
-        "CODING_LENGTH": 256,
-        "CODE_COST": "none",
-        "CODE_WEIGHT": 0.0,
-    },
+    "pixels": {"BRANCH": "PixelBranch", "PIXEL_POOL_SIZE": 5},
     "no masks": {"BRANCH": "none"},
-    "equations": {"STAGE_INPUT": "initial", "CLASSIFIER": "softmax", "CODING_NAME": "pca", "CODING_LABEL_NOISE": False},
+    "softmax": {"CLASSIFIER": "softmax", "CODING_NAME": "pca", "CODING_LABEL_NOISE": False},
+    "equations": {
+        "STAGE_INPUT": "initial",
+        "DYNAMIC_LAYERS": 1,
+        "CLASSIFIER": "softmax",
+        "SOFTMAX_LOSS": "focal",
+        "CODING_NAME": "pca_linear",
+    },
     "attention": {"ATTENTION": "multi_head", "CODE_COST": "dice"},
     "queries": {"USE_POSITION": False, "QUERY_POOLING": "max", "CODE_COST": "l1"},
     "last stage": {"DEEP_SUPERVISION": False},
@@ -51,14 +53,13 @@ def test_training_step(make_model: MakeModel, make_batch: MakeBatch, form: str, 
     losses = model(make_batch(counts))
     kinds = ["loss_ce", "loss_bbox", "loss_giou"]
     if model.mask_branch is not None:
-        kinds += ["loss_vector", "loss_dice"]
+        kinds += ["loss_mask"] if form == "pixels" else ["loss_vector", "loss_dice"]
     suffixes = ["", "_0"] if model.detector.deep_supervision else [""]
     assert set(losses) == {kind + suffix for kind in kinds for suffix in suffixes}
     assert all(torch.isfinite(value) for value in losses.values())
     for name, value in losses.items():
         empty = sum(counts) == 0 and not name.startswith("loss_ce")
-        unweighted = name.startswith("loss_vector") and model.mask_branch.weights["loss_vector"] == 0
-        assert (value == 0) == (empty or unweighted), name
+        assert (value == 0) == empty, name
     sum(losses.values()).backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
@@ -185,6 +186,38 @@ def test_scored_stages(make_model: MakeModel, make_batch: MakeBatch, first: int,
     assert torch.allclose(model.detector.scores(outputs), outputs.logits[stages].mean(0).sigmoid())
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_dynamic_layers_against_loops(number: int) -> None:
+    """Of equation 11 there is one: every bin times the query's matrix, LayerNorm, ELU; then all bins together."""
+    torch.manual_seed(0)
+    width, inner, bins = 6, 3, 4
+    module = DynamicInteraction(width, inner, 2, number).double()
+    for norm in (module.norm1, module.norm2, module.norm3)[:: 3 - number]:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    queries, crops = torch.randn(2, width).double(), torch.randn(2, bins, width).double()
+    result = module(queries, crops)
+    for query, crop, found in zip(queries, crops, result, strict=True):
+        matrices = module.dynamic_layer.weight @ query + module.dynamic_layer.bias
+        rows = []
+        for x in crop:
+            x = torch.stack([sum(x[c] * matrices[c * inner + d] for c in range(width)) for d in range(inner)])
+            x = slow_norm_and_elu(x, module.norm1)
+            if number == 2:
+                back = matrices[width * inner :]
+                x = torch.stack([sum(x[d] * back[d * width + c] for d in range(inner)) for c in range(width)])
+                x = slow_norm_and_elu(x, module.norm2)
+            rows.append(x)
+        out = module.out_layer.weight @ torch.cat(rows) + module.out_layer.bias
+        assert torch.allclose(found, slow_norm_and_elu(out, module.norm3), rtol=0, atol=1e-12)
+    assert module.out_layer.in_features == bins * (inner if number == 1 else width)
+
+
+def slow_norm_and_elu(x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+    x = (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt() * norm.weight + norm.bias
+    return torch.where(x > 0, x, x.exp() - 1)
+
+
 def test_initialisation(make_cfg: MakeCfg) -> None:
     torch.manual_seed(0)
     model = build_model(make_cfg())
@@ -219,11 +252,13 @@ def test_a_learned_coding_needs_its_basis(make_cfg: MakeCfg, make_batch: MakeBat
 
 ERRORS = {
     "MODEL.MASK_CODING.NAME is 'wavelet': choose one of pca, dct, sparse, autoencoder": {"CODING_NAME": "wavelet"},
-    "MODEL.MASK_BRANCH.CODE.HEAD is 'linear': choose one of vector, convolution, pixel": {"CODE_HEAD": "linear"},
+    "MODEL.MASK_BRANCH.CODE.HEAD is 'linear': choose one of vector, convolution": {"CODE_HEAD": "linear"},
     "MODEL.MASK_BRANCH.CODE.TARGET is 'box': choose one of ground_truth, predicted": {"CODE_TARGET": "box"},
     "MODEL.MASK_BRANCH.CODE.COST is 'l2': choose one of cosine, l1, dice, none": {"CODE_COST": "l2"},
     "MODEL.MASK_BRANCH.CODE.LOSS is 'l1': choose one of l2, smooth_l1": {"CODE_LOSS": "l1"},
     "MODEL.ISTR.CLASSIFIER is 'svm': choose one of sigmoid, softmax": {"CLASSIFIER": "svm"},
+    "MODEL.ISTR.SOFTMAX_LOSS is 'dice': choose one of cross_entropy, focal": {"SOFTMAX_LOSS": "dice"},
+    "MODEL.ISTR.DYNAMIC_LAYERS is 3: choose 1 or 2": {"DYNAMIC_LAYERS": 3},
     "MODEL.ISTR.ATTENTION is 'none': choose 'dynamic' or 'multi_head'": {"ATTENTION": "none"},
     "MODEL.ISTR.QUERY_POOLING is 'sum': choose one of mean, max": {"QUERY_POOLING": "sum"},
     "MODEL.ISTR.STAGE_INPUT is 'none': choose one of previous, initial": {"STAGE_INPUT": "none"},
@@ -235,7 +270,6 @@ ERRORS = {
     "a 16x16 mask has 256 principal components, not 300": {"CODING_NAME": "pca", "CODING_LENGTH": 300},
     "MODEL.MASK_CODING.BASIS is 'x.npz', but MODEL.MASK_CODING.NAME 'dct' needs none": {"CODING_BASIS": "x.npz"},
     "x.npz is not a PCA basis": {"CODING_BASIS": "x.npz", "CODING_NAME": "pca"},
-    "MODEL.MASK_BRANCH.CODE.HEAD 'pixel' predicts the logits of 16x16 masks": {"CODE_HEAD": "pixel"},
     "POOL_SIZE is 6: it must be a multiple of 4": {"CODE_HEAD": "convolution", "CODE_POOL_SIZE": 6},
     "the autoencoder of 16x16 masks needs 4": {"CODE_HEAD": "convolution", "CODING_NAME": "autoencoder"},
     "have sides that are multiples of 16, not 20": {"CODING_NAME": "autoencoder", "CODING_SIZE": 20},

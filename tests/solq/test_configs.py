@@ -244,11 +244,24 @@ def test_codings_of_the_ablations() -> None:
         rows[coding.NAME] = (coding.SIZE, coding.LENGTH, vector.LOSS, vector.PASTE)
     assert rows == {
         "dct": (128, 256, "l1", "binary"),
-        "pca": (28, 60, "l2_dice", "soft"),
+        "pca_pixels": (28, 60, "l1", "soft"),
         "flatten": (28, 784, "l2_dice", "soft"),
         "sparse": (28, 256, "l1", "soft"),
     }
     assert not uses_masks(LEAVES["ablations/coding_none"].config())
+
+
+def test_forms_of_the_paper_and_of_the_release() -> None:
+    paper, release = (LEAVES[name].config() for name in ("solq_r50_paper", "solq_r50"))
+    assert (paper.INPUT.MIN_SIZE_TRAIN, paper.INPUT.MIN_SIZE_TRAIN_SAMPLING) == ((408, 800), "range")
+    assert not paper.MODEL.MASK_BRANCH.VECTOR.SHARED_HEAD and release.MODEL.MASK_BRANCH.VECTOR.SHARED_HEAD
+    paper.MODEL.MASK_BRANCH.VECTOR.SHARED_HEAD = True
+    assert paper.MODEL == release.MODEL
+    head = R50_PARTS["mask head"]
+    sizes = [size(build_on_meta(LEAVES[name].config()))[0] for name in ("solq_r50_paper", "solq_r50")]
+    assert sizes[0] - sizes[1] == 5 * head
+    pca = LEAVES["solq_r50_pca"].config().MODEL
+    assert (pca.MASK_CODING.NAME, pca.MASK_BRANCH.VECTOR.LOSS) == ("pca", "l2_dice")
 
 
 def test_backbone_as_torchvision_has_it() -> None:

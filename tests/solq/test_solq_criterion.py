@@ -39,7 +39,7 @@ class Halves(MaskCoding):
 def make_branch(**options: Any) -> VectorBranch:
     branch = VectorBranch(width=WIDTH, hidden_dim=7, coding=Halves(), **options)
     torch.manual_seed(2)
-    torch.nn.init.normal_(branch.vector_embed.layers[-1].weight)
+    torch.nn.init.normal_(branch.head(-1).layers[-1].weight)
     return branch.double()
 
 
@@ -187,6 +187,38 @@ def test_squares_and_dice(counts: list[int], start: int) -> None:
     assert [losses[name].item() for name in names] == pytest.approx(expected[start:], rel=1e-9)
     sum(losses.values()).backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in branch.parameters())
+
+
+@pytest.mark.parametrize("counts", [[2, 1], [0, 0], [6, 1]])
+@pytest.mark.parametrize(("start", "trained"), [(0, 3), (1, 3), (5, 3), (1, 2)])
+def test_a_head_for_each_layer(counts: list[int], start: int, trained: int) -> None:
+    """Every layer's vectors are those of its own head; heads of layers without a loss are not trained.
+
+    Args:
+        trained: layers that the detector has losses for, the last ones, which alone are found then.
+    """
+    branch = make_branch(start_layer=start, num_layers=LAYERS, num_trained_layers=trained)
+    heads = list(branch.vector_embed)
+    assert len(heads) == LAYERS
+    for head in heads[:-1]:
+        nn.init.normal_(head.layers[-1].weight)
+    whole, (targets, _, truth) = make_outputs(len(counts)), make_targets(counts)
+    first = LAYERS - trained
+    outputs = DETRPredictions(whole.logits[first:], whole.hidden[first:], boxes=whole.boxes[first:])
+    terms, assignment = compute(outputs, targets, truth, branch)
+    expected = [0.0] * trained
+    pairs = zip(assignment.layer, assignment.image, assignment.query, assignment.target, strict=True)
+    for layer, image, query, target in pairs:
+        vector = heads[first + layer](outputs.hidden[layer, image, query])
+        expected[layer] += 3.0 * (vector - truth.vectors[target]).abs().sum().item()
+    with_loss = min(start, trained - 1)
+    divisor = max(assignment.pairs_per_layer(), 1) * LENGTH
+    losses = [term.value.item() for term in terms if term.name == "loss_vector"]
+    assert losses == pytest.approx([value / divisor for value in expected[with_loss:]], rel=1e-9)
+    sum(weighted(terms).values()).backward()
+    for layer, head in enumerate(heads):
+        for parameter in head.parameters():
+            assert parameter.requires_grad == (parameter.grad is not None) == (layer >= first + with_loss)
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 5])

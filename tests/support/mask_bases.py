@@ -7,6 +7,7 @@ from querymask.common.mask_coding import (
     MaskCoding,
     PCABasis,
     PCAMaskCoding,
+    PixelPCAMaskCoding,
     SparseBasis,
     SparseMaskCoding,
 )
@@ -18,10 +19,15 @@ def give_basis(coding: MaskCoding | None) -> None:
         return
     rng, size, length = np.random.default_rng(0), coding.mask_size, coding.length
     values: MaskCoding
-    if isinstance(coding, PCAMaskCoding):
+    if isinstance(coding, PCAMaskCoding | PixelPCAMaskCoding):
         components = np.linalg.qr(rng.standard_normal((size**2, length)))[0].T
         mean, variance = rng.standard_normal(size**2), np.geomspace(100, 1, length)
-        values = PCAMaskCoding(size, length, PCABasis(components, mean, variance, variance))
+        if isinstance(coding, PCAMaskCoding):
+            values = PCAMaskCoding(size, length, PCABasis(components, mean, variance, variance))
+        else:
+            kind = "pca_pixels" if coding.centred else "pca_linear"
+            basis = PCABasis(components, mean, variance, variance, kind)
+            values = PixelPCAMaskCoding(size, length, basis, coding.centred)
     elif isinstance(coding, SparseMaskCoding):
         atoms = rng.standard_normal((length, size**2))
         basis = SparseBasis(atoms / np.linalg.norm(atoms, axis=1, keepdims=True), 0.3)

@@ -16,7 +16,7 @@ from tool_loader import load_tool
 
 from querymask import get_cfg
 from querymask.common.checkpoint import CheckpointError, coco_class_ids, fit_to_model, read_checkpoint
-from querymask.model_zoo import fitting_configs, get_value
+from querymask.model_zoo import find_leaves, fitting_configs, get_value, read_config
 from querymask.solq.checkpoint import convert, describe, settings
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +55,33 @@ def config(name: str, *overrides: object) -> CfgNode:
     cfg.merge_from_file(str(CONFIGS / name))
     cfg.merge_from_list(list(overrides))
     return cfg
+
+
+# ---- Files that configs start from ---------------------------------------------------------------------------------
+
+
+def test_starts_of_configs_have_their_commands() -> None:
+    """Where no address has the weights: the command is one of the tool's, for this model, and in the documentation."""
+    pages = [*ROOT.glob("docs/*.md"), *ROOT.glob("projects/*/README.md")]
+    documented = re.sub(r"\\\n\s*", "", "".join(page.read_text() for page in pages))
+    found = set()
+    for leaf in find_leaves():
+        cfg = leaf.config()
+        weights, command = cfg.MODEL.WEIGHTS, cfg.MODEL.WEIGHTS_FROM
+        assert bool(command) == bool(weights and "://" not in weights), f"{leaf.name}: {weights} of {command!r}"
+        if not command:
+            continue
+        script, *arguments = command.split()
+        args = tool.parse_arguments(arguments)
+        assert (script, args.output) == ("tools/convert_checkpoint.py", weights), leaf.name
+        assert f"uv run {command}\n" in documented, f"{leaf.name}: {command}"
+        detectors = []
+        for file in (leaf.path, ROOT / args.config_file):
+            shapes = shapes_of(read_config(file))
+            detectors.append({key: shape for key, shape in shapes.items() if not key.startswith("mask_branch.")})
+        assert detectors[0] == detectors[1], leaf.name
+        found.add(f"{leaf.method}/{leaf.name}")
+    assert found >= {"isda/isda_r50_paper", "isda/ablations/positions_both", "solq/sqr_r50_frozen", "solq/solq_swin_l"}
 
 
 # ---- Published models against the project's configs ---------------------------------------------------------------
@@ -427,4 +454,5 @@ def test_tool_names_the_trouble(
 def test_refusal_names_the_configs_that_fit() -> None:
     configs = [Path(path).name for path in fitting_configs(settings(published("checkpoint.json")))]
     assert configs[0] == "solq_r50.yaml"
-    assert not {"Base-SOLQ.yaml", "solq_r101.yaml", "solq_r50_width256.yaml", "solq_r50_no_refine.yaml"} & set(configs)
+    others = {"solq_r101.yaml", "solq_r50_width256.yaml", "solq_r50_no_refine.yaml", "solq_r50_paper.yaml"}
+    assert not {"Base-SOLQ.yaml", *others} & set(configs)

@@ -249,10 +249,12 @@ def test_views_of_other_methods(config: Callable[[str], str], capsys: pytest.Cap
         views.register_view("stages", "SOLQ")(lambda *arguments: None)
 
 
-def test_coefficients(config: Callable[[str], str]) -> None:
+@pytest.mark.parametrize("shared", [True, False])
+def test_coefficients(config: Callable[[str], str], shared: bool) -> None:
     """All coefficients give the model's own masks; fewer give those of a vector whose rest is zero."""
     cfg = get_cfg()
     cfg.merge_from_file(config("solq"))
+    cfg.MODEL.MASK_BRANCH.VECTOR.SHARED_HEAD = shared
     torch.manual_seed(0)
     predictor = Predictor(cfg)
     model = predictor.model
@@ -266,8 +268,8 @@ def test_coefficients(config: Callable[[str], str]) -> None:
         own = model([item])[0]["instances"]
     assert own.pred_masks.any() and torch.equal(found[length].pred_masks, own.pred_masks)
     with torch.no_grad():
-        model.mask_branch.vector_embed.layers[-1].weight[4:] = 0
-        model.mask_branch.vector_embed.layers[-1].bias[4:] = 0
+        model.mask_branch.head(-1).layers[-1].weight[4:] = 0
+        model.mask_branch.head(-1).layers[-1].bias[4:] = 0
         cut = model([item])[0]["instances"]
     assert torch.equal(found[4].pred_masks, cut.pred_masks) and not torch.equal(cut.pred_masks, own.pred_masks)
 

@@ -89,6 +89,18 @@ def test_incremental_pca_of_one_batch_is_pca() -> None:
     assert np.allclose(all_of_them.components, basis.components)
 
 
+def test_incremental_pca_without_a_mean() -> None:
+    """Of "pca_linear": the singular vectors of the rows as they are, in one batch or several."""
+    rows = np.random.default_rng(1).standard_normal((50, 12)) * np.arange(1, 13) + 5
+    _, values, vectors = np.linalg.svd(rows)
+    for batch_size in (50, 13):
+        basis = fit(rows, 12, batch_size, "pca_linear")
+        assert np.allclose(basis.explained_variance, values**2 / 49) and not basis.mean.any()
+        assert np.allclose(basis.explained_variance_ratio, values**2 / (rows**2).sum())
+        assert np.allclose(np.abs(np.sum(basis.components * vectors, axis=1)), 1)
+        assert basis.coding == "pca_linear"
+
+
 def test_batches() -> None:
     def lengths(*arguments: int) -> list[int]:
         return [part.stop - part.start for part in batch_slices(*arguments)]
@@ -119,6 +131,30 @@ def test_basis_of_a_data_set(tmp_path: Path) -> None:
     iou = ((decoded & crops).sum((1, 2)) / (decoded | crops).sum((1, 2))).mean()
     assert quality["mask_iou"] == pytest.approx(float(iou), abs=1e-6) and iou > 0.9
     assert sorted(path.name for path in tmp_path.iterdir()) == ["basis.components.png", "basis.energy.png", "basis.npz"]
+
+
+@pytest.mark.parametrize("method", ["pca_pixels", "pca_linear"])
+def test_basis_of_pixels(tmp_path: Path, method: str) -> None:
+    """The singular vectors of the masks' pixels, about their mean or as they are: no other linear code loses less."""
+    tool = load_tool("fit_mask_basis")
+    output = tmp_path / "basis.npz"
+    arguments = ["--method", method, "--train", NAME, "--test", NAME, "--output", str(output), "--mask-size", "12"]
+    quality = tool.main([*arguments, "--components", "10", "--batch-size", "100"])
+    crops = torch.stack(list(MaskCrops([NAME], 12)))
+    pixels = crops.flatten(1).double().numpy()
+    mean = pixels.mean(0) if method == "pca_pixels" else np.zeros(144)
+    _, values, vectors = np.linalg.svd(pixels - mean)
+    basis = PCABasis.load(output)
+    assert basis.coding == method and np.allclose(basis.mean, mean)
+    assert np.allclose(np.abs(np.sum(basis.components * vectors[:10], axis=1)), 1, atol=1e-5)
+    assert np.allclose(basis.explained_variance, values[:10] ** 2 / 79, rtol=1e-5)
+    assert basis.explained_variance_ratio.sum() == pytest.approx((values[:10] ** 2).sum() / (values**2).sum(), rel=1e-5)
+    coding = build_mask_coding(method, 12, 10, basis=str(output))
+    error = (coding.decode(coding.encode(crops)) - crops.double()).square().sum()
+    assert error.item() == pytest.approx((values[10:] ** 2).sum(), rel=1e-4)
+    decoded = coding.decode(coding.encode(crops)) >= 0.5
+    iou = ((decoded & crops).sum((1, 2)) / (decoded | crops).sum((1, 2))).mean()
+    assert quality["mask_iou"] == pytest.approx(float(iou), abs=1e-6) and iou > 0.85
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,12 @@ class StrictCheckpointer(DetectionCheckpointer):
         if not os.path.isfile(local):
             tagged = self.save_dir and os.path.dirname(name) == self.save_dir.rstrip("/")
             remedy = "Check MODEL.WEIGHTS; files of others are made usable by tools/convert_checkpoint.py"
+            command = self._cfg.MODEL.WEIGHTS_FROM
+            if command.split()[-1:] == [name]:
+                remedy = (
+                    f"Training starts from it, and it is made once: python {command} (docs/checkpoints.md tells which "
+                    "file to convert). To evaluate a model, or to start from another one, name that in MODEL.WEIGHTS"
+                )
             if tagged:
                 remedy = f"{self.save_dir}/last_checkpoint may name it: write the name of a file that is there"
             raise CheckpointError(f"{path}: there is no such file. {remedy}")

@@ -11,7 +11,7 @@ from querymask.common.mask_coding.base import (
 from querymask.common.mask_coding.build import MASK_CODINGS, build_mask_coding, coding_from_config
 from querymask.common.mask_coding.dct import DCTMaskCoding, zigzag_order
 from querymask.common.mask_coding.flatten import FlattenMaskCoding
-from querymask.common.mask_coding.pca import PCABasis, PCAMaskCoding, label_logits
+from querymask.common.mask_coding.pca import PCABasis, PCAMaskCoding, PixelPCAMaskCoding, label_logits
 from querymask.common.mask_coding.sparse import SparseBasis, SparseMaskCoding
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "MissingBasisError",
     "PCABasis",
     "PCAMaskCoding",
+    "PixelPCAMaskCoding",
     "SparseBasis",
     "SparseMaskCoding",
     "binarize_at_half_range",

@@ -8,10 +8,10 @@ from querymask.common.mask_coding.autoencoder import AutoencoderMaskCoding
 from querymask.common.mask_coding.base import MaskCoding
 from querymask.common.mask_coding.dct import DCTMaskCoding
 from querymask.common.mask_coding.flatten import FlattenMaskCoding
-from querymask.common.mask_coding.pca import PCABasis, PCAMaskCoding
+from querymask.common.mask_coding.pca import PCABasis, PCAMaskCoding, PixelPCAMaskCoding
 from querymask.common.mask_coding.sparse import SparseBasis, SparseMaskCoding
 
-MASK_CODINGS = ("pca", "dct", "sparse", "autoencoder", "flatten", "flatten_logits")
+MASK_CODINGS = ("pca", "dct", "sparse", "autoencoder", "flatten", "flatten_logits", "pca_pixels", "pca_linear")
 
 
 def coding_from_config(cfg: CfgNode) -> MaskCoding:
@@ -30,7 +30,7 @@ def build_mask_coding(
     Args:
         name: one of ``MASK_CODINGS``.
         mask_size, length: side of the masks and entries of a vector.
-        basis: file with the basis of "pca" or "sparse", or the weights of "autoencoder"; "": they come with a
+        basis: file with the basis of a PCA or of "sparse", or the weights of "autoencoder"; "": they come with a
             checkpoint.
         label_noise: "pca" draws noise on the labels in every call of ``encode``.
 
@@ -40,6 +40,9 @@ def build_mask_coding(
     if name == "pca":
         noise = torch.rand_like if label_noise else None
         return PCAMaskCoding(mask_size, length, PCABasis.load(basis) if basis else None, noise)
+    if name in ("pca_pixels", "pca_linear"):
+        components = PCABasis.load(basis) if basis else None
+        return PixelPCAMaskCoding(mask_size, length, components, centred=name == "pca_pixels")
     if name == "sparse":
         return SparseMaskCoding(mask_size, length, SparseBasis.load(basis) if basis else None)
     if name == "autoencoder":

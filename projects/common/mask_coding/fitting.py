@@ -1,7 +1,7 @@
 """Learning bases of mask codings from a data set, and how well a coding gives masks back.
 
-The PCA of mask logits (ISTR, section 3.2), a dictionary for sparse coding (SOLQ, Table 3a), and the autoencoder of
-ISTR's second release.
+The PCA of mask logits or pixels (ISTR, section 3.2), a dictionary for sparse coding (SOLQ, Table 3a), and the
+autoencoder of ISTR's second release.
 """
 
 import json
@@ -39,12 +39,13 @@ def fit_pca_basis(
     num_components: int,
     batch_size: int = 1024,
     *,
+    coding: str = "pca",
     seed: int = 0,
     state: str | os.PathLike[str] | None = None,
     settings: dict[str, object] | None = None,
     workers: int = 0,
 ) -> PCABasis:
-    """Incremental PCA of all masks in their order, with noise on the labels.
+    """Incremental PCA of all masks in their order: of their logits, with noise on the labels, or of their pixels.
 
     Holds one batch and the components in memory. The noise of a mask depends on the seed and its place alone, so the
     result does not depend on interruptions.
@@ -53,6 +54,7 @@ def fit_pca_basis(
         masks: of (size, size) bool.
         num_components: K.
         batch_size: masks of an update.
+        coding: "pca" for logits, "pca_pixels", or "pca_linear": pixels without their mean.
         seed: of the noise.
         state: file from which an interrupted run goes on; removed at the end.
         settings: what else the run depends on; a state of other settings is refused.
@@ -61,8 +63,9 @@ def fit_pca_basis(
     Raises:
         ValueError: too few masks, or the state is of another run.
     """
-    pca = IncrementalPCA(num_components)
-    settings = {**(settings or {}), "components": num_components, "batch_size": batch_size, "seed": seed}
+    pca = IncrementalPCA(num_components, coding)
+    settings = {**(settings or {}), "coding": coding, "components": num_components}
+    settings |= {"batch_size": batch_size, "seed": seed}
     state = None if state is None else Path(state)
     if state is not None and state.exists():
         _read_state(pca, state, settings)
@@ -75,8 +78,9 @@ def fit_pca_basis(
     with tqdm(total=len(masks), initial=pca.count, unit="mask", mininterval=1) as progress:
         for number, batch in enumerate(loader, start=1):
             rows = batch.flatten(1).to(torch.float64)
-            variates = torch.from_numpy(noise.random((len(rows), pixels)))
-            pca.update(label_logits(rows, variates).numpy())
+            if coding == "pca":
+                rows = label_logits(rows, torch.from_numpy(noise.random((len(rows), pixels))))
+            pca.update(rows.numpy())
             progress.update(len(rows))
             if state is not None and number % SAVE_PERIOD == 0:
                 _write_state(pca, state, settings)

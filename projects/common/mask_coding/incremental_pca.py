@@ -14,10 +14,12 @@ class IncrementalPCA:
 
     Args:
         num_components: K.
+        coding: what the basis is for. For "pca_linear" the mean is zero, whatever the rows' is.
     """
 
-    def __init__(self, num_components: int) -> None:
+    def __init__(self, num_components: int, coding: str = "pca") -> None:
         self.num_components = num_components
+        self.coding = coding
         self.count = 0
         self.mean = np.zeros(0)
         self.variance_sum = np.zeros(0)  # sum of squared differences from the mean, by column
@@ -37,7 +39,7 @@ class IncrementalPCA:
                 f"{number} rows do not suffice for {self.num_components} components: use more masks, a larger batch or "
                 "fewer components"
             )
-        batch_mean = rows.mean(0)
+        batch_mean = np.zeros(rows.shape[1]) if self.coding == "pca_linear" else rows.mean(0)
         batch_variance_sum = ((rows - batch_mean) ** 2).sum(0)
         if not seen:
             stack = rows - batch_mean
@@ -60,7 +62,8 @@ class IncrementalPCA:
     def basis(self) -> PCABasis:
         """The result so far: variances with divisor n - 1, and their parts of the variance of the data."""
         squares = self.singular_values**2
-        return PCABasis(self.components, self.mean, squares / (self.count - 1), squares / self.variance_sum.sum())
+        ratio = squares / self.variance_sum.sum()
+        return PCABasis(self.components, self.mean, squares / (self.count - 1), ratio, self.coding)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Everything that ``load_state_dict`` needs to go on."""
@@ -90,9 +93,9 @@ def batch_slices(count: int, batch_size: int, least: int) -> Iterator[slice]:
         start = end
 
 
-def fit(rows: np.ndarray, num_components: int, batch_size: int) -> PCABasis:
+def fit(rows: np.ndarray, num_components: int, batch_size: int, coding: str = "pca") -> PCABasis:
     """PCA of rows (n, D) that are all there."""
-    pca = IncrementalPCA(num_components)
+    pca = IncrementalPCA(num_components, coding)
     for part in batch_slices(len(rows), batch_size, num_components):
         pca.update(rows[part])
     return pca.basis()

@@ -3,38 +3,12 @@
 from collections.abc import Mapping
 
 import torch.nn.functional as F
-from fvcore.nn.weight_init import c2_msra_fill
-from torch import Tensor, nn
+from torch import Tensor
 
-from querymask.common.layers import Recomputable
+from querymask.common.layers import MaskLayers
 from querymask.common.pyramid import FeaturePyramid
 from querymask.effseg.heads.class_masks import ClassMaskHead, class_channels, mask_targets
 from querymask.effseg.regions import ROI_SIZE, Regions, RegionTargets, pool_regions
-
-NUM_CONVS = 4
-
-
-class MaskLayers(Recomputable):
-    """Convolutions, upsampling to twice the size, and a mask for each class.
-
-    Args:
-        width: C.
-        num_classes: K.
-    """
-
-    def __init__(self, width: int, num_classes: int) -> None:
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(NUM_CONVS))
-        self.upsample = nn.ConvTranspose2d(width, width, 2, stride=2)
-        self.classifier = nn.Conv2d(width, num_classes, 1)
-        for layer in (*self.convs, self.upsample, self.classifier):
-            c2_msra_fill(layer)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(n, C, S, S) -> logits (n, K, 2 S, 2 S)."""
-        for conv in self.convs:
-            features = conv(features).relu()
-        return self.classifier(self.upsample(features).relu())
 
 
 class MaskRCNNHead(ClassMaskHead):

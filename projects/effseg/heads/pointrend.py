@@ -12,11 +12,12 @@ from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
 
 from querymask.common.deformable_attention import cell_centres
+from querymask.common.layers import MaskLayers
 from querymask.common.precision import full_precision
 from querymask.common.pyramid import FeaturePyramid
 from querymask.common.transfer import numbers_to_device
 from querymask.effseg.heads.class_masks import ClassMaskHead, class_channels
-from querymask.effseg.heads.mask_rcnn import MaskLayers, mask_loss
+from querymask.effseg.heads.mask_rcnn import mask_loss
 from querymask.effseg.heads.points import points_in_boxes, sample_finest, sample_squares
 from querymask.effseg.regions import ROI_SIZE, Regions, RegionTargets
 
