@@ -228,7 +228,7 @@ def test_names_of_ablations_say_their_setting() -> None:
         if kind == "loss_weight":
             assert node.MASK_BRANCH.VECTOR.START_LAYER == 5, name
     assert {kind: sorted(values) for kind, values in rows.items()} == {
-        "loss_weight": [0.3, 0.7, 3, 4],
+        "loss_weight": [0.3, 0.7, 1, 2, 3, 4],
         "stages": [1, 2, 3, 4, 5, 6],
         "mask_size": [64, 96, 128, 256],
         "vector_length": [144, 256, 300, 400],
@@ -287,8 +287,12 @@ def test_model_zoo_is_in_step() -> None:
 @pytest.mark.parametrize("method", ["solq", "isda", "istr", "effseg"])
 def test_ablations_in_the_methods_page_are_in_step(method: str) -> None:
     page = (zoo.ROOT / "projects" / method / "README.md").read_text()
-    own = [leaf for leaf in zoo.find_leaves() if leaf.method == method]
+    leaves = zoo.find_leaves()
+    own = [leaf for leaf in leaves if leaf.method == method]
     assert page == zoo.render_ablations(page, own), "run tools/make_model_zoo.py --keep-gflops"
+    assert page == zoo.render_comparisons(page, method, leaves), "run tools/make_model_zoo.py --keep-gflops"
+    with pytest.raises(ValueError, match="must have the lines '<!-- Begin of comparisons, written by"):
+        zoo.render_comparisons(page.replace("<!-- End of comparisons", ""), method, leaves)
     assert page.count("](configs/ablations/") >= sum(leaf.name.startswith("ablations/") for leaf in own) > 1
 
 
