@@ -14,8 +14,8 @@ own.
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from detectron2.config import CfgNode
 from querymask.common.engine.checks import get_key
 from querymask.common.meta_arch import mask_branch_name
 from querymask.config import get_cfg
-from querymask.paper_numbers import Row, find_row, read_rows
+from querymask.paper_numbers import Row, Table, find_row, read_rows
 
 PACKAGE = Path(__file__).resolve().parent
 NOT_PUBLISHED = "none were published"
@@ -158,6 +158,15 @@ def _order(leaf: Leaf) -> tuple[object, ...]:
     place = list(read_rows()).index(leaf.rows[0].reference) if leaf.rows else 0
     by_value = [part.zfill(6) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
     return leaf.method, folder, not leaf.rows, "Weights" not in leaf.facts, place, by_value
+
+
+def leaves_of(tables: Iterable[Table]) -> dict[str, Leaf]:
+    """The configs that stand for rows of these tables, by the names of their files, each with these rows alone."""
+    names = {table.name for table in tables}
+    leaves = {
+        leaf.path.stem: replace(leaf, rows=tuple(r for r in leaf.rows if r.table in names)) for leaf in find_leaves()
+    }
+    return {name: leaf for name, leaf in leaves.items() if leaf.rows}
 
 
 def fitting_configs(settings: Mapping[str, Any]) -> list[str]:

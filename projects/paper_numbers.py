@@ -51,6 +51,11 @@ class Table:
         """Whose numbers they are: ``istr``, ``istr_release``."""
         return re.sub(r" Table .*", "", self.name).lower().replace(" ", "_")
 
+    @property
+    def mark(self) -> str:
+        """What marks its numbers beside measured ones: ``paper`` or ``release``."""
+        return "release" if self.name.endswith(" release") else "paper"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -120,11 +125,22 @@ def find_row(reference: str) -> Row:
     return rows[reference]
 
 
+def find_tables(name: str) -> list[Table]:
+    """The table of this name, or all tables of this source."""
+    return [table for table in read_tables().values() if name in (table.name, table.source)]
+
+
+def table_choices() -> list[str]:
+    """What ``find_tables`` knows: sources, then tables."""
+    tables = read_tables()
+    return [*sorted({table.source for table in tables.values()}), *tables]
+
+
 def costs(rows: Iterable[Row]) -> dict[str, float]:
-    """What rows of one model say of AP and costs, by the names of tools/compare_costs.py."""
+    """What rows of one model say of costs and of AP, on val2017 if they can, by the names of tools/compare_costs.py."""
     return {
         field: row.values[column] * unit
-        for row in rows
+        for row in sorted(rows, key=lambda row: row.split == "val2017")
         for column, (field, unit) in COSTS.items()
         if column in row.values
     }
