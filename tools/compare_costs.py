@@ -24,6 +24,7 @@ import querymask  # noqa: F401  before Detectron2, which it makes importable on 
 # isort: split
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 from tabulate import tabulate
 from torch import nn
 
@@ -165,7 +166,7 @@ def measure_config(path: Path, args: argparse.Namespace) -> Result:
         ValueError: more regions are asked for than EffSeg has queries.
     """
     cfg = load_config(path, ["TEST.DETECTIONS_PER_IMAGE", args.detections, *args.opts])
-    model = random_model(cfg).eval()
+    model = (build_model if args.load_weights else random_model)(cfg).eval()
     if args.load_weights:
         StrictCheckpointer(model, cfg=cfg, complete=True).load(cfg.MODEL.WEIGHTS)
     detections, regions = cfg.TEST.DETECTIONS_PER_IMAGE, None

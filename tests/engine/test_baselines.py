@@ -6,14 +6,15 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 from detectron2.config import CfgNode
 from detectron2.model_zoo import get_checkpoint_url
 from tiny_configs import LEAVES, tiny_config
 
 from querymask.common.engine import Trainer, default_setup
 from querymask.common.engine.unused_keys import BASIC_RESNET, check_unused_keys
-from querymask.common.flops import count_parameters
-from querymask.common.measured_models import build_on_meta
+from querymask.common.flops import count_parameters, measure
+from querymask.common.measured_models import build_on_meta, random_image, random_model
 from querymask.model_zoo import find_leaves
 
 BASELINES = {leaf.name: leaf for leaf in find_leaves() if leaf.method == "baselines"}
@@ -82,6 +83,18 @@ def test_trains_and_evaluates(name: str, cfg: CfgNode, caplog: pytest.LogCapture
     assert list(results) == (["bbox"] if name.startswith("faster") else ["bbox", "segm"])
     lines = (Path(tiny.OUTPUT_DIR) / "metrics.json").read_text().splitlines()
     assert LOSSES[name] <= set().union(*map(json.loads, lines))
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn_fpn_shapes", "pointrend_r50_fpn_3x"])
+def test_costs_are_those_of_a_full_image(name: str) -> None:
+    """Without weights, too, as many objects are found as may be."""
+    cfg = tiny_config(f"baselines/{name}")
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST, cfg.TEST.DETECTIONS_PER_IMAGE = 0.9, 7
+    model = random_model(cfg).eval()
+    with torch.no_grad():
+        (output,) = model([random_image(64, 96)])
+    assert output["instances"].pred_masks.shape == (7, 64, 96)
+    assert measure(model, random_image(64, 96)).flops_by_module["roi_heads.mask_head"] > 0
 
 
 @pytest.mark.parametrize("name", [name for name in BASELINES if name.rpartition("_")[2] == "3x"])

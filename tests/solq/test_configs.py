@@ -1,6 +1,8 @@
 """Every config: it loads, has the size that the paper's model has, trains and detects; the model zoo names it."""
 
 import copy
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +194,16 @@ def test_schedule_in_epochs() -> None:
         assert (cfg.SOLVER.MAX_ITER, list(cfg.SOLVER.STEPS)) == (50 * epoch, [40 * epoch]), name
         assert not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, name
         assert cfg.DATASETS.TRAIN == ("coco_2017_train",) and cfg.DATASETS.TEST == ("coco_2017_val",), name
+
+
+def test_image_sizes_of_the_paper() -> None:
+    """Shorter sides of 408 to 800, by the overrides that the method's page gives."""
+    leaf = LEAVES["solq_r50"]
+    page = (leaf.path.parents[1] / "README.md").read_text()
+    (overrides,) = re.findall(r"408 to 800, are\s+`(INPUT\..*)`", page)
+    cfg = leaf.config()
+    cfg.merge_from_list(shlex.split(overrides))
+    assert (cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING, cfg.INPUT.MIN_SIZE_TRAIN) == ("range", (408, 800))
 
 
 def test_published_optimiser() -> None:
