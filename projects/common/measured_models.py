@@ -28,7 +28,7 @@ def prepare_for_measurement(model: nn.Module) -> None:
     if hasattr(model, "roi_heads"):
         model.roi_heads.box_predictor.test_score_thresh = 0.0
     for name, parameter in model.named_parameters():
-        if "bboxes_delta" in name:
+        if any(moves in name for moves in ("bboxes_delta", "anchor_deltas", "bbox_pred")):
             nn.init.zeros_(parameter)
 
 
