@@ -70,7 +70,7 @@ def draw(points: Sequence[Mapping[str, Any]], cost: str) -> Figure | None:
     if not points:
         return None
     label, unit = COSTS[cost]
-    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
     axes = figure.add_subplot()
     ranked = sorted(point[cost] for point in points)
     middle = (ranked[0] + ranked[-1]) / 2 / unit
