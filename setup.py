@@ -212,7 +212,7 @@ def main() -> None:
     setup(
         packages=["querymask"] + [f"querymask.{name}" for name in find_packages("projects")],
         package_dir={"querymask": "projects"},
-        package_data={"querymask": ["*/configs/*.yaml", "*/configs/*/*.yaml"]},
+        package_data={"querymask": ["*.yaml", "*/configs/*.yaml", "*/configs/*/*.yaml"]},
         ext_modules=[make_extension(torch)],
         cmdclass={"build_ext": BuildExtension},
     )

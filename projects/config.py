@@ -1,8 +1,8 @@
 """One config with the keys of all methods."""
 
 from detectron2.config import CfgNode
-from detectron2.config import get_cfg as get_detectron2_cfg
 
+from querymask.common.compat import detectron2_cfg
 from querymask.common.config import add_common_config
 from querymask.effseg.config import add_effseg_config
 from querymask.isda.config import add_isda_config
@@ -21,6 +21,6 @@ def add_querymask_config(cfg: CfgNode) -> None:
 
 def get_cfg() -> CfgNode:
     """Detectron2's default config with the keys of every QueryMask method."""
-    cfg = get_detectron2_cfg()
+    cfg = detectron2_cfg()
     add_querymask_config(cfg)
     return cfg

@@ -3,18 +3,19 @@
 What a config is and where its numbers come from stands in the comments at its head:
 
     # One line whose first sentence says what the model is
-    # Paper: row of the paper | numbers of its authors
+    # Paper: row of a table, as querymask.paper_numbers calls it | its numbers, which tools/make_model_zoo.py writes
     # Measured: numbers of this project
     # Weights: whose published file fits, a name of RELEASES, and which it is
     # Any other line is a remark for readers of the config
 
-All but the first line may be missing. A file named Base... is no model of its own.
+All but the first line may be missing, and a model may stand for several rows. A file named Base... is no model of its
+own.
 """
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,12 @@ from detectron2.config import CfgNode
 from querymask.common.engine.checks import get_key
 from querymask.common.meta_arch import mask_branch_name
 from querymask.config import get_cfg
+from querymask.paper_numbers import Row, Table, find_row, read_rows
 
 PACKAGE = Path(__file__).resolve().parent
 NOT_PUBLISHED = "none were published"
+PAPER_LINE = re.compile(r"^# Paper: (.*?)(?: \|.*)?$", re.MULTILINE)
+"""A row at the head of a config, whose reference is the group."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,11 @@ RELEASES = {
         "`.pth`, weights under `model` beside the optimiser's state; class heads of 81 rows, COCO's 80 in order and "
         '"no object"',
     ),
+    "Detectron2's model zoo": Release(
+        "https://github.com/facebookresearch/detectron2/blob/main/MODEL_ZOO.md",
+        "fetched by `MODEL.WEIGHTS detectron2://...`",
+        "`.pkl` of Detectron2, as they are",
+    ),
 }
 """What the fact ``Weights`` of a config can begin with; the rest says which file it is."""
 
@@ -74,13 +83,15 @@ class Leaf:
         name: path below the method's configs, without suffix: ``solq_r50``, ``ablations/stages_1``.
         path: the file.
         title: what the model is.
-        facts: the values of ``Paper``, ``Measured`` and ``Weights`` where they are given.
+        rows: of the papers, for which it stands.
+        facts: the values of ``Measured`` and ``Weights`` where they are given.
     """
 
     method: str
     name: str
     path: Path
     title: str
+    rows: tuple[Row, ...] = ()
     facts: dict[str, str] = field(default_factory=dict)
 
     def config(self) -> CfgNode:
@@ -105,31 +116,57 @@ def find_leaves(package: Path = PACKAGE) -> list[Leaf]:
     return sorted((read_leaf(path, package) for path in find_configs(package)), key=_order)
 
 
+def read_head(path: Path) -> str:
+    """The comments at the head of a config."""
+    return re.match(r"(?:#.*\n)*", path.read_text())[0]
+
+
+def write_numbers(head: str) -> str:
+    """The head of a config with the numbers of its rows.
+
+    Raises:
+        ValueError: there is no such row.
+    """
+    return PAPER_LINE.sub(lambda line: f"# Paper: {line[1]} | {find_row(line[1]).text}", head)
+
+
 def read_leaf(path: Path, package: Path) -> Leaf:
     """Read the head of a config.
 
     Raises:
-        ValueError: there is none, or weights of an unknown release.
+        ValueError: there is none, or a row that no paper has, or weights of an unknown release.
     """
-    comments = re.match(r"(?:#.*\n)*", path.read_text())
-    lines = [line.lstrip("# ") for line in comments[0].splitlines()] if comments else []
+    head = read_head(path)
+    lines = [line.lstrip("# ") for line in head.splitlines()]
     if not lines:
         raise ValueError(f"{path}: its first line must be a comment that says what the model is")
-    facts = dict(match.groups() for line in lines if (match := re.match(r"(Paper|Measured|Weights): (.*)", line)))
+    facts = dict(match.groups() for line in lines if (match := re.match(r"(Measured|Weights): (.*)", line)))
     release = facts.get("Weights", NOT_PUBLISHED).partition(", ")[0]
     if release not in {*RELEASES, NOT_PUBLISHED}:
         raise ValueError(f"{path}: weights of {release}, which is none of {', '.join(RELEASES)}")
+    try:
+        rows = tuple(map(find_row, PAPER_LINE.findall(head)))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     method, _, name = path.relative_to(package).with_suffix("").as_posix().partition("/configs/")
     title = lines[0].partition(". ")[0].rstrip(".")
-    return Leaf(method, name, path, title, facts)
+    return Leaf(method, name, path, title, rows, facts)
 
 
 def _order(leaf: Leaf) -> tuple[object, ...]:
     folder, _, name = leaf.name.rpartition("/")
-    row = leaf.facts.get("Paper", "").partition(" |")[0]
-    paper = row if row.startswith("Table") else "without a table"
+    place = list(read_rows()).index(leaf.rows[0].reference) if leaf.rows else 0
     by_value = [part.zfill(6) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-    return leaf.method, folder, "Paper" not in leaf.facts, "Weights" not in leaf.facts, paper, by_value
+    return leaf.method, folder, not leaf.rows, "Weights" not in leaf.facts, place, by_value
+
+
+def leaves_of(tables: Iterable[Table]) -> dict[str, Leaf]:
+    """The configs that stand for rows of these tables, by the names of their files, each with these rows alone."""
+    names = {table.name for table in tables}
+    leaves = {
+        leaf.path.stem: replace(leaf, rows=tuple(r for r in leaf.rows if r.table in names)) for leaf in find_leaves()
+    }
+    return {name: leaf for name, leaf in leaves.items() if leaf.rows}
 
 
 def fitting_configs(settings: Mapping[str, Any]) -> list[str]:

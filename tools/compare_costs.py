@@ -12,7 +12,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -23,6 +24,7 @@ import querymask  # noqa: F401  before Detectron2, which it makes importable on 
 # isort: split
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 from tabulate import tabulate
 from torch import nn
 
@@ -33,9 +35,8 @@ from querymask.common.measured_models import random_model
 from querymask.common.measuring import machine, median_time, peak_memory
 from querymask.effseg.effseg import EffSeg
 from querymask.effseg.measuring import force_detections
-
-ROOT = Path(__file__).resolve().parent.parent
-PAPERS = Path(__file__).resolve().parent / "paper_costs"
+from querymask.model_zoo import Leaf, leaves_of
+from querymask.paper_numbers import costs, find_tables, table_choices
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,13 @@ class Result:
     Attributes:
         name: of the config.
         source: "measured", or whose number it is.
-        ap: mask AP on COCO's val2017.
+        ap: mask AP on COCO, on the split of the paper's table.
         parameters, trainable: numbers.
         gflops, head_gflops: of an image, for the whole model and for the segmentation head.
         head: the head's modules.
         detections, regions: pairs of query and class that get masks, and masks that are made for them.
-        fps: images per second.
-        memory: MiB at the peak, beyond weights and input.
+        fps: images per second, of all images together.
+        memory: MiB at the peak, beyond weights and input, of the first image.
     """
 
     name: str
@@ -71,9 +72,10 @@ class Result:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser(__doc__)
-    papers = sorted(path.stem for path in PAPERS.glob("*.json"))
     parser.add_argument("configs", nargs="*", metavar="CONFIG", help="default with --paper: the paper's models")
-    parser.add_argument("--paper", choices=papers, help="print what it says beside what is measured")
+    papers = table_choices()
+    text = f"print what its tables, or one of them, say beside what is measured: {', '.join(papers)}"
+    parser.add_argument("--paper", choices=papers, metavar="NAME", help=text)
     add_images(parser, "mean over the first N images of DATASETS.TEST")
     parser.add_argument("--detections", type=int, default=100, metavar="D", help="of an image (default 100)")
     parser.add_argument("--regions", type=int, metavar="R", help="EffSeg: queries that these are of (default: D)")
@@ -97,20 +99,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write; returns the exit status."""
     args = parse_arguments(arguments)
-    paper = json.loads((PAPERS / f"{args.paper}.json").read_text()) if args.paper else None
-    said = {Path(model["config"]).stem: model for model in paper["models"]} if paper else {}
+    tables = find_tables(args.paper) if args.paper else []
+    said = leaves_of(tables)
     results = []
-    paths = [Path(path) for path in args.configs or [ROOT / model["config"] for model in said.values()]]
+    paths = [Path(path) for path in args.configs or [leaf.path for leaf in said.values()]]
     for path in paths:
         name = path.stem
         if name in said:
-            results.append(from_paper(said[name], paper["mark"]))
+            results.append(from_paper(said[name], tables[0].mark))
         alone = args.repeat and len(paths) > 1
         results.append(measure_alone(path, args) if alone else measure_config(path, args))
         print(f"{name}: {results[-1].gflops:.1f} GFLOPs", flush=True)
     remarks = [describe(args)]
-    if paper:
-        remarks.append(f'"{paper["mark"]}": {paper["source"]}.')
+    if tables:
+        about = "; ".join(f"{table.name}: {table.about}" for table in tables)
+        remarks.append(f'"{tables[0].mark}": {about}.')
     show_page("Costs", "tools/compare_costs.py", "\n\n".join([*remarks, table(results)]), args.save)
     if args.json:
         args.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
@@ -130,10 +133,9 @@ def describe(args: argparse.Namespace) -> str:
     return f'"measured": {images}; {weights}. A multiply-add is one FLOP.{where}'
 
 
-def from_paper(model: Mapping[str, Any], mark: str) -> Result:
-    """The row of a model in a paper's file."""
-    known = {field.name for field in fields(Result)}
-    return Result(Path(model["config"]).stem, mark, **{key: model[key] for key in model if key in known})
+def from_paper(leaf: Leaf, mark: str) -> Result:
+    """What a paper or a release says of a config."""
+    return Result(leaf.path.stem, mark, **costs(leaf.rows))
 
 
 def measure_alone(path: Path, args: argparse.Namespace) -> Result:
@@ -164,7 +166,7 @@ def measure_config(path: Path, args: argparse.Namespace) -> Result:
         ValueError: more regions are asked for than EffSeg has queries.
     """
     cfg = load_config(path, ["TEST.DETECTIONS_PER_IMAGE", args.detections, *args.opts], data=args.data)
-    model = random_model(cfg).eval()
+    model = (build_model if args.load_weights else random_model)(cfg).eval()
     if args.load_weights:
         StrictCheckpointer(model, cfg=cfg, complete=True).load(cfg.MODEL.WEIGHTS)
     detections, regions = cfg.TEST.DETECTIONS_PER_IMAGE, None
@@ -175,7 +177,7 @@ def measure_config(path: Path, args: argparse.Namespace) -> Result:
     # Without decoding and pasting, which are no modules
     branch = None if getattr(model, "mask_branch", None) is None else type(model.mask_branch).__name__
     counts = count_parameters(model)[""]
-    fps, memory = speed(model, items[0], cfg, args.repeat) if args.repeat else (None, None)
+    fps, memory = speed(model, items, cfg, args.repeat) if args.repeat else (None, None)
     return Result(
         name=path.stem,
         parameters=counts.total,
@@ -190,15 +192,17 @@ def measure_config(path: Path, args: argparse.Namespace) -> Result:
     )
 
 
-def speed(model: nn.Module, item: Mapping[str, Any], cfg: CfgNode, repeat: int) -> tuple[float, float]:
-    """Images per second and MiB at the peak, for one image."""
+def speed(model: nn.Module, items: Sequence[Mapping[str, Any]], cfg: CfgNode, repeat: int) -> tuple[float, float]:
+    """Images per second, one at a time, and MiB at the peak of the first."""
     device = torch.device(cfg.MODEL.DEVICE).type
 
     @torch.no_grad()
-    def run() -> None:
+    def run(item: Mapping[str, Any]) -> None:
         model([item])
 
-    return 1e3 / median_time(run, device, repeat), peak_memory(run, device)
+    # Others than the first need a run because their size may be new
+    times = [median_time(partial(run, item), device, repeat, 1 if index else 3) for index, item in enumerate(items)]
+    return 1e3 / fmean(times), peak_memory(partial(run, items[0]), device)
 
 
 COLUMNS: dict[str, Callable[[Result], str | None]] = {

@@ -1,10 +1,12 @@
-"""Write docs/model_zoo.md, one row per config, and the methods' tables of ablations, from the configs.
+"""Write docs/model_zoo.md, one row per config, the methods' tables of ablations and of other methods, and config heads.
 
     python tools/make_model_zoo.py [--keep-gflops]
 
-What the page says of a config stands at its head: see querymask.model_zoo. Parameters and FLOPs are measured.
+What a config is stands at its head: see querymask.model_zoo. The head names rows of the papers, whose numbers, from
+querymask.paper_numbers, are written behind them. Parameters and FLOPs are measured.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +20,11 @@ from querymask.common.flops import count_parameters, measure
 from querymask.common.measured_models import build_on_meta, random_image, random_model
 from querymask.effseg.effseg import EffSeg
 from querymask.effseg.measuring import force_detections
-from querymask.model_zoo import RELEASES, Leaf, find_leaves, read_config
+from querymask.model_zoo import RELEASES, Leaf, find_leaves, read_config, read_head, write_numbers
+from querymask.paper_numbers import MISSING, Table, read_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "docs" / "model_zoo.md"
-MISSING = "–"
 COLUMNS = ("Config", "Model", "Paper", "Measured here", "Parameters", "Trainable", "GFLOPs", "Weights")
 # FLOPs are those of one image of this size, COCO's usual 480x640 at a shorter side of 800
 HEIGHT, WIDTH = 800, 1066
@@ -31,15 +33,15 @@ INTRODUCTION = f"""# Model zoo
 
 Written by `tools/make_model_zoo.py` from the configs; change those and run it again.
 
-A row is a config, with the row of the paper that it stands for. **AP in the column "Paper" is the authors', with their
-own code; it was not measured here.** "Measured here" holds what this project reached itself. Parameters, with the data
-set's own number of classes and without frozen batch norms, are measured, and so are GFLOPs: multiply-adds of inference
-on one image of {HEIGHT}x{WIDTH}, those of EffSeg with as many different queries as detections. Time and memory
-on a GPU are not yet measured ([gpu.md](gpu.md)).
+A row is a config, with the rows of the papers that it stands for. **Numbers in the column "Paper" are the authors',
+with their own code; they were not measured here.** "Measured here" holds what this project reached itself. Parameters,
+with the data set's own number of classes and without frozen batch norms, are measured, and so are GFLOPs: multiply-adds
+of inference on one image of {HEIGHT}x{WIDTH}, those of EffSeg with as many different queries as detections. Time and
+memory on a GPU are not yet measured ([gpu.md](gpu.md)).
 """
 
-ABLATIONS = ("<!-- Written by tools/make_model_zoo.py -->", "<!-- Until here -->")
-"""What encloses the table of ablations in a method's page."""
+ABLATIONS, COMPARISONS = "ablations", "comparisons"
+"""What is written into a method's page, each between two comments."""
 
 USAGE = """## Training and evaluation
 
@@ -103,8 +105,22 @@ def row(leaf: Leaf, gflops: str) -> tuple[str, ...]:
     parameters = count_parameters(build_on_meta(leaf.config()))[""]
     weights = link_release(leaf.facts["Weights"]) if "Weights" in leaf.facts else MISSING
     link = f"[{leaf.name}](../projects/{leaf.method}/configs/{leaf.name}.yaml)"
-    paper, measured = (leaf.facts.get(key, MISSING).replace(" | ", "<br>") for key in ("Paper", "Measured"))
-    return (link, leaf.title, paper, measured, f"{parameters.total:,}", f"{parameters.trainable:,}", gflops, weights)
+    measured = leaf.facts.get("Measured", MISSING).replace(" | ", "<br>")
+    return (
+        link,
+        leaf.title,
+        paper_cell(leaf),
+        measured,
+        f"{parameters.total:,}",
+        f"{parameters.trainable:,}",
+        gflops,
+        weights,
+    )
+
+
+def paper_cell(leaf: Leaf) -> str:
+    """The rows that a config stands for, with their numbers."""
+    return "<br>".join(f"{row.reference}<br>{row.text}" for row in leaf.rows) or MISSING
 
 
 def link_release(weights: str) -> str:
@@ -158,11 +174,46 @@ def render_ablations(page: str, leaves: Sequence[Leaf]) -> str:
     for leaf in ablations:
         own = {key: value for key, value in keys_of(leaf.config()) if value != shared[key] and key != "OUTPUT_DIR"}
         changes = ", ".join(f"`{key.removeprefix('MODEL.')} {value}`" for key, value in own.items())
-        paper = leaf.facts.get("Paper", MISSING).replace(" | ", "<br>")
-        rows.append((f"[{leaf.path.stem}]({leaf.path.relative_to(folder).as_posix()})", changes or "nothing", paper))
-    table = table_of(rows, ("Config", f"Instead of what {link} has", "Paper"))
-    before, after = page.split(ABLATIONS[0])[0], page.split(ABLATIONS[1])[1]
-    return f"{before}{ABLATIONS[0]}\n{table}\n{ABLATIONS[1]}{after}"
+        name = f"[{leaf.path.stem}]({leaf.path.relative_to(folder).as_posix()})"
+        rows.append((name, changes or "nothing", paper_cell(leaf)))
+    return replace_part(page, ABLATIONS, table_of(rows, ("Config", f"Instead of what {link} has", "Paper")))
+
+
+def render_comparisons(page: str, method: str, leaves: Sequence[Leaf]) -> str:
+    """A method's page with the tables in which its paper compares it with methods of others.
+
+    Args:
+        page: its text, with the comments between which the tables stand.
+        method: folder of the method.
+        leaves: of all methods: rows that one stands for are linked to it.
+    """
+    folder = ROOT / "projects" / method
+    links = {row.reference: os.path.relpath(leaf.path, folder) for leaf in leaves for row in leaf.rows}
+
+    def render_table(table: Table) -> str:
+        rows = []
+        for row in table.rows:
+            name, *rest = row.names
+            link = f"[{name}]({links[row.reference]})" if row.reference in links else name
+            rows.append((link, *rest, *(str(row.values.get(column, MISSING)) for column in table.numbers)))
+        headers = [word[:1].upper() + word[1:] for word in (*table.names, *table.numbers)]
+        return f"**{table.name}**, {table.split}. {table.about}.\n\n{table_of(rows, headers)}"
+
+    tables = [table for table in read_tables().values() if table.source == method and table.names[0] == "method"]
+    return replace_part(page, COMPARISONS, "\n\n".join(map(render_table, tables)))
+
+
+def replace_part(page: str, part: str, text: str) -> str:
+    """A page with another text between the two comments of a part.
+
+    Raises:
+        ValueError: the page does not have the comments, once.
+    """
+    begin, end = (f"<!-- {word} of {part}, written by tools/make_model_zoo.py -->" for word in ("Begin", "End"))
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise ValueError(f"the page {page.partition(chr(10))[0]!r} must have the lines {begin!r} and {end!r} once")
+    before, after = page.split(begin)[0], page.split(end)[1]
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 def first_base(path: Path) -> Path:
@@ -185,12 +236,21 @@ def read_gflops(page: str) -> dict[str, str]:
     return {cells[0][1:].partition("]")[0]: cells[column] for cells in rows if cells[column] != MISSING}
 
 
+def write_heads(leaves: Sequence[Leaf]) -> None:
+    """Write the numbers of the papers at the heads of configs."""
+    for leaf in leaves:
+        head, text = read_head(leaf.path), leaf.path.read_text()
+        if (written := write_numbers(head)) != head:
+            leaf.path.write_text(written + text.removeprefix(head))
+
+
 def main() -> None:
     """Measure and write."""
     parser = make_parser(__doc__)
     parser.add_argument("--keep-gflops", action="store_true", help="measure only what the page has no GFLOPs of")
     args = parser.parse_args()
     leaves = find_leaves()
+    write_heads(leaves)
     gflops = read_gflops(OUTPUT.read_text()) if args.keep_gflops else {}
     for name, cell in measure_gflops([leaf for leaf in leaves if leaf.name not in gflops]):
         print(f"{name}: {cell} GFLOPs", flush=True)
@@ -198,7 +258,8 @@ def main() -> None:
     OUTPUT.write_text(render(leaves, gflops))
     for method in dict.fromkeys(leaf.method for leaf in leaves if leaf.name.startswith("ablations/")):
         page = ROOT / "projects" / method / "README.md"
-        page.write_text(render_ablations(page.read_text(), [leaf for leaf in leaves if leaf.method == method]))
+        text = render_ablations(page.read_text(), [leaf for leaf in leaves if leaf.method == method])
+        page.write_text(render_comparisons(text, method, leaves))
     print(f"{OUTPUT}: {len(leaves)} configs")
 
 

@@ -1,8 +1,9 @@
 """Draw AP against what models cost, a plot for every cost (EffSeg's Figure 4, for any models).
 
-    python tools/plot_costs.py RESULTS.json [...] --output FOLDER [--ap NAME=VALUE ...]
+    python tools/plot_costs.py [RESULTS.json ...] [--paper NAME ...] --output FOLDER [--ap NAME=VALUE ...]
 
-Result files are those of compare_costs.py --json, with AP in the file or on the command line.
+Result files are those of compare_costs.py --json, with AP in the file or on the command line. --paper adds what tables
+of papers say: "EffSeg Table 3" alone gives its Figure 4.
 """
 
 import json
@@ -17,6 +18,8 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure  # noqa: E402
 
 from querymask.command_line import make_parser  # noqa: E402
+from querymask.model_zoo import leaves_of  # noqa: E402
+from querymask.paper_numbers import costs, find_tables, table_choices  # noqa: E402
 
 COSTS = {
     "parameters": ("parameters (million)", 1e6),
@@ -50,13 +53,24 @@ def read_points(paths: Sequence[str], ap: Mapping[str, float]) -> list[dict[str,
     return [{**p, "ap": ap[p["name"]]} if p["source"] == "measured" and p["name"] in ap else p for p in points]
 
 
+def paper_points(name: str) -> list[dict[str, Any]]:
+    """What a table says, or all of a source: models by their config, or by their row where there is none."""
+    tables = find_tables(name)
+    leaves = leaves_of(tables)
+    points = [{"name": stem, **costs(leaf.rows)} for stem, leaf in leaves.items()]
+    known = {row.reference for leaf in leaves.values() for row in leaf.rows}
+    rest = (row for table in tables for row in table.rows if row.reference not in known)
+    points += [{"name": ", ".join(row.names), **costs([row])} for row in rest]
+    return [{**point, "source": tables[0].mark} for point in points]
+
+
 def draw(points: Sequence[Mapping[str, Any]], cost: str) -> Figure | None:
     """AP against a cost, with a marker for each source; None if no point has both."""
     points = [point for point in points if point.get("ap") is not None and point.get(cost) is not None]
     if not points:
         return None
     label, unit = COSTS[cost]
-    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
     axes = figure.add_subplot()
     ranked = sorted(point[cost] for point in points)
     middle = (ranked[0] + ranked[-1]) / 2 / unit
@@ -80,14 +94,21 @@ def draw(points: Sequence[Mapping[str, Any]], cost: str) -> Figure | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read, draw, write; returns the exit status."""
     parser = make_parser(__doc__)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="of compare_costs.py --json")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="of compare_costs.py --json")
+    papers = table_choices()
+    text = f"papers, releases or single tables of them: {', '.join(papers)}"
+    parser.add_argument("--paper", nargs="+", default=[], choices=papers, metavar="NAME", help=text)
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where plots are written")
     parser.add_argument("--ap", nargs="+", default=[], metavar="NAME=VALUE", help="mask AP of measured models")
     args = parser.parse_args(arguments)
+    if not args.files and not args.paper:
+        parser.error("name result files, or a paper with --paper")
     try:
         points = read_points(args.files, {name: float(value) for name, _, value in (a.partition("=") for a in args.ap)})
     except ValueError as error:
         parser.error(str(error))
+    points = [point for name in args.paper for point in paper_points(name)] + points
+    points = list({(point["name"], point["source"]): point for point in points}.values())  # files may have them, too
     figures = {cost: figure for cost in COSTS if (figure := draw(points, cost)) is not None}
     if not figures:
         parser.error('no result has an AP: give it with --ap NAME=VALUE, or as "ap" in the file')

@@ -14,7 +14,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
 
 # Aliases that NumPy 1.24 took away; NumPy 2 has a ``bool`` of its own again
 OLD_NUMPY_NAMES = {"bool": bool, "complex": complex, "float": float, "int": int, "object": object, "str": str}
@@ -50,6 +53,18 @@ def _placeholder_extension() -> types.ModuleType:
     module.get_compiler_version = module.get_cuda_version = lambda: "none: not compiled"  # type: ignore[attr-defined]
     module.has_cuda = lambda: False  # type: ignore[attr-defined]
     return module
+
+
+def detectron2_cfg() -> "CfgNode":
+    """Detectron2's default config, with the keys of its PointRend project where that is installed."""
+    from detectron2.config import get_cfg
+
+    cfg = get_cfg()
+    if importlib.util.find_spec("detectron2.projects.point_rend") is not None:
+        from detectron2.projects.point_rend import add_pointrend_config
+
+        add_pointrend_config(cfg)
+    return cfg
 
 
 def detectron2_is_compiled() -> bool:

@@ -21,11 +21,14 @@ def build_on_meta(cfg: CfgNode) -> nn.Module:
 def prepare_for_measurement(model: nn.Module) -> None:
     """Let a model with random weights do what a trained one does: have a mask basis, and find objects in the image.
 
-    Boxes that stages of random weights move would soon leave the image, and no mask is made outside of it.
+    Boxes that stages of random weights move would soon leave the image, and no mask is made outside of it. Scores of
+    random weights are below the threshold of Detectron2's models.
     """
     fill_missing_bases(model)
+    if hasattr(model, "roi_heads"):
+        model.roi_heads.box_predictor.test_score_thresh = 0.0
     for name, parameter in model.named_parameters():
-        if "bboxes_delta" in name:
+        if any(moves in name for moves in ("bboxes_delta", "anchor_deltas", "bbox_pred")):
             nn.init.zeros_(parameter)
 
 

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 from config_reads import recorded
 from detectron2.config import CfgNode
-from detectron2.config import get_cfg as get_detectron2_cfg
 from mask_bases import give_basis
 from tiny_configs import LEAVES, tiny_config
 
 from querymask import get_cfg
+from querymask.common.compat import detectron2_cfg
 from querymask.common.engine import Trainer, default_setup
 from querymask.common.engine.unused_keys import READ, check_unused_keys, leaves
 from querymask.common.predictor import Predictor
 
 METHODS = {"SOLQ": "solq/solq_r50", "ISDA": "isda/isda_r50", "ISTR": "istr/istr_r50", "EffSeg": "effseg/effseg_r50"}
-DEFAULTS = dict(leaves(get_detectron2_cfg()))
+DEFAULTS = dict(leaves(detectron2_cfg()))
 # Read on the way, to refuse it or by Detectron2 for what the project does not do
 READ_IN_VAIN = {"INPUT.CROP.ENABLED", "MODEL.LOAD_PROPOSALS", "MODEL.MASK_ON"}
 

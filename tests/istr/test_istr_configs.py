@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -98,6 +99,18 @@ def test_training_step_and_inference(name: str, make_batch: Any, give_basis: Any
     for item, instances in zip(inputs, results, strict=True):
         assert 0 < len(instances) <= min(cfg.TEST.DETECTIONS_PER_IMAGE, istr.NUM_QUERIES * istr.NUM_CLASSES)
         assert instances.pred_masks.shape == (len(instances), *item["image"].shape[1:])
+
+
+def test_schedule_of_the_paper() -> None:
+    """36 epochs with drops after 27 and 33, by the overrides that the method's page gives."""
+    leaf = LEAVES["istr_r50"]
+    page = (leaf.path.parents[1] / "README.md").read_text()
+    (overrides,) = re.findall(r"drops after 27 and 33 .*`(SOLVER\..*)`", page)
+    cfg = leaf.config()
+    cfg.merge_from_list(shlex.split(overrides))
+    epoch = 117_266 / cfg.SOLVER.IMS_PER_BATCH
+    assert cfg.SOLVER.MAX_ITER == pytest.approx(36 * epoch, rel=1e-3)
+    assert cfg.SOLVER.STEPS == pytest.approx((27 * epoch, 33 * epoch), rel=1e-3)
 
 
 def test_published_schedule() -> None:

@@ -1,6 +1,8 @@
 """Every config: it loads, has the size that the paper's model has, trains and detects; the model zoo names it."""
 
 import copy
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +196,16 @@ def test_schedule_in_epochs() -> None:
         assert cfg.DATASETS.TRAIN == ("coco_2017_train",) and cfg.DATASETS.TEST == ("coco_2017_val",), name
 
 
+def test_image_sizes_of_the_paper() -> None:
+    """Shorter sides of 408 to 800, by the overrides that the method's page gives."""
+    leaf = LEAVES["solq_r50"]
+    page = (leaf.path.parents[1] / "README.md").read_text()
+    (overrides,) = re.findall(r"408 to 800, are\s+`(INPUT\..*)`", page)
+    cfg = leaf.config()
+    cfg.merge_from_list(shlex.split(overrides))
+    assert (cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING, cfg.INPUT.MIN_SIZE_TRAIN) == ("range", (408, 800))
+
+
 def test_published_optimiser() -> None:
     """Learning rates by group, weight decay on everything, one norm over all gradients, no warm-up."""
     cfg = LEAVES["solq_r50"].config()
@@ -228,7 +240,7 @@ def test_names_of_ablations_say_their_setting() -> None:
         if kind == "loss_weight":
             assert node.MASK_BRANCH.VECTOR.START_LAYER == 5, name
     assert {kind: sorted(values) for kind, values in rows.items()} == {
-        "loss_weight": [0.3, 0.7, 3, 4],
+        "loss_weight": [0.3, 0.7, 1, 2, 3, 4],
         "stages": [1, 2, 3, 4, 5, 6],
         "mask_size": [64, 96, 128, 256],
         "vector_length": [144, 256, 300, 400],
@@ -300,8 +312,12 @@ def test_model_zoo_is_in_step() -> None:
 @pytest.mark.parametrize("method", ["solq", "isda", "istr", "effseg"])
 def test_ablations_in_the_methods_page_are_in_step(method: str) -> None:
     page = (zoo.ROOT / "projects" / method / "README.md").read_text()
-    own = [leaf for leaf in zoo.find_leaves() if leaf.method == method]
+    leaves = zoo.find_leaves()
+    own = [leaf for leaf in leaves if leaf.method == method]
     assert page == zoo.render_ablations(page, own), "run tools/make_model_zoo.py --keep-gflops"
+    assert page == zoo.render_comparisons(page, method, leaves), "run tools/make_model_zoo.py --keep-gflops"
+    with pytest.raises(ValueError, match="must have the lines '<!-- Begin of comparisons, written by"):
+        zoo.render_comparisons(page.replace("<!-- End of comparisons", ""), method, leaves)
     assert page.count("](configs/ablations/") >= sum(leaf.name.startswith("ablations/") for leaf in own) > 1
 
 

@@ -66,6 +66,18 @@ REDUCED: dict[str, dict[str, Any]] = {
         "MODEL.MASK_BRANCH.REGION.MAX_TRAIN_REGIONS": 4,
         "TEST.DETECTIONS_PER_IMAGE": 9,
     },
+    "baselines": {
+        "MODEL.FPN.OUT_CHANNELS": 32,
+        "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 50,
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN": 20,
+        "MODEL.RPN.POST_NMS_TOPK_TEST": 20,
+        "MODEL.ROI_HEADS.NUM_CLASSES": NUM_CLASSES,
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
+        "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
+        "MODEL.ROI_MASK_HEAD.CONV_DIM": 32,
+        "MODEL.FPN.NORM": "GN",  # maps of random weights on pixels of 0 to 255 would have no bound
+        "SOLVER.BASE_LR": 1e-3,
+    },
 }
 
 
@@ -79,6 +91,8 @@ def tiny_config(name: str) -> CfgNode:
     cfg = leaf.config()
     for key, value in {**BACKBONES, **REDUCED[leaf.method]}.items():
         cfg.merge_from_list([key, value])
+    if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN" and cfg.MODEL.ROI_MASK_HEAD.get("POINT_HEAD_ON"):
+        cfg.merge_from_list(["MODEL.POINT_HEAD.NUM_CLASSES", NUM_CLASSES, "MODEL.ROI_MASK_HEAD.FC_DIM", 32])
     if leaf.method == "solq" and cfg.MODEL.MASK_BRANCH.NAME == "SQRBranch":  # the least that its mask head can have
         cfg.MODEL.SOLQ.HIDDEN_DIM, cfg.MODEL.SOLQ.NUM_HEADS = 128, 8
         # Clipped together with those of a detector of random weights, its gradients would be below AdamW's epsilon

@@ -13,6 +13,8 @@ from tool_loader import load_tool
 from querymask.command_line import load_config
 from querymask.common.flops import count_parameters
 from querymask.common.measured_models import build_on_meta
+from querymask.model_zoo import leaves_of
+from querymask.paper_numbers import costs, find_tables, read_tables
 
 tool = load_tool("compare_costs")
 plots = load_tool("plot_costs")
@@ -117,6 +119,25 @@ def test_mean_over_images(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         assert getattr(mean, field) == pytest.approx(sum(values) / 3)
 
 
+def test_speed_over_images(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images per second of all images, of which each is timed; memory of the first."""
+    sizes = [(64, 64), (64, 128), (96, 128)]
+    items = [{"image": torch.zeros(3, *size), "height": size[0], "width": size[1]} for size in sizes]
+    monkeypatch.setattr(tool, "read_images", lambda args, cfg: items)
+    seen = []
+    monkeypatch.setattr(torch.nn.Module, "__call__", lambda model, inputs: seen.append(inputs[0]["image"].shape[1:]))
+    cfg = load_config(tiny("EffSegBranch"))
+
+    def median_time(run: Any, device: str, repeat: int, warmup: int) -> float:
+        run()
+        return 10.0 * seen[-1].numel() / (64 * 64)
+
+    monkeypatch.setattr(tool, "median_time", median_time)
+    monkeypatch.setattr(tool, "peak_memory", lambda run, device: run() or 12.0)
+    assert tool.speed(torch.nn.Identity(), items, cfg, 3) == (pytest.approx(3e3 / (10 + 20 + 30)), 12.0)
+    assert [tuple(size) for size in seen] == [*sizes, sizes[0]]
+
+
 def test_each_of_several_models_is_measured_alone(tiny: Any, tmp_path: Path) -> None:
     paths, rows = [str(tiny("MaskRCNNBranch", "first")), str(tiny("EffSegBranch", "second"))], tmp_path / "rows.json"
     options = ["--detections", "20", "--regions", "7", "--repeat", "1", "--height", "64", "--width", "64"]
@@ -143,7 +164,7 @@ def test_paper_beside_measured(tiny: Any, tmp_path: Path, monkeypatch: pytest.Mo
         if line.startswith("| effseg_r50 ")
     ]
     assert [line[1] for line in lines] == ["paper", "measured"]
-    assert lines[0] == ["effseg_r50", "paper", "40.1", "–", "38.8", "245.4", "80.3", "–", "–", "–", "–", "–"]
+    assert lines[0] == ["effseg_r50", "paper", "40.1", "–", "38.8", "245.4", "80.3", "–", "–", "–", "11.30", "–"]
     assert float(lines[1][10]) > 0 and (lines[1][2], lines[1][11]) == ("–", "12")
     said, found = json.loads(rows.read_text())
     assert (said["source"], found["source"]) == ("paper", "measured") and found["fps"] > 0
@@ -155,14 +176,49 @@ def test_paper_beside_measured(tiny: Any, tmp_path: Path, monkeypatch: pytest.Mo
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in output.iterdir())
 
 
-@pytest.mark.parametrize("paper", ["effseg", "effseg_release"])
-def test_models_of_papers_are_configs_of_that_size(paper: str) -> None:
-    """Trained parameters as published, to a digit; the configs are there."""
-    content = json.loads((tool.PAPERS / f"{paper}.json").read_text())
-    for model in content["models"]:
-        trainable = count_parameters(build_on_meta(load_config(ROOT / model["config"])))[""].trainable
-        assert trainable == pytest.approx(model["trainable"], abs=0.06e6), model["config"]
-        assert not set(model) - {"config", "ap", "trainable", "gflops", "head_gflops", "fps"}
+@pytest.mark.parametrize("table", ["EffSeg Table 3", "EffSeg release"])
+def test_models_of_papers_are_configs_of_that_size(table: str) -> None:
+    """Trained parameters as published, to a digit; every row has a config."""
+    leaves = leaves_of(find_tables(table))
+    assert len(leaves) == len(read_tables()[table].rows)
+    for leaf in leaves.values():
+        trainable = count_parameters(build_on_meta(leaf.config()))[""].trainable
+        assert trainable == pytest.approx(costs(leaf.rows)["trainable"], abs=0.06e6), leaf.name
+
+
+def test_costs_of_a_model_in_several_tables() -> None:
+    """Those of the whole model and those of its head; AP of val2017, where test-dev stands beside it."""
+    leaf = leaves_of(find_tables("effseg"))["effseg_r50"]
+    assert costs(leaf.rows) == {"ap": 40.1, "trainable": 38.8e6, "gflops": 245.4, "fps": 11.3, "head_gflops": 80.3}
+    assert costs(leaves_of(find_tables("solq"))["mask_rcnn_r50_fpn_3x"].rows)["ap"] == 37.0
+    assert costs(leaves_of(find_tables("SOLQ Table 1"))["mask_rcnn_r50_fpn_3x"].rows)["ap"] == 37.5
+
+
+def test_figure_of_the_paper_with_measured_models(tmp_path: Path) -> None:
+    """EffSeg's Figure 4 from its Table 3, every row a point, and a measured model among them."""
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"name": "effseg_r50", "source": "measured", "gflops": 250.0, "ap": 39.8}]))
+    points = plots.paper_points("EffSeg Table 3")
+    assert len(points) == 12 and {point["source"] for point in points} == {"paper"}
+    assert {"name": "effseg_r50", "ap": 40.1, "gflops": 245.4, "fps": 11.3, "trainable": 38.8e6}.items() <= {
+        key: value for point in points if point["name"] == "effseg_r50" for key, value in point.items()
+    }.items()
+    axes = plots.draw([*points, *plots.read_points([str(rows)], {})], "gflops").axes[0]
+    said, measured = (collection.get_offsets().tolist() for collection in axes.collections)
+    assert [245.4, 40.1] in said and [446.3, 40.0] in said and len(said) == 12 and measured == [[250.0, 39.8]]
+    output = tmp_path / "plots"
+    assert plots.main(["--paper", "EffSeg Table 3", "--output", str(output)]) == 0
+    assert {path.stem for path in output.iterdir()} == {f"ap_against_{cost}" for cost in ("trainable", "gflops", "fps")}
+    with pytest.raises(SystemExit):
+        plots.main(["--output", str(output)])
+
+
+def test_rows_without_config_are_points() -> None:
+    points = {point["name"]: point for point in plots.paper_points("ISTR Table 2")}
+    assert points["CondInst, R50-FPN, 36 epochs"] == {
+        "name": "CondInst, R50-FPN, 36 epochs", "source": "paper", "ap": 37.8, "fps": 15.4
+    }  # fmt: skip
+    assert len(points) == 16 and "istr_r50" in points
 
 
 @pytest.mark.parametrize(

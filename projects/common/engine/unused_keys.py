@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.config import get_cfg as get_detectron2_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
 
 import querymask
+from querymask.common.compat import detectron2_cfg
 from querymask.common.mask_branch import MASK_BRANCH_REGISTRY
 from querymask.common.meta_arch import mask_branch_name
 
@@ -70,6 +70,7 @@ INSTEAD = {
     "MODEL.ROI_BOX_HEAD": "the keys of the heads are in MODEL.{section}",
     "MODEL.ROI_BOX_CASCADE_HEAD": "the keys of the heads are in MODEL.{section}",
     "MODEL.ROI_MASK_HEAD": "the keys of mask branches are in MODEL.MASK_BRANCH",
+    "MODEL.POINT_HEAD": "use MODEL.MASK_BRANCH.NAME PointRendBranch, whose keys are in MODEL.MASK_BRANCH.POINTREND",
     "MODEL.ROI_KEYPOINT_HEAD": "there are no keypoints in this project",
     "MODEL.SEM_SEG_HEAD": "the project segments instances only",
     "MODEL.PANOPTIC_FPN": "the project segments instances only",
@@ -145,7 +146,7 @@ def check_unused_keys(cfg: CfgNode) -> None:
 def _never_read(cfg: CfgNode, changed: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(key, what serves instead) of Detectron2's keys and other methods' that no run of this model reads."""
     name = cfg.MODEL.META_ARCHITECTURE
-    detectron2_keys = dict(leaves(get_detectron2_cfg()))
+    detectron2_keys = dict(leaves(detectron2_cfg()))
     for key in changed:
         if name not in METHODS and any(_within(key, read) for read in OTHERS_READ):
             continue
