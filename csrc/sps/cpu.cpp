@@ -171,7 +171,8 @@ void gather(
   }
 }
 
-// output = gathered * kernel + bias for each branch, with kernel [G, K * C_in, C_out / G]; no bias where it is undefined.
+// output = gathered * kernel + bias for each branch, with kernel [G, K * C_in, C_out / G]; no bias where it is
+// undefined.
 template <typename T, typename I>
 void forward(
     const Neighbours<I>& neighbours,
@@ -226,8 +227,8 @@ void scatter_add(
   }
 }
 
-// grad_features += scatter of grad * kernel^T of all branches. It must be zero before. A wave of tiles, one a thread, is
-// multiplied; then each thread adds up its channels of all of them, in the order of branches and cells.
+// grad_features += scatter of grad * kernel^T of all branches. It must be zero before. A wave of tiles, one a thread,
+// is multiplied; then each thread adds up its channels of all of them, in the order of branches and cells.
 template <typename T, typename I>
 void backward_features(const Neighbours<I>& neighbours, const T* grad, const at::Tensor& kernel, T* grad_features) {
   const Sizes& sizes = neighbours.sizes();
@@ -382,7 +383,8 @@ Gradients backward_cpu(
   const at::Tensor grad_weight =
       grad_kernel.view({sizes.branches(), sizes.taps(), sizes.C_in, sizes.branch_outputs()}).permute({0, 3, 2, 1});
   return {
-      grad_features.to(features.scalar_type()), grad_weight.reshape(weight.sizes()).contiguous().to(weight.scalar_type()),
+      grad_features.to(features.scalar_type()),
+      grad_weight.reshape(weight.sizes()).contiguous().to(weight.scalar_type()),
       grad_bias.to(weight.scalar_type())};
 }
 

@@ -118,8 +118,8 @@ __device__ void pipeline(int chunks, const Load& load, const Compute& compute) {
 #endif
 
 // For each cell the rows of left that its taps pick, one after the other, times right [columns, taps * left_units]
-// transposed, of which there is one for each branch. The sum runs over a group of units tap after tap, then over the next group: so a row that several taps of
-// a tile's cells read comes from the L1 cache. Right's units are in that order.
+// transposed, of which each branch has its own. The sum runs over a group of units tap after tap, then over the next
+// group: so a row that several taps of a tile's cells read comes from the L1 cache. Right's units are in that order.
 struct Product {
   const uint4* left;
   const uint4* right;
@@ -642,8 +642,9 @@ bool takes(const Sizes& sizes, const at::Tensor& features, const at::Tensor& gra
   const at::ScalarType type = features.scalar_type();
   return sizes.A > 0 && (sizes.A + kSide) * sizes.branches() <= INT32_MAX && sizes.N <= INT32_MAX &&
       sizes.taps() <= kMaxTaps && sizes.C_in > 0 && sizes.C_in % 8 == 0 && sizes.C_in <= kMaxChannels &&
-      sizes.C_out > 0 && sizes.branch_outputs() % 8 == 0 && sizes.C_out <= kMaxChannels && type != at::kDouble && (type != at::kFloat || allows_tf32()) &&
-      is_aligned(features) && (!grad.defined() || is_aligned(grad)) && has_image();
+      sizes.C_out > 0 && sizes.branch_outputs() % 8 == 0 && sizes.C_out <= kMaxChannels && type != at::kDouble &&
+      (type != at::kFloat || allows_tf32()) && is_aligned(features) && (!grad.defined() || is_aligned(grad)) &&
+      has_image();
 }
 
 at::Tensor forward(
