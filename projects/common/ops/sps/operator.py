@@ -78,7 +78,7 @@ def multi_dilation_sparse_conv2d(
     """Sums the rectified convolutions of several branches, as EffSeg's semantic fusion module (SFM) does.
 
     ``output = sum_k ReLU(sparse_conv2d(features, index_map, cells, weights[k], biases[k], dilations[k]))``, where all
-    branches are one call of :func:`sparse_conv2d`, on CUDA one launch of each kernel.
+    branches are one call of :func:`sparse_conv2d`, and on tensor cores one launch.
 
     Args:
         features, index_map, cells: as in :func:`sparse_conv2d`.
