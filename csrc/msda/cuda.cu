@@ -115,10 +115,10 @@ at::Tensor sum_in_order(
     const at::Tensor& attention) {
   const int64_t samples = attention.numel(), cells = geometry.B * geometry.M * geometry.first_cell[geometry.L];
   TORCH_CHECK_VALUE(
-      samples < INT32_MAX && cells < INT32_MAX,
+      samples < INT32_MAX && cells < INT32_MAX && grad_output.numel() / kVector <= UINT32_MAX,
       "the deterministic gradient of multi_scale_deformable_attention takes less than 2^31 samples and tokens, counted "
-      "for each head, got ",
-      samples, " and ", cells, ": use smaller batches");
+      "for each head, and less than 2^32 vectors of ",
+      kVector, " outputs, got ", samples, ", ", cells, " and ", grad_output.numel() / kVector, ": use smaller batches");
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const at::TensorOptions integers = value.options().dtype(at::kInt);
   const at::Tensor cell_of_sample = at::empty({samples}, integers);

@@ -60,36 +60,31 @@ __global__ void __launch_bounds__(kThreads, 4) gather_kernel(
     const int64_t image = pair / geometry.M, head = pair % geometry.M;
     for (int first = 0; first < geometry.D; first += group * kVector) { // once, unless a head is very wide
       const int channel = first + lane % group * kVector;
-      const T* channels = opaque(grad_output + channel);
+      const T* channels = opaque(grad_output + (channel < geometry.D ? channel : 0));
       C sum[kVector] = {};
       for (int upper = 1; upper >= 0; --upper) { // the cells above the token, then those below
         const int64_t left = pair * geometry.first_cell[geometry.L] + geometry.first_cell[level] +
             (line + 1 - upper) * (width + 1) + column;
         const int end = begins[left + 2];
         for (int begin = begins[left]; begin < end; begin += 32) {
-          C my_weight = C(0); // of the sample that this thread prepares for all
-          unsigned my_place = 0; // of its query and head
-          if (begin + lane < end) {
-            const unsigned sample = static_cast<unsigned>(order[begin + lane]);
-            my_place = sample / count;
-            const Place<C> sampled = locate(geometry, locations + 2 * static_cast<int64_t>(sample), sample % count);
-            const C by_x = sampled.column == column ? C(1) - sampled.x : sampled.x;
-            const C by_y = sampled.line == line ? C(1) - sampled.y : sampled.y;
-            my_weight = by_x * by_y * static_cast<C>(attention[sample]);
-          }
+          // Of the sample that this thread prepares for all: its weight, and where its query and head begin, in
+          // vectors. Threads beyond the last one take that one, weighted by zero: no load depends on a condition.
+          const unsigned sample = static_cast<unsigned>(order[min(begin + lane, end - 1)]);
+          const unsigned my_place = sample / count * (geometry.D / kVector);
+          const Place<C> sampled = locate(geometry, locations + 2 * static_cast<int64_t>(sample), sample % count);
+          const C by_x = sampled.column == column ? C(1) - sampled.x : sampled.x;
+          const C by_y = sampled.line == line ? C(1) - sampled.y : sampled.y;
+          const C my_weight = begin + lane < end ? by_x * by_y * static_cast<C>(attention[sample]) : C(0);
           const int prepared = min(32, end - begin);
 #pragma unroll 2
-          for (int n = 0; n < prepared; n += together) {
-            const int mine = n + part;
-            const C weight = __shfl_sync(kWarp, my_weight, mine);
-            const unsigned place = __shfl_sync(kWarp, my_place, mine);
-            if (mine < prepared && channel < geometry.D) {
-              C grad[kVector];
-              unpack(load<kVector>(channels + static_cast<int64_t>(place) * geometry.D), grad);
+          for (int n = part; n < prepared + part; n += together) {
+            const C weight = __shfl_sync(kWarp, my_weight, n);
+            const unsigned place = __shfl_sync(kWarp, my_place, n);
+            C grad[kVector];
+            unpack(load<kVector>(channels + static_cast<uint64_t>(place) * kVector), grad);
 #pragma unroll
-              for (int i = 0; i < kVector; ++i) {
-                sum[i] += weight * grad[i];
-              }
+            for (int i = 0; i < kVector; ++i) {
+              sum[i] += weight * grad[i];
             }
           }
         }

@@ -2,6 +2,8 @@
 
 #include "sps.h"
 
+#include <algorithm>
+
 #include <c10/util/Exception.h>
 
 namespace querymask::sps {
@@ -39,8 +41,13 @@ Sizes check(
       !bias || bias->sizes() == at::IntArrayRef({weight.size(0)}), "bias must be [C_out] = [", weight.size(0),
       "] or None, got shape ", bias ? bias->sizes() : at::IntArrayRef());
   TORCH_CHECK_VALUE(
-      dilation.size() == 2 && dilation[0] > 0 && dilation[1] > 0 && dilation[0] < INT32_MAX && dilation[1] < INT32_MAX,
-      "dilation must be two positive numbers (vertical, horizontal), got ", dilation);
+      !dilation.empty() && dilation.size() % 2 == 0 &&
+          std::all_of(dilation.begin(), dilation.end(), [](int64_t step) { return step > 0 && step < INT32_MAX; }),
+      "dilation must be two positive numbers (vertical, horizontal) for each branch, got ", dilation);
+  const int64_t branches = static_cast<int64_t>(dilation.size()) / 2;
+  TORCH_CHECK_VALUE(
+      weight.size(0) % branches == 0, "the ", branches, " branches of dilation ", dilation,
+      " must have equal shares of weight's C_out = ", weight.size(0));
 
   TORCH_CHECK_VALUE(
       index_map.device() == features.device() && cells.device() == features.device() &&
@@ -59,7 +66,7 @@ Sizes check(
       "weight and bias must have features' type ", features.scalar_type(), ", got ", weight.scalar_type(), " and ",
       bias ? bias->scalar_type() : features.scalar_type(), ": convert them with .to()");
   return {features.size(0), index_map.size(0), index_map.size(1), index_map.size(2), cells.size(0), features.size(1),
-          weight.size(0),   weight.size(2),    weight.size(3),    dilation[0],       dilation[1]};
+          weight.size(0),   weight.size(2),    weight.size(3),    dilation};
 }
 
 void check_grad_output(const at::Tensor& grad_output, const at::Tensor& features, const Sizes& sizes) {

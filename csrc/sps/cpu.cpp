@@ -86,20 +86,31 @@ at::Tensor matrix(T* data, int64_t rows, int64_t columns) {
   return at::from_blob(data, {rows, columns}, at::CppTypeToScalarType<T>::value);
 }
 
+// A branch's columns of rows [first, first + count) of a matrix [A, C_out].
+template <typename T>
+at::Tensor outputs_of(T* data, const Sizes& sizes, int64_t branch, int64_t first, int64_t count) {
+  const int64_t outputs = sizes.branch_outputs();
+  return at::from_blob(
+      data + first * sizes.C_out + branch * outputs, {count, outputs}, {sizes.C_out, 1},
+      at::CppTypeToScalarType<T>::value);
+}
+
 template <typename T>
 at::Tensor transposed_matrix(T* data, int64_t rows, int64_t columns) { // of a matrix [columns, rows]
   return at::from_blob(data, {rows, columns}, {1, rows}, at::CppTypeToScalarType<T>::value);
 }
 
-// Where the cells' taps find their rows of features.
+// Where the cells' taps find their rows of features. Taps of all branches are counted: those of one from branch * K on.
 template <typename I>
 class Neighbours {
  public:
   Neighbours(const Sizes& sizes, const at::Tensor& index_map, const at::Tensor& cells)
       : sizes_(sizes), map_(index_map.const_data_ptr<I>()), cells_(cells.const_data_ptr<I>()) {
-    for (int64_t tap = 0; tap < sizes.taps(); ++tap) {
-      steps_y_.push_back((tap / sizes.kW - sizes.kH / 2) * sizes.dilation_y);
-      steps_x_.push_back((tap % sizes.kW - sizes.kW / 2) * sizes.dilation_x);
+    for (int64_t branch = 0; branch < sizes.branches(); ++branch) {
+      for (int64_t tap = 0; tap < sizes.taps(); ++tap) {
+        steps_y_.push_back((tap / sizes.kW - sizes.kH / 2) * sizes.dilation[2 * branch]);
+        steps_x_.push_back((tap % sizes.kW - sizes.kW / 2) * sizes.dilation[2 * branch + 1]);
+      }
     }
   }
 
@@ -160,7 +171,8 @@ void gather(
   }
 }
 
-// output = gathered * kernel + bias, with kernel [K * C_in, C_out]; no bias where it is undefined.
+// output = gathered * kernel + bias for each branch, with kernel [G, K * C_in, C_out / G]; no bias where it is
+// undefined.
 template <typename T, typename I>
 void forward(
     const Neighbours<I>& neighbours,
@@ -169,37 +181,39 @@ void forward(
     const at::Tensor& bias,
     T* output) {
   const Sizes& sizes = neighbours.sizes();
-  const int64_t tile = tile_rows<T>(sizes.columns());
-  in_parallel(ceil_div(sizes.A, tile), [&](int64_t begin, int64_t end) {
+  const int64_t tile = tile_rows<T>(sizes.columns()), tiles = ceil_div(sizes.A, tile);
+  const int64_t outputs = sizes.branch_outputs();
+  in_parallel(sizes.branches() * tiles, [&](int64_t begin, int64_t end) {
     const at::Tensor memory = working_memory<T>(tile * sizes.columns());
     T* buffer = memory.mutable_data_ptr<T>();
-    for (int64_t first = begin * tile; first < std::min(end * tile, sizes.A); first += tile) {
-      const int64_t count = std::min(tile, sizes.A - first);
-      gather(neighbours, features, first, count, 0, sizes.taps(), buffer);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t branch = task / tiles, first = task % tiles * tile, count = std::min(tile, sizes.A - first);
+      gather(neighbours, features, first, count, branch * sizes.taps(), (branch + 1) * sizes.taps(), buffer);
       const at::Tensor gathered = matrix(buffer, count, sizes.columns());
-      at::Tensor out = matrix(output + first * sizes.C_out, count, sizes.C_out);
+      at::Tensor out = outputs_of(output, sizes, branch, first, count);
       if (bias.defined()) {
-        at::cpu::addmm_out(out, bias, gathered, kernel);
+        at::cpu::addmm_out(out, bias.narrow(0, branch * outputs, outputs), gathered, kernel.select(0, branch));
       } else {
-        at::cpu::mm_out(out, gathered, kernel);
+        at::cpu::mm_out(out, gathered, kernel.select(0, branch));
       }
     }
   });
 }
 
-// Adds channels [begin, end) of a tile's gradients to their rows, cell after cell.
+// Adds channels [begin, end) of a tile's gradients, of the taps from first_tap on, to their rows, cell after cell.
 template <typename T, typename I>
 void scatter_add(
     const Neighbours<I>& neighbours,
     const T* gathered,
     int64_t first,
     int64_t count,
+    int64_t first_tap,
     int64_t begin,
     int64_t end,
     T* grad_features) {
   const int64_t channels = neighbours.sizes().C_in;
   for (int64_t cell = first; cell < first + count; ++cell) {
-    neighbours.visit(cell, 0, neighbours.sizes().taps(), [&](int64_t row) {
+    neighbours.visit(cell, first_tap, first_tap + neighbours.sizes().taps(), [&](int64_t row) {
       if (row >= 0) {
         const T* __restrict from = gathered;
         T* __restrict to = grad_features + row * channels;
@@ -213,55 +227,59 @@ void scatter_add(
   }
 }
 
-// grad_features += scatter of grad * kernel^T. It must be zero before. A wave of tiles, one a thread, is multiplied;
-// then each thread adds up its channels of all of them, in the order of the cells.
+// grad_features += scatter of grad * kernel^T of all branches. It must be zero before. A wave of tiles, one a thread,
+// is multiplied; then each thread adds up its channels of all of them, in the order of branches and cells.
 template <typename T, typename I>
 void backward_features(const Neighbours<I>& neighbours, const T* grad, const at::Tensor& kernel, T* grad_features) {
   const Sizes& sizes = neighbours.sizes();
   const int64_t tile = tile_rows<T>(sizes.columns()), tiles = ceil_div(sizes.A, tile);
-  const int64_t wave = std::min<int64_t>(tiles, at::get_num_threads());
-  const at::Tensor kernel_t = kernel.t();
+  const int64_t tasks = sizes.branches() * tiles, wave = std::min<int64_t>(tasks, at::get_num_threads());
   const at::Tensor memory = working_memory<T>(wave * tile * sizes.columns());
   const auto gathered = [&](int64_t i) { return memory.mutable_data_ptr<T>() + i * tile * sizes.columns(); };
-  for (int64_t first_tile = 0; first_tile < tiles; first_tile += wave) {
-    const int64_t here = std::min(wave, tiles - first_tile);
-    const auto first = [&](int64_t i) { return (first_tile + i) * tile; };
+  for (int64_t first_task = 0; first_task < tasks; first_task += wave) {
+    const int64_t here = std::min(wave, tasks - first_task);
+    const auto branch = [&](int64_t i) { return (first_task + i) / tiles; };
+    const auto first = [&](int64_t i) { return (first_task + i) % tiles * tile; };
     const auto count = [&](int64_t i) { return std::min(tile, sizes.A - first(i)); };
     in_parallel(here, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         at::Tensor product = matrix(gathered(i), count(i), sizes.columns());
         at::cpu::mm_out(
-            product, matrix(const_cast<T*>(grad) + first(i) * sizes.C_out, count(i), sizes.C_out), kernel_t);
+            product, outputs_of(const_cast<T*>(grad), sizes, branch(i), first(i), count(i)),
+            kernel.select(0, branch(i)).t());
       }
     });
     in_parallel(ceil_div(sizes.C_in, kBlock), [&](int64_t begin, int64_t end) {
       for (int64_t i = 0; i < here; ++i) {
         scatter_add(
-            neighbours, gathered(i), first(i), count(i), begin * kBlock, std::min(end * kBlock, sizes.C_in),
-            grad_features);
+            neighbours, gathered(i), first(i), count(i), branch(i) * sizes.taps(), begin * kBlock,
+            std::min(end * kBlock, sizes.C_in), grad_features);
       }
     });
   }
 }
 
-// grad_kernel [K * C_in, C_out] = gathered^T * grad. Each task has some taps and goes through all cells.
+// grad_kernel [G, K * C_in, C_out / G] = gathered^T * grad. Each task has some taps of a branch and goes through all
+// cells.
 template <typename T, typename I>
 void backward_kernel(const Neighbours<I>& neighbours, const T* features, const T* grad, T* grad_kernel) {
   const Sizes& sizes = neighbours.sizes();
   const int64_t group = std::clamp<int64_t>(kWeightColumns / sizes.C_in, 1, sizes.taps());
-  const int64_t tile = tile_rows<T>(group * sizes.C_in);
-  in_parallel(ceil_div(sizes.taps(), group), [&](int64_t begin, int64_t end) {
+  const int64_t groups = ceil_div(sizes.taps(), group), tile = tile_rows<T>(group * sizes.C_in);
+  in_parallel(sizes.branches() * groups, [&](int64_t begin, int64_t end) {
     const at::Tensor memory = working_memory<T>(tile * group * sizes.C_in);
     T* buffer = memory.mutable_data_ptr<T>();
-    for (int64_t first_tap = begin * group; first_tap < std::min(end * group, sizes.taps()); first_tap += group) {
-      const int64_t last_tap = std::min(first_tap + group, sizes.taps()), rows = (last_tap - first_tap) * sizes.C_in;
-      at::Tensor sum = matrix(grad_kernel + first_tap * sizes.C_in * sizes.C_out, rows, sizes.C_out);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t branch = task / groups, first_tap = branch * sizes.taps() + task % groups * group;
+      const int64_t last_tap = std::min(first_tap + group, (branch + 1) * sizes.taps());
+      const int64_t rows = (last_tap - first_tap) * sizes.C_in, outputs = sizes.branch_outputs();
+      at::Tensor sum = matrix(grad_kernel + first_tap * sizes.C_in * outputs, rows, outputs);
       for (int64_t first = 0; first < sizes.A; first += tile) {
         const int64_t count = std::min(tile, sizes.A - first);
         gather(neighbours, features, first, count, first_tap, last_tap, buffer);
         at::cpu::addmm_(
             sum, transposed_matrix(buffer, rows, count),
-            matrix(const_cast<T*>(grad) + first * sizes.C_out, count, sizes.C_out), first > 0 ? 1 : 0);
+            outputs_of(const_cast<T*>(grad), sizes, branch, first, count), first > 0 ? 1 : 0);
       }
     }
   });
@@ -297,9 +315,12 @@ at::ScalarType index_type(const at::Tensor& index_map, const at::Tensor& cells) 
   return index_map.scalar_type() == at::kInt && cells.scalar_type() == at::kInt ? at::kInt : at::kLong;
 }
 
-// [C_out, C_in, kH, kW] to [kH * kW * C_in, C_out]
+// [C_out, C_in, kH, kW] to [G, kH * kW * C_in, C_out / G]
 at::Tensor kernel_of(const at::Tensor& weight, const Sizes& sizes) {
-  return weight.permute({2, 3, 1, 0}).contiguous().view({sizes.columns(), sizes.C_out});
+  return weight.reshape({sizes.branches(), sizes.branch_outputs(), sizes.C_in, sizes.taps()})
+      .permute({0, 3, 2, 1})
+      .contiguous()
+      .view({sizes.branches(), sizes.columns(), sizes.branch_outputs()});
 }
 
 } // namespace
@@ -359,9 +380,11 @@ Gradients backward_cpu(
       });
     });
   }
-  const at::Tensor grad_weight = grad_kernel.view({sizes.kH, sizes.kW, sizes.C_in, sizes.C_out}).permute({3, 2, 0, 1});
+  const at::Tensor grad_weight =
+      grad_kernel.view({sizes.branches(), sizes.taps(), sizes.C_in, sizes.branch_outputs()}).permute({0, 3, 2, 1});
   return {
-      grad_features.to(features.scalar_type()), grad_weight.contiguous().to(weight.scalar_type()),
+      grad_features.to(features.scalar_type()),
+      grad_weight.reshape(weight.sizes()).contiguous().to(weight.scalar_type()),
       grad_bias.to(weight.scalar_type())};
 }
 

@@ -25,26 +25,33 @@ namespace querymask::sps {
 namespace {
 
 constexpr int kThreads = 256; // of a block
+constexpr int64_t kMaxBranches = 16; // whose dilations are parameters of the kernels
 constexpr int64_t kMinChunk = 256, kMaxChunk = 16384; // cells
 constexpr int64_t kChunkElements = 1 << 24; // of a gathered chunk, about
 
 // The sizes of a call as kernels take them to look up neighbours.
 struct Neighbourhood {
-  int64_t N, R, H, W, dilation_y, dilation_x;
+  int64_t N, R, H, W;
   int kH, kW;
+  int dilation[2 * kMaxBranches]; // (vertical, horizontal) of each branch
 };
 
-// The row of features that a tap of a cell reads, or -1 outside of the region.
+// The row of features that a branch's tap of a cell reads, or -1 outside of the region.
 template <typename I>
-__device__ int64_t
-find_row(const Neighbourhood& sizes, const I* __restrict__ map, const I* __restrict__ cells, int64_t number, int tap) {
+__device__ int64_t find_row(
+    const Neighbourhood& sizes,
+    const I* __restrict__ map,
+    const I* __restrict__ cells,
+    int64_t number,
+    int branch,
+    int tap) {
   const I* cell = cells + 3 * number;
   const int64_t region = cell[0], cell_y = cell[1], cell_x = cell[2];
   CUDA_KERNEL_ASSERT(
       region >= 0 && region < sizes.R && cell_y >= 0 && cell_y < sizes.H && cell_x >= 0 && cell_x < sizes.W &&
       "sparse_conv2d: a cell (region, y, x) is outside of index_map");
-  const int64_t y = cell_y + (tap / sizes.kW - sizes.kH / 2) * sizes.dilation_y;
-  const int64_t x = cell_x + (tap % sizes.kW - sizes.kW / 2) * sizes.dilation_x;
+  const int64_t y = cell_y + (tap / sizes.kW - sizes.kH / 2) * static_cast<int64_t>(sizes.dilation[2 * branch]);
+  const int64_t x = cell_x + (tap % sizes.kW - sizes.kW / 2) * static_cast<int64_t>(sizes.dilation[2 * branch + 1]);
   if (y < 0 || y >= sizes.H || x < 0 || x >= sizes.W) {
     return -1;
   }
@@ -53,7 +60,7 @@ find_row(const Neighbourhood& sizes, const I* __restrict__ map, const I* __restr
   return row;
 }
 
-// neighbours [K, A]. The grid's y runs over taps.
+// neighbours [G, K, A]. The grid's y runs over taps, z over branches.
 template <typename I>
 __global__ void __launch_bounds__(kThreads) look_up_kernel(
     const __grid_constant__ Neighbourhood sizes,
@@ -63,13 +70,15 @@ __global__ void __launch_bounds__(kThreads) look_up_kernel(
     int64_t* __restrict__ neighbours) {
   const int64_t cell = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (cell < A) {
-    neighbours[blockIdx.y * A + cell] = find_row(sizes, map, cells, cell, static_cast<int>(blockIdx.y));
+    neighbours[(static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y) * A + cell] =
+        find_row(sizes, map, cells, cell, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y));
   }
 }
 
-// One chunk of cells.
+// One chunk of cells, of one branch.
 struct Geometry {
   Neighbourhood sizes;
+  int branch;
   int64_t first; // cell of the chunk
   int C_in, taps;
   int vectors; // of one row's channels
@@ -97,7 +106,7 @@ __device__ Item find_item(
   const unsigned pair = index / geometry.vectors; // of cell and tap
   const int channel = static_cast<int>(index % geometry.vectors) * vector;
   const int tap = static_cast<int>(pair % geometry.taps);
-  const int64_t row = find_row(geometry.sizes, map, cells, geometry.first + pair / geometry.taps, tap);
+  const int64_t row = find_row(geometry.sizes, map, cells, geometry.first + pair / geometry.taps, geometry.branch, tap);
   return {row, static_cast<int64_t>(pair) * geometry.C_in + channel, channel};
 }
 
@@ -153,13 +162,19 @@ int64_t chunk_of(const Sizes& sizes) {
 }
 
 Neighbourhood make_neighbourhood(const Sizes& sizes) {
-  return {sizes.N, sizes.R, sizes.H, sizes.W, sizes.dilation_y, sizes.dilation_x, static_cast<int>(sizes.kH),
-          static_cast<int>(sizes.kW)};
+  TORCH_CHECK_VALUE(
+      sizes.branches() <= kMaxBranches, "the CUDA operator takes at most ", kMaxBranches, " branches, got ",
+      sizes.branches(), ": call it for some of them at a time");
+  Neighbourhood neighbourhood{
+      sizes.N, sizes.R, sizes.H, sizes.W, static_cast<int>(sizes.kH), static_cast<int>(sizes.kW), {}};
+  std::copy(sizes.dilation.begin(), sizes.dilation.end(), neighbourhood.dilation);
+  return neighbourhood;
 }
 
-Geometry make_geometry(const Sizes& sizes, int64_t first, int64_t count, int vector) {
+Geometry make_geometry(const Sizes& sizes, int64_t branch, int64_t first, int64_t count, int vector) {
   const int vectors = static_cast<int>(sizes.C_in) / vector;
   return {make_neighbourhood(sizes),
+          static_cast<int>(branch),
           first,
           static_cast<int>(sizes.C_in),
           static_cast<int>(sizes.taps()),
@@ -167,10 +182,13 @@ Geometry make_geometry(const Sizes& sizes, int64_t first, int64_t count, int vec
           static_cast<unsigned>(count * sizes.taps() * vectors)};
 }
 
-// The neighbours' rows of features [K, A], -1 outside of the region.
+// The neighbours' rows of features [G, K, A], -1 outside of the region.
 at::Tensor look_up(const Sizes& sizes, const at::Tensor& index_map, const at::Tensor& cells) {
-  at::Tensor neighbours = at::empty({sizes.taps(), sizes.A}, index_map.options().dtype(at::kLong));
-  const dim3 blocks(static_cast<unsigned>(ceil_div(sizes.A, kThreads)), static_cast<unsigned>(sizes.taps()));
+  at::Tensor neighbours =
+      at::empty({sizes.branches(), sizes.taps(), sizes.A}, index_map.options().dtype(at::kLong));
+  const dim3 blocks(
+      static_cast<unsigned>(ceil_div(sizes.A, kThreads)), static_cast<unsigned>(sizes.taps()),
+      static_cast<unsigned>(sizes.branches()));
   AT_DISPATCH_INDEX_TYPES(index_map.scalar_type(), "sparse_conv2d", [&] {
     look_up_kernel<index_t><<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
         make_neighbourhood(sizes), sizes.A, index_map.const_data_ptr<index_t>(), cells.const_data_ptr<index_t>(),
@@ -199,9 +217,10 @@ void by_type(at::ScalarType type, at::ScalarType indices, const Run& run) {
   });
 }
 
-// Fills gathered [count, K * C_in] with the neighbours of cells [first, first + count).
+// Fills gathered [count, K * C_in] with a branch's neighbours of cells [first, first + count).
 void gather(
     const Sizes& sizes,
+    int64_t branch,
     const at::Tensor& features,
     const at::Tensor& index_map,
     const at::Tensor& cells,
@@ -213,7 +232,7 @@ void gather(
     using I = decltype(index);
     const T* data = features.const_data_ptr<T>();
     by_vector<T>(sizes, reinterpret_cast<uintptr_t>(data), [&](auto vector) {
-      const Geometry geometry = make_geometry(sizes, first, count, decltype(vector)::value);
+      const Geometry geometry = make_geometry(sizes, branch, first, count, decltype(vector)::value);
       gather_kernel<T, I, decltype(vector)::value>
           <<<geometry.blocks(), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
               geometry, data, index_map.const_data_ptr<I>(), cells.const_data_ptr<I>(), gathered.mutable_data_ptr<T>());
@@ -222,9 +241,10 @@ void gather(
   });
 }
 
-// Adds gathered [count, K * C_in] to the rows of the neighbours.
+// Adds gathered [count, K * C_in] to the rows of a branch's neighbours.
 void scatter_add(
     const Sizes& sizes,
+    int64_t branch,
     const at::Tensor& gathered,
     const at::Tensor& index_map,
     const at::Tensor& cells,
@@ -235,7 +255,7 @@ void scatter_add(
     using T = decltype(type);
     using I = decltype(index);
     by_vector<T>(sizes, 0, [&](auto vector) { // both are new, hence aligned
-      const Geometry geometry = make_geometry(sizes, first, count, decltype(vector)::value);
+      const Geometry geometry = make_geometry(sizes, branch, first, count, decltype(vector)::value);
       scatter_kernel<T, I, decltype(vector)::value>
           <<<geometry.blocks(), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
               geometry, gathered.const_data_ptr<T>(), index_map.const_data_ptr<I>(), cells.const_data_ptr<I>(),
@@ -250,12 +270,20 @@ at::ScalarType index_type(const at::Tensor& index_map, const at::Tensor& cells) 
   return index_map.scalar_type() == at::kInt && cells.scalar_type() == at::kInt ? at::kInt : at::kLong;
 }
 
-// [C_out, C_in, kH, kW] to [kH * kW * C_in, C_out]
+// [C_out, C_in, kH, kW] to [G, kH * kW * C_in, C_out / G]
 at::Tensor kernel_of(const at::Tensor& weight, const Sizes& sizes) {
-  return weight.permute({2, 3, 1, 0}).contiguous().view({sizes.columns(), sizes.C_out});
+  return weight.reshape({sizes.branches(), sizes.branch_outputs(), sizes.C_in, sizes.taps()})
+      .permute({0, 3, 2, 1})
+      .contiguous()
+      .view({sizes.branches(), sizes.columns(), sizes.branch_outputs()});
 }
 
-// The gradients of features [N, C_in] and of weight as [K * C_in, C_out], by gathering.
+// A branch's columns of rows [first, first + count) of a matrix [A, C_out].
+at::Tensor outputs_of(const at::Tensor& matrix, const Sizes& sizes, int64_t branch, int64_t first, int64_t count) {
+  return matrix.narrow(0, first, count).narrow(1, branch * sizes.branch_outputs(), sizes.branch_outputs());
+}
+
+// The gradients of features [N, C_in] and of weight, by gathering.
 std::tuple<at::Tensor, at::Tensor> backward_gathered(
     const Sizes& sizes,
     const at::Tensor& grad,
@@ -264,37 +292,36 @@ std::tuple<at::Tensor, at::Tensor> backward_gathered(
     const at::Tensor& cells,
     const at::Tensor& weight) {
   const at::TensorOptions options = features.options().dtype(compute_type(features));
-  const at::Tensor kernel = kernel_of(weight, sizes), kernel_t = kernel.t();
+  const at::Tensor kernel = kernel_of(weight, sizes);
   at::Tensor grad_kernel = at::zeros(kernel.sizes(), options);
   at::Tensor padded = at::zeros({sizes.N + 1, sizes.C_in}, options); // the last row is for what is outside
   at::Tensor grad_features = padded.narrow(0, 0, sizes.N);
-  if (sizes.A == 0 || kernel.numel() == 0) {
-    return {grad_features, grad_kernel};
-  }
-  const bool in_order = at::globalContext().deterministicAlgorithms();
-  at::Tensor rows; // [A, K]
-  if (in_order) {
-    rows = look_up(sizes, index_map, cells).t();
+  const at::Tensor grad_weight =
+      grad_kernel.view({sizes.branches(), sizes.taps(), sizes.C_in, sizes.branch_outputs()}).permute({0, 3, 2, 1});
+  const bool some = sizes.A > 0 && kernel.numel() > 0, in_order = at::globalContext().deterministicAlgorithms();
+  at::Tensor rows; // [G, K, A]
+  if (some && in_order) {
+    rows = look_up(sizes, index_map, cells);
     rows = at::where(rows.lt(0), sizes.N, rows);
   }
-  const int64_t chunk = chunk_of(sizes);
+  const int64_t chunk = chunk_of(sizes), chunks = some ? ceil_div(sizes.A, chunk) : 0;
   const at::Tensor memory = at::empty({std::min(chunk, sizes.A), sizes.columns()}, features.options());
-  for (int64_t first = 0; first < sizes.A; first += chunk) {
-    const int64_t count = std::min(chunk, sizes.A - first);
-    const at::Tensor grad_chunk = grad.narrow(0, first, count);
-    at::Tensor gathered = memory.narrow(0, 0, count);
-    gather(sizes, features, index_map, cells, first, count, gathered);
-    grad_kernel.add_(at::cuda::mm(gathered.t(), grad_chunk));
-    at::cuda::mm_out(gathered, grad_chunk, kernel_t);
+  for (int64_t i = 0; i < sizes.branches() * chunks; ++i) {
+    const int64_t branch = i / chunks, first = i % chunks * chunk, count = std::min(chunk, sizes.A - first);
+    const at::Tensor grad_chunk = outputs_of(grad, sizes, branch, first, count);
+    at::Tensor gathered = memory.narrow(0, 0, count), grad_branch = grad_kernel.select(0, branch);
+    gather(sizes, branch, features, index_map, cells, first, count, gathered);
+    grad_branch.add_(at::cuda::mm(gathered.t(), grad_chunk));
+    at::cuda::mm_out(gathered, grad_chunk, kernel.select(0, branch).t());
     if (in_order) { // sorts, which the atomic additions of scatter_add do not need
       padded.index_add_(
-          0, rows.narrow(0, first, count).reshape(-1),
+          0, rows.select(0, branch).narrow(1, first, count).t().reshape(-1),
           gathered.view({count * sizes.taps(), sizes.C_in}).to(options.dtype()));
     } else {
-      scatter_add(sizes, gathered, index_map, cells, first, count, grad_features);
+      scatter_add(sizes, branch, gathered, index_map, cells, first, count, grad_features);
     }
   }
-  return {grad_features, grad_kernel};
+  return {grad_features, grad_weight.reshape(weight.sizes())};
 }
 
 } // namespace
@@ -320,18 +347,18 @@ at::Tensor forward_cuda(
   if (output.numel() == 0) {
     return output;
   }
-  const int64_t chunk = chunk_of(sizes);
+  const int64_t chunk = chunk_of(sizes), chunks = ceil_div(sizes.A, chunk), outputs = sizes.branch_outputs();
   const at::Tensor memory = at::empty({std::min(chunk, sizes.A), sizes.columns()}, f.options());
-  for (int64_t first = 0; first < sizes.A; first += chunk) {
-    const int64_t count = std::min(chunk, sizes.A - first);
-    at::Tensor gathered = memory.narrow(0, 0, count), out = output.narrow(0, first, count);
+  for (int64_t i = 0; i < sizes.branches() * chunks; ++i) {
+    const int64_t branch = i / chunks, first = i % chunks * chunk, count = std::min(chunk, sizes.A - first);
+    at::Tensor gathered = memory.narrow(0, 0, count), out = outputs_of(output, sizes, branch, first, count);
     if (gathered.numel() > 0) {
-      gather(sizes, f, map, places, first, count, gathered);
+      gather(sizes, branch, f, map, places, first, count, gathered);
     }
     if (b.defined()) {
-      at::cuda::addmm_out(out, b, gathered, kernel);
+      at::cuda::addmm_out(out, b.narrow(0, branch * outputs, outputs), gathered, kernel.select(0, branch));
     } else {
-      at::cuda::mm_out(out, gathered, kernel);
+      at::cuda::mm_out(out, gathered, kernel.select(0, branch));
     }
   }
   return output;
@@ -352,10 +379,9 @@ Gradients backward_cuda(
   const at::Tensor map = index_map.to(indices).contiguous(), places = cells.to(indices).contiguous();
   const bool on_tensor_cores =
       !at::globalContext().deterministicAlgorithms() && tensor_core::takes(sizes, f, grad);
-  const auto [grad_features, grad_kernel] = on_tensor_cores
+  const auto [grad_features, grad_weight] = on_tensor_cores
       ? tensor_core::backward(sizes, grad, f, look_up(sizes, map, places), weight.contiguous())
       : backward_gathered(sizes, grad, f, map, places, weight);
-  const at::Tensor grad_weight = grad_kernel.view({sizes.kH, sizes.kW, sizes.C_in, sizes.C_out}).permute({3, 2, 0, 1});
   return {
       grad_features.to(features.scalar_type()), grad_weight.contiguous().to(weight.scalar_type()),
       grad.sum(0, false, compute_type(features)).to(weight.scalar_type())};

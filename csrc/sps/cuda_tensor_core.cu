@@ -6,6 +6,8 @@
 //   output [A, C_out] = gathered [A, K * C_in] * kernel
 //   gradients of gathered = grad [A, C_out] * kernel^T: added from the accumulators to the neighbours' rows
 //   gradient of kernel^T [C_out, K * C_in] = grad^T * gathered: cells in parts, whose sums are added in a fixed order
+// The grid's z runs over branches. A matrix of outputs [A, C_out] is taken for one of A * G rows: row n * G + g has the
+// outputs of cell n and branch g. In the kernels C_out is that of a branch.
 // float32 is rounded to TF32, to nearest; sums are in float32.
 //
 // Everything moves in units of 16 bytes, 4 elements of float32 or 8 of 16 bits: two units of each operand are one step
@@ -116,8 +118,8 @@ __device__ void pipeline(int chunks, const Load& load, const Compute& compute) {
 #endif
 
 // For each cell the rows of left that its taps pick, one after the other, times right [columns, taps * left_units]
-// transposed. The sum runs over a group of units tap after tap, then over the next group: so a row that several taps of
-// a tile's cells read comes from the L1 cache. Right's units are in that order.
+// transposed, of which each branch has its own. The sum runs over a group of units tap after tap, then over the next
+// group: so a row that several taps of a tile's cells read comes from the L1 cache. Right's units are in that order.
 struct Product {
   const uint4* left;
   const uint4* right;
@@ -142,7 +144,8 @@ __device__ void multiply(
 
   // Of this thread's unit in the chunk to be loaded:
   int tap = unit / product.group, channel = unit % product.group;
-  const uint4* right_from = product.right + static_cast<int64_t>(first_column) * depth + unit;
+  const int64_t right_row = static_cast<int64_t>(blockIdx.z) * product.columns + first_column;
+  const uint4* right_from = product.right + right_row * depth + unit;
   uint4* const to = tiles + place<kDepth>(first, unit);
   const auto wrap = [&] {
     while (tap >= product.taps) {
@@ -213,7 +216,7 @@ __device__ void multiply(
 
 #endif
 
-// neighbours [K, A] are rows of features, -1 outside of the region.
+// neighbours [G, K, A] are rows of features, -1 outside of the region.
 template <typename T, int kColumns>
 __global__ void __launch_bounds__(kThreads, 2) forward_kernel(
     const __grid_constant__ Product product,
@@ -225,10 +228,10 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(
   extern __shared__ uint4 shared[];
   using Warp = Share<kSide, kColumns>;
   int* rows = reinterpret_cast<int*>(shared + kStages * stage_units(kSide, kColumns));
-  const int first_cell = blockIdx.x * kSide;
+  const int first_cell = blockIdx.x * kSide, first_tap = blockIdx.z * product.taps;
   for (int i = threadIdx.x; i < product.taps * kSide; i += kThreads) {
     const int cell = first_cell + i % kSide;
-    rows[i] = cell < A ? static_cast<int>(neighbours[static_cast<int64_t>(i / kSide) * A + cell]) : -1;
+    rows[i] = cell < A ? static_cast<int>(neighbours[static_cast<int64_t>(first_tap + i / kSide) * A + cell]) : -1;
   }
   __syncthreads();
   float sums[Warp::kTileRows][Warp::kTileColumns][4] = {};
@@ -240,14 +243,16 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(
     if (column >= product.columns) {
       continue;
     }
-    const float lower = bias == nullptr ? 0.f : static_cast<float>(bias[column]);
-    const float upper = bias == nullptr ? 0.f : static_cast<float>(bias[column + 1]);
+    const int output_channel = blockIdx.z * product.columns + column;
+    const float lower = bias == nullptr ? 0.f : static_cast<float>(bias[output_channel]);
+    const float upper = bias == nullptr ? 0.f : static_cast<float>(bias[output_channel + 1]);
 #pragma unroll
     for (int i = 0; i < 2 * Warp::kTileRows; ++i) {
       const int cell = first_cell + Warp::first_row() + 8 * i + lane / 4;
       if (cell < A) {
         const float* pair = sums[i / 2][j] + i % 2 * 2;
-        *reinterpret_cast<Vector<T, 2>*>(output + static_cast<int64_t>(cell) * product.columns + column) = {
+        const int64_t row = static_cast<int64_t>(cell) * gridDim.z + blockIdx.z;
+        *reinterpret_cast<Vector<T, 2>*>(output + row * product.columns + column) = {
             static_cast<T>(pair[0] + lower), static_cast<T>(pair[1] + upper)};
       }
     }
@@ -255,7 +260,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(
 #endif
 }
 
-// The product's left is grad [A, C_out], its columns are K * C_in.
+// The product's left is grad [A * G, C_out], its columns are K * C_in.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) backward_features_kernel(
     const __grid_constant__ Product product,
@@ -269,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_features_kernel(
   int* rows = reinterpret_cast<int*>(shared + kStages * stage_units(kSide, kSide));
   const int first_cell = blockIdx.x * kSide;
   const int own_cell = first_cell + static_cast<int>(threadIdx.x);
-  rows[threadIdx.x] = own_cell < A ? own_cell : -1;
+  rows[threadIdx.x] = own_cell < A ? static_cast<int>(own_cell * gridDim.z + blockIdx.z) : -1;
   __syncthreads();
   float sums[Warp::kTileRows][Warp::kTileColumns][4] = {};
   multiply<T, kSide>(product, rows, shared, sums);
@@ -288,7 +293,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_features_kernel(
           odd ? first : own[0], odd ? second : own[1], odd ? own[2] : first, odd ? own[3] : second};
       const int cell = first_cell + Warp::first_row() + 16 * i + lane / 4 + (odd ? 8 : 0);
       if (cell < A && column < product.columns) {
-        const int64_t row = neighbours[static_cast<int64_t>(column / C_in) * A + cell];
+        const int tap = (blockIdx.z * product.columns + column) / C_in; // counted through all branches
+        const int64_t row = neighbours[static_cast<int64_t>(tap) * A + cell];
         if (row >= 0) {
           add<float, 4>(grad_features + row * C_in + column % C_in, channels);
         }
@@ -298,16 +304,17 @@ __global__ void __launch_bounds__(kThreads, 2) backward_features_kernel(
 #endif
 }
 
-// grad [A, C_out] transposed, times gathered [A, K * C_in].
+// A branch's rows of grad [A * G, C_out] transposed, times its gathered [A, K * C_in]. The grid's z runs over parts and
+// the branches of each.
 struct WeightProduct {
   const uint4* grad;
   const uint4* features;
   const int64_t* neighbours;
   int A, part; // cells, and cells of a part of the sum
-  int C_out, columns, grad_units, feature_units;
+  int branches, C_out, columns, grad_units, feature_units;
 };
 
-// sums is [parts, C_out, K * C_in].
+// sums is [parts, G, C_out, K * C_in].
 template <typename T, int kOutputs>
 __global__ void __launch_bounds__(kThreads, 2)
     backward_weight_kernel(const __grid_constant__ WeightProduct product, float* __restrict__ sums) {
@@ -321,11 +328,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr int kGradStep = kThreads / kGradUnits, kFeatureStep = kThreads / kFeatureUnits; // rows copied at once
   constexpr int kGradLoads = kCells / kGradStep, kFeatureLoads = kCells / kFeatureStep; // by one thread
   const int lane = threadIdx.x % 32;
-  const int begin = blockIdx.z * product.part, end = min(product.A, begin + product.part);
+  const int branch = blockIdx.z % product.branches;
+  const int begin = blockIdx.z / product.branches * product.part, end = min(product.A, begin + product.part);
 
   const int grad_unit = threadIdx.x % kGradUnits, grad_row = threadIdx.x / kGradUnits;
   const int grad_column = blockIdx.y * kGradUnits + grad_unit;
-  const uint4* grad_from = product.grad + static_cast<int64_t>(begin + grad_row) * product.grad_units + grad_column;
+  const int grad_stride = product.branches * product.grad_units; // units from a cell to the next
+  const uint4* grad_from = product.grad + static_cast<int64_t>(begin + grad_row) * grad_stride +
+      branch * product.grad_units + grad_column;
   int grad_to[kGradLoads];
 #pragma unroll
   for (int i = 0; i < kGradLoads; ++i) {
@@ -335,7 +345,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int column = blockIdx.x * kFeatureUnits + unit;
   const bool inside = column * kUnit < product.columns;
   const uint4* features = product.features + column % product.feature_units;
-  const int64_t* neighbours = product.neighbours + static_cast<int64_t>(column / product.feature_units) * product.A;
+  const int tap = (branch * (product.columns / kUnit) + column) / product.feature_units; // counted through all branches
+  const int64_t* neighbours = product.neighbours + static_cast<int64_t>(tap) * product.A;
   int feature_to[kFeatureLoads];
 #pragma unroll
   for (int i = 0; i < kFeatureLoads; ++i) {
@@ -362,10 +373,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int i = 0; i < kGradLoads; ++i) {
       const bool wanted = i * kGradStep < left;
-      const uint4* source = grad_from + i * kGradStep * product.grad_units;
+      const uint4* source = grad_from + i * kGradStep * grad_stride;
       copy_async_16(stage + grad_to[i], wanted ? source : product.grad, wanted);
     }
-    grad_from += kCells * product.grad_units;
+    grad_from += kCells * grad_stride;
     look_up(chunk + 1);
   };
 
@@ -549,14 +560,17 @@ at::Tensor backward_features(
     const at::Tensor& neighbours,
     const at::Tensor& weight) {
   at::Tensor grad_features = at::zeros({sizes.N, sizes.C_in}, grad.options().dtype(at::kFloat));
-  // [K, C_in, C_out]
+  const int64_t outputs = sizes.branch_outputs();
+  // [G, K, C_in, C_out / G]
   const at::Tensor kernel = reorder<T>(
-      weight, {{1, sizes.taps(), sizes.C_in, sizes.C_out}, {0, 1, sizes.taps(), sizes.columns()}});
-  const int depth = units<T>(sizes.C_out), columns = static_cast<int>(sizes.columns());
+      weight, {{sizes.branches(), sizes.taps(), sizes.C_in, outputs},
+               {outputs * sizes.columns(), 1, sizes.taps(), sizes.columns()}});
+  const int depth = units<T>(outputs), columns = static_cast<int>(sizes.columns());
   const int group = std::gcd(depth, kDepth);
   const Product product{data<T>(grad), data<T>(kernel), 1, depth, columns, group, kDepth / group};
   const dim3 blocks(
-      static_cast<unsigned>(ceil_div(sizes.A, kSide)), static_cast<unsigned>(ceil_div(columns, kSide)));
+      static_cast<unsigned>(ceil_div(sizes.A, kSide)), static_cast<unsigned>(ceil_div(columns, kSide)),
+      static_cast<unsigned>(sizes.branches()));
   launch(
       backward_features_kernel<T>, blocks, shared_bytes(kSide, kSide, kSide), product,
       neighbours.const_data_ptr<int64_t>(), static_cast<int>(sizes.A), static_cast<int>(sizes.C_in),
@@ -570,12 +584,13 @@ at::Tensor backward_weight(
     const at::Tensor& grad,
     const at::Tensor& features,
     const at::Tensor& neighbours) {
+  const int64_t outputs = sizes.branch_outputs(), branches = sizes.branches();
   at::Tensor sums;
-  by_width(sizes.C_out, [&](auto width) {
+  by_width(outputs, [&](auto width) {
     constexpr int kOutputs = decltype(width)::value;
-    const int64_t across = ceil_div(sizes.columns(), kSide), down = ceil_div(sizes.C_out, kOutputs);
-    const int64_t part = ceil_div(ceil_div(sizes.A, ceil_div(kWantedBlocks, across * down)), 256) * 256;
-    const int64_t parts = ceil_div(sizes.A, part);
+    const int64_t across = ceil_div(sizes.columns(), kSide), down = ceil_div(outputs, kOutputs);
+    const int64_t wanted = ceil_div(kWantedBlocks, across * down * branches); // parts
+    const int64_t part = ceil_div(ceil_div(sizes.A, wanted), 256) * 256, parts = ceil_div(sizes.A, part);
     sums = at::empty({parts, sizes.C_out, sizes.taps(), sizes.C_in}, grad.options().dtype(at::kFloat));
     const WeightProduct product{
         data<T>(grad),
@@ -583,16 +598,18 @@ at::Tensor backward_weight(
         neighbours.const_data_ptr<int64_t>(),
         static_cast<int>(sizes.A),
         static_cast<int>(part),
-        static_cast<int>(sizes.C_out),
+        static_cast<int>(branches),
+        static_cast<int>(outputs),
         static_cast<int>(sizes.columns()),
-        units<T>(sizes.C_out),
+        units<T>(outputs),
         units<T>(sizes.C_in)};
-    const dim3 blocks(static_cast<unsigned>(across), static_cast<unsigned>(down), static_cast<unsigned>(parts));
+    const dim3 blocks(
+        static_cast<unsigned>(across), static_cast<unsigned>(down), static_cast<unsigned>(parts * branches));
     launch(
         backward_weight_kernel<T, kOutputs>, blocks, shared_bytes(kOutputs, kSide, 0), product,
         sums.mutable_data_ptr<float>());
   });
-  return sums.sum(0).permute({1, 2, 0});
+  return sums.sum(0).permute({0, 2, 1}).reshape({sizes.C_out, sizes.C_in, sizes.kH, sizes.kW});
 }
 
 // PyTorch's switch for products of matrices.
@@ -623,10 +640,11 @@ bool is_aligned(const at::Tensor& tensor) {
 
 bool takes(const Sizes& sizes, const at::Tensor& features, const at::Tensor& grad) {
   const at::ScalarType type = features.scalar_type();
-  return sizes.A > 0 && sizes.A <= INT32_MAX - kSide && sizes.N <= INT32_MAX && sizes.taps() <= kMaxTaps &&
-      sizes.C_in > 0 && sizes.C_in % 8 == 0 && sizes.C_in <= kMaxChannels && sizes.C_out > 0 && sizes.C_out % 8 == 0 &&
-      sizes.C_out <= kMaxChannels && type != at::kDouble && (type != at::kFloat || allows_tf32()) &&
-      is_aligned(features) && (!grad.defined() || is_aligned(grad)) && has_image();
+  return sizes.A > 0 && (sizes.A + kSide) * sizes.branches() <= INT32_MAX && sizes.N <= INT32_MAX &&
+      sizes.taps() <= kMaxTaps && sizes.C_in > 0 && sizes.C_in % 8 == 0 && sizes.C_in <= kMaxChannels &&
+      sizes.C_out > 0 && sizes.branch_outputs() % 8 == 0 && sizes.C_out <= kMaxChannels && type != at::kDouble &&
+      (type != at::kFloat || allows_tf32()) && is_aligned(features) && (!grad.defined() || is_aligned(grad)) &&
+      has_image();
 }
 
 at::Tensor forward(
@@ -636,6 +654,7 @@ at::Tensor forward(
     const at::Tensor& weight,
     const at::Tensor& bias) {
   at::Tensor output = at::empty({sizes.A, sizes.C_out}, features.options());
+  const int64_t outputs = sizes.branch_outputs();
   by_type(features, [&](auto element) {
     using T = decltype(element);
     const int depth = units<T>(sizes.C_in), group = std::gcd(depth, kDepth);
@@ -646,12 +665,13 @@ at::Tensor forward(
         {{sizes.C_out, sizes.C_in / channels, sizes.taps(), channels},
          {sizes.columns(), channels * sizes.taps(), 1, sizes.taps()}});
     const Product product{
-        data<T>(features), data<T>(kernel), static_cast<int>(sizes.taps()), depth, static_cast<int>(sizes.C_out),
+        data<T>(features), data<T>(kernel), static_cast<int>(sizes.taps()), depth, static_cast<int>(outputs),
         group, kDepth / group};
-    by_width(sizes.C_out, [&](auto width) {
+    by_width(outputs, [&](auto width) {
       constexpr int kColumns = decltype(width)::value;
       const dim3 blocks(
-          static_cast<unsigned>(ceil_div(sizes.A, kSide)), static_cast<unsigned>(ceil_div(sizes.C_out, kColumns)));
+          static_cast<unsigned>(ceil_div(sizes.A, kSide)), static_cast<unsigned>(ceil_div(outputs, kColumns)),
+          static_cast<unsigned>(sizes.branches()));
       launch(
           forward_kernel<T, kColumns>, blocks, shared_bytes(kSide, kColumns, sizes.taps() * kSide), product,
           neighbours.const_data_ptr<int64_t>(), static_cast<int>(sizes.A),
@@ -667,13 +687,13 @@ std::tuple<at::Tensor, at::Tensor> backward(
     const at::Tensor& features,
     const at::Tensor& neighbours,
     const at::Tensor& weight) {
-  at::Tensor grad_features, grad_kernel;
+  at::Tensor grad_features, grad_weight;
   by_type(features, [&](auto element) {
     using T = decltype(element);
     grad_features = backward_features<T>(sizes, grad, neighbours, weight);
-    grad_kernel = backward_weight<T>(sizes, grad, features, neighbours);
+    grad_weight = backward_weight<T>(sizes, grad, features, neighbours);
   });
-  return {grad_features, grad_kernel};
+  return {grad_features, grad_weight};
 }
 
 } // namespace querymask::sps::tensor_core

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import msda_cases
 import sps_cases
@@ -100,12 +101,15 @@ def find_mistakes(csrc: Path, arch: int, words: list[str]) -> list[str]:
     if outdated := missing_texts(csrc):
         raise SystemExit(f"kernel_mistakes.py replaces texts that {csrc} no longer has: {outdated}. Write them anew.")
 
-    def failures(mistake: Mistake) -> list[str]:
-        library = Builder(csrc, mistake.variant, arch, mistake.edit).build()
-        return run_variant(library, mistake.variant, 3, list(mistake.cases), quiet=True)
-
     names = [name for name in MISTAKES if not words or any(word in name for word in words)]
-    missed = find(failures, names)
+    with TemporaryDirectory() as folder:
+
+        def failures(mistake: Mistake) -> list[str]:
+            builder = Builder(csrc, mistake.variant, arch, mistake.edit)
+            builder.precompile(Path(folder))
+            return run_variant(builder.build(), mistake.variant, 3, list(mistake.cases), quiet=True)
+
+        missed = find(failures, names)
     print(f"\n{len(names) - len(missed)} of {len(names)} mistakes are found", *missed, sep="\n  not found: ")
     return missed
 

@@ -100,6 +100,18 @@ MISTAKES: dict[str, Mistake] = {
     "every chunk begins at the first cell": plain(
         SPS, "geometry.first + pair / geometry.taps", "pair / geometry.taps", "sps,chunks"
     ),
+    "all branches have the dilation of the first": plain(
+        SPS, "sizes.dilation[2 * branch + 1]", "sizes.dilation[1]", "sps,branches-3x10", "sps,branches-16x24"
+    ),
+    "all branches read the neighbours of the first": plain(
+        TENSOR_CORE, "first_tap = blockIdx.z * product.taps", "first_tap = 0", "sps,branches-16x24"
+    ),
+    "gradients of all branches are those of the first": plain(
+        TENSOR_CORE, "own_cell * gridDim.z + blockIdx.z", "own_cell * gridDim.z", "sps,branches-16x24"
+    ),
+    "parts of a branch go to the next one": plain(
+        TENSOR_CORE, "blockIdx.z / product.branches * product.part", "blockIdx.z * product.part", "sps,branches-24x80"
+    ),
     "a tile is overwritten while it is read": races(
         TENSOR_CORE, "__syncthreads(); // all copies of this chunk", "// all copies of this chunk", "sps,widths-64"
     ),

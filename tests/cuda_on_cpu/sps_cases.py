@@ -48,7 +48,7 @@ def make_inputs(
     )
 
 
-def run_kernels(inputs: Inputs, dilation: tuple[int, int]) -> list[Tensor]:
+def run_kernels(inputs: Inputs, dilation: tuple[int, ...]) -> list[Tensor]:
     """Output and gradients of the simulated kernels."""
     features, index_map, cells, weight, bias, grad = inputs
     operators = torch.ops.querymask_simulated
@@ -58,7 +58,7 @@ def run_kernels(inputs: Inputs, dilation: tuple[int, int]) -> list[Tensor]:
 
 def random_case(
     dtype: torch.dtype,
-    dilation: tuple[int, int] = (1, 1),
+    dilation: tuple[int, ...] = (1, 1),
     offsets: Sequence[int] = (0,) * 6,
     slack: float | None = None,
     **sizes,
@@ -88,9 +88,18 @@ def with_tf32(**sizes) -> None:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def deterministic(dtype: torch.dtype, **sizes) -> None:
+def deterministic(dtype: torch.dtype, dilation: tuple[int, ...] = (2, 1), **sizes) -> None:
     inputs = make_inputs(dtype, **sizes)
-    check_deterministic(lambda: run_kernels(inputs, (2, 1)))
+    check_deterministic(lambda: run_kernels(inputs, dilation))
+
+
+def too_many_branches() -> None:
+    try:
+        random_case(torch.float32, dilation=(1, 1) * 17, channels=(8, 17))
+    except ValueError as error:
+        assert "at most 16 branches" in str(error)
+    else:
+        raise AssertionError("17 branches are taken")
 
 
 def refuses(change: Callable[[Inputs], None]) -> None:
@@ -146,10 +155,25 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         for channels in ((7, 5), (32, 16)):
             sizes = {"channels": channels, "active": 90, "rows": 9}
             yield f"deterministic-{channels[0]}-{name}", partial(deterministic, dtype, **sizes)
+        for channels, dilation, sizes in (
+            ((3, 10), (1, 2, 3, 1), {}),
+            ((16, 24), (1, 1, 3, 3, 5, 5), {"active": 150}),
+            ((24, 80), (2, 1, 1, 2), {"active": 600, "rows": 90}),  # several parts of the sum over cells
+            ((136, 144), (1, 1, 2, 5), {"active": 70}),  # several tiles of columns
+        ):
+            sizes = {"channels": channels, "dilation": dilation, **sizes}
+            yield f"branches-{channels[0]}x{channels[1]}-{name}", partial(random_case, dtype, **sizes)
+        sizes = {"channels": (8, 16), "dilation": (1, 1, 2, 3), "active": 90, "rows": 9}
+        yield f"branches-deterministic-{name}", partial(deterministic, dtype, **sizes)
         yield f"one-row-{name}", partial(random_case, dtype, rows=1, active=90, channels=(32, 16))
     yield "chunks-of-cells", partial(random_case, torch.float32, active=17000, channels=(1, 1), kernel_size=(1, 1))
     yield "large-chunks-of-columns", partial(random_case, torch.float32, active=300, channels=(7300, 1), rows=9)
     for channels in ((32, 64), (128, 128), (20, 12)):
         yield f"tf32-{channels[0]}x{channels[1]}", partial(with_tf32, channels=channels, active=70)
+    sizes = {"channels": (32, 96), "dilation": (1, 1, 3, 3, 5, 5), "active": 70}
+    yield "tf32-branches-32x96", partial(with_tf32, **sizes)
+    sizes = {"active": 17000, "channels": (1, 2), "kernel_size": (1, 1), "dilation": (1, 1, 2, 2)}
+    yield "chunks-of-cells-branches", partial(random_case, torch.float32, **sizes)
+    yield "branches-17", too_many_branches
     yield "refuses-cell", partial(refuses, cell_outside)
     yield "refuses-row", partial(refuses, row_outside)

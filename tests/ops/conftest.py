@@ -36,7 +36,7 @@ class SpsInputs(NamedTuple):
     cells: Tensor
     weight: Tensor
     bias: Tensor | None
-    dilation: tuple[int, int]
+    dilation: tuple[int, ...]
 
     @property
     def flat(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, list[int]]:
@@ -103,7 +103,7 @@ def make_sps_inputs() -> Callable[..., SpsInputs]:
         active: int = 23,
         channels: tuple[int, int] = (4, 3),
         kernel_size: tuple[int, int] = (3, 3),
-        dilation: tuple[int, int] = (1, 1),
+        dilation: tuple[int, ...] = (1, 1),
         bias: bool = True,
         dtype: torch.dtype = torch.float64,
         index_dtype: torch.dtype = torch.int32,

@@ -1,5 +1,6 @@
 """Convolution on structure-preserving sparsity: kernels and PyTorch form against a dense convolution and each other."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -24,14 +25,18 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def dense_conv2d(
-    features: Tensor, index_map: Tensor, cells: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, int]
+    features: Tensor, index_map: Tensor, cells: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, ...]
 ) -> Tensor:
-    """The definition: a dense convolution of the expanded map, read at the active cells."""
+    """The definition: a dense convolution of the expanded map for each branch, read at the active cells."""
     expanded = features[index_map.long()].permute(0, 3, 1, 2)
-    padding = [size // 2 * step for size, step in zip(weight.shape[2:], dilation)]
-    output = conv2d(expanded, weight, bias, padding=padding, dilation=dilation)
+    pairs = list(zip(dilation[::2], dilation[1::2]))
+    biases = [None] * len(pairs) if bias is None else bias.chunk(len(pairs))
+    outputs = []
+    for pair, *parameters in zip(pairs, weight.chunk(len(pairs)), biases, strict=True):
+        padding = [size // 2 * step for size, step in zip(weight.shape[2:], pair)]
+        outputs.append(conv2d(expanded, *parameters, padding=padding, dilation=pair))
     region, y, x = cells.long().unbind(1)
-    return output[region, :, y, x]
+    return torch.cat(outputs, 1)[region, :, y, x]
 
 
 def random_grad(inputs: Any, seed: int = 1) -> Tensor:
@@ -61,14 +66,15 @@ def assert_all_close(actual: list[Tensor], expected: list[Tensor], tolerance: fl
     active=st.integers(0, 60),
     channels=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     kernel_size=st.tuples(st.sampled_from([1, 3, 5]), st.sampled_from([1, 3, 5])),
-    dilation=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    branches=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=3),
     bias=st.booleans(),
     index_dtype=st.sampled_from([torch.int32, torch.int64]),
     seed=st.integers(0, 1000),
 )
-def test_dense_convolution_of_the_expanded_map(form, make_sps_inputs, **sizes):
-    """Cells that share rows, several regions, borders, all kernels and dilations; the gradients too."""
-    inputs = make_sps_inputs(**sizes)
+def test_dense_convolution_of_the_expanded_map(form, make_sps_inputs, branches, channels, **sizes):
+    """Cells that share rows, several regions, borders, all kernels and dilations, branches; the gradients too."""
+    channels = (channels[0], channels[1] * len(branches))
+    inputs = make_sps_inputs(dilation=sum(branches, ()), channels=channels, **sizes)
     grad = random_grad(inputs)
     assert_all_close(gradients(form, inputs, grad), gradients(dense_conv2d, inputs, grad), 1e-11)
 
@@ -112,9 +118,10 @@ def test_centre_and_border(form, device):
 
 @FORMS
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dilation", [(1, 1), (2, 3)])
+@pytest.mark.parametrize("dilation", [(1, 1), (2, 3), (1, 2, 3, 1)])
 def test_gradcheck(form, bias, dilation, device, make_sps_inputs):
-    inputs = make_sps_inputs(9, size=(4, 3), active=8, channels=(2, 3), bias=bias, dilation=dilation, device=device)
+    sizes = {"size": (4, 3), "active": 8, "channels": (2, 3 * len(dilation) // 2)}
+    inputs = make_sps_inputs(9, **sizes, bias=bias, dilation=dilation, device=device)
     tensors = [tensor.requires_grad_() for tensor in inputs.tensors]
 
     def call(*tensors: Tensor) -> Tensor:
@@ -170,6 +177,38 @@ def test_tensor_cores(channels, dtype, device, make_sps_inputs):
     tolerance = 3e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     assert all(tensor.dtype == dtype for tensor in actual)
     assert_all_close([tensor.double() for tensor in actual], gradients(dense_conv2d, exact, grad.double()), tolerance)
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *LOW_PRECISION])
+@pytest.mark.parametrize("channels", [(5, 3), (8, 8), (32, 64), (128, 136)])
+def test_branches(form, channels, dtype, device, make_sps_inputs):
+    """Several tiles, one of them on tensor cores, with exact numbers as above: each branch by itself."""
+    sizes = {"size": (20, 21), "active": 300, "channels": (channels[0], 3 * channels[1])}
+    exact = make_sps_inputs(200, **sizes, dilation=(3, 2, 1, 1, 2, 5), dtype=torch.bfloat16, device=device)
+    grad = random_grad(exact)
+    exact = exact.replace_tensors([tensor.double() for tensor in exact.tensors])
+    inputs = exact.replace_tensors([tensor.to(dtype) for tensor in exact.tensors])
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        actual = gradients(form, inputs, grad.to(dtype))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    expected = [[], 0, [], []]
+    for i in range(3):
+        own = slice(i * channels[1], (i + 1) * channels[1])
+        branch = exact._replace(
+            weight=exact.weight[own], bias=exact.bias[own], dilation=exact.dilation[2 * i : 2 * i + 2]
+        )
+        output, grad_features, *others = gradients(dense_conv2d, branch, grad[:, own].double())
+        expected[1] = expected[1] + grad_features
+        for number, tensor in zip((0, 2, 3), (output, *others)):
+            expected[number].append(tensor)
+    expected = [torch.cat(expected[0], 1), expected[1], torch.cat(expected[2]), torch.cat(expected[3])]
+    tolerance = {torch.float64: 1e-11, torch.float32: 3e-5}.get(dtype) or 4 * torch.finfo(dtype).eps
+    assert all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in actual)
+    assert_all_close([tensor.double() for tensor in actual], expected, tolerance)
 
 
 @FORMS
@@ -291,24 +330,27 @@ def test_one_number_as_dilation(form, make_sps_inputs):
 @pytest.mark.parametrize("channels", [(7, 5), (32, 32), (80, 33)])
 def test_bits_do_not_depend_on_threads(threads, active, channels, make_sps_inputs):
     """With less than a tile of cells, in which BLAS would have more threads to itself, and with several tiles."""
-    inputs = make_sps_inputs(900, size=(30, 31), active=active, channels=channels, dtype=torch.float32)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = gradients(sparse_conv2d, inputs, random_grad(inputs))
-        torch.set_num_threads(threads)
-        actual = gradients(sparse_conv2d, inputs, random_grad(inputs))
-    finally:
-        torch.set_num_threads(before)
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert torch.equal(ours, theirs)
+    for dilation in ((1, 1), (1, 2, 3, 1)):
+        sizes = {"size": (30, 31), "active": active, "channels": (channels[0], channels[1] * len(dilation) // 2)}
+        inputs = make_sps_inputs(900, **sizes, dilation=dilation, dtype=torch.float32)
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            expected = gradients(sparse_conv2d, inputs, random_grad(inputs))
+            torch.set_num_threads(threads)
+            actual = gradients(sparse_conv2d, inputs, random_grad(inputs))
+        finally:
+            torch.set_num_threads(before)
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("channels", [(4, 3), (16, 8)])
+@pytest.mark.parametrize("channels", [(4, 3), (16, 8), (16, 16)])
 def test_deterministic_mode(channels, device, make_sps_inputs, monkeypatch):
     """The same bits every time, where several cells share a row; and the gradients of the usual mode."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which PyTorch's own products raise
-    inputs = make_sps_inputs(5, active=70, channels=channels, dtype=torch.float32, device=device)
+    dilation = (1, 1, 2, 3) if channels == (16, 16) else (1, 1)
+    inputs = make_sps_inputs(5, active=70, channels=channels, dilation=dilation, dtype=torch.float32, device=device)
     expected = gradients(sparse_conv2d, inputs, random_grad(inputs))
     torch.use_deterministic_algorithms(True)
     try:
@@ -338,7 +380,17 @@ def test_nothing_but_the_inputs_is_saved(make_sps_inputs):
     assert {tensor.data_ptr() for tensor in saved} == {tensor.data_ptr() for tensor in inputs[:4]}
 
 
-@pytest.mark.parametrize("sizes", [{}, {"bias": False}, {"active": 0}, {"active": 1, "kernel_size": (1, 5)}], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"bias": False},
+        {"active": 0},
+        {"active": 1, "kernel_size": (1, 5)},
+        {"channels": (4, 6), "dilation": (1, 1, 2, 3)},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(sizes, dtype, device, make_sps_inputs):
     inputs = make_sps_inputs(dtype=dtype, device=device, **sizes)
@@ -370,9 +422,9 @@ def test_compile(device, make_sps_inputs):
 
 def test_flops(make_sps_inputs):
     """Both counters, both forms: as many as the product of the gathered matrix."""
-    inputs = make_sps_inputs(active=23, channels=(4, 3), kernel_size=(3, 5))
-    expected = 23 * 3 * 15 * 4
-    for form in (sparse_conv2d, sparse_conv2d_reference):
+    expected = 23 * 6 * 15 * 4
+    for form, dilation in itertools.product((sparse_conv2d, sparse_conv2d_reference), ((1, 1), (1, 2, 3, 1))):
+        inputs = make_sps_inputs(active=23, channels=(4, 6), kernel_size=(3, 5), dilation=dilation)
         with FlopCounterMode(display=False) as counter:
             form(*inputs)
         assert counter.get_total_flops() == 2 * expected
@@ -402,8 +454,7 @@ def test_several_dilations(dilations, device, make_sps_inputs):
     inputs = make_sps_inputs(device=device)
     others = [make_sps_inputs(device=device, seed=seed) for seed in range(len(dilations))]
     weights, biases = [other.weight for other in others], [other.bias for other in others]
-    biases[0] = None
-    leaves = [tensor.requires_grad_() for tensor in (inputs.features, *weights)]
+    leaves = [tensor.requires_grad_() for tensor in (inputs.features, *weights, *biases)]
     output = multi_dilation_sparse_conv2d(*inputs[:3], weights, biases, dilations)
     expected = 0
     for weight, bias, dilation in zip(weights, biases, dilations, strict=True):
@@ -412,3 +463,22 @@ def test_several_dilations(dilations, device, make_sps_inputs):
     grad = random_grad(inputs)
     actual = [output, *torch.autograd.grad(output, leaves, grad)]
     assert_all_close(actual, [expected, *torch.autograd.grad(expected, leaves, grad)], 1e-11)
+
+
+def test_several_dilations_compile(device, make_sps_inputs):
+    """In one graph, without active cells, too; the saved result of the branches is not changed afterwards."""
+    others = [make_sps_inputs(device=device, seed=seed) for seed in range(3)]
+    weights, biases = [other.weight for other in others], [other.bias for other in others]
+
+    def layer(features: Tensor, index_map: Tensor, cells: Tensor) -> Tensor:
+        return multi_dilation_sparse_conv2d(features.relu(), index_map, cells, weights, biases, (1, 3, 5)).square()
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for active in (23, 0, 31):
+        inputs = make_sps_inputs(active=active, device=device)
+        results = []
+        for function in (layer, compiled):
+            features = inputs.features.clone().requires_grad_()
+            output = function(features, *inputs[1:3])
+            results.append([output, *torch.autograd.grad(output.sum(), features)])
+        torch.testing.assert_close(*results)

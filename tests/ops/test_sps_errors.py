@@ -44,6 +44,12 @@ BAD_VALUES = {
     "no dilation": ({"dilation": (0, 1)}, r"dilation must be two positive numbers \(vertical, .*, got \[0, 1\]"),
     "negative": ({"dilation": -1}, r"dilation must be two positive numbers \(vertical, .*, got \[-1, -1\]"),
     "dilations": ({"dilation": (1, 2, 3)}, r"dilation must be two positive numbers \(vertical, .*, got \[1, 2, 3\]"),
+    "no branch": ({"dilation": ()}, r"dilation must be two positive numbers \(vertical, .* for each branch, got \[\]"),
+    "second": ({"dilation": (1, 1, 2, 0)}, r"dilation must be two positive numbers .*, got \[1, 1, 2, 0\]"),
+    "shares": (
+        {"dilation": (1, 1, 2, 2)},
+        r"the 2 branches of dilation \[1, 1, 2, 2\] must have equal shares of weight's C_out = 3",
+    ),
 }
 
 BAD_TYPES = {
@@ -136,8 +142,11 @@ def test_branches_that_do_not_fit(make_sps_inputs):
         multi_dilation_sparse_conv2d(*inputs[:3], [], [], [])
     with pytest.raises(ValueError, match="one entry for each of one or more branches, got 2, 1 and 2"):
         multi_dilation_sparse_conv2d(*inputs[:3], [inputs.weight] * 2, [inputs.bias], [1, 3])
-    with pytest.raises(ValueError, match=r"all branches must have the same C_out, got \[3, 2\]"):
-        multi_dilation_sparse_conv2d(*inputs[:3], [inputs.weight, inputs.weight[:2]], [None, None], [1, 3])
+    shapes = r"\[\(3, 4, 3, 3\), \(2, 4, 3, 3\)\]"
+    with pytest.raises(ValueError, match=f"the weights of all branches must have one shape, got {shapes}"):
+        multi_dilation_sparse_conv2d(
+            *inputs[:3], [inputs.weight, inputs.weight[:2]], [inputs.bias, inputs.bias[:2]], [1, 3]
+        )
 
 
 def test_offsets(make_sps_inputs):
@@ -148,3 +157,5 @@ def test_offsets(make_sps_inputs):
         deformable_sparse_conv2d(*inputs[:3], torch.zeros(23, 9, 2).half(), *inputs[3:])
     with pytest.raises(ValueError, match="offsets must be on features' device cpu, got meta"):
         deformable_sparse_conv2d(*inputs[:3], torch.zeros(23, 9, 2, device="meta"), *inputs[3:])
+    with pytest.raises(ValueError, match=r"has one branch: dilation must be two numbers, got \[1, 1, 1, 1, 2, 2\]"):
+        deformable_sparse_conv2d(*inputs[:3], torch.zeros(23, 9, 2), *inputs[3:5], (1, 1, 1, 1, 2, 2))

@@ -1,11 +1,8 @@
 // One operator, OPERATOR, as torch.ops.querymask_simulated.OPERATOR and OPERATOR_backward.
 
-#include "device.h"
-#include "new_memory.h"
+#include "headers.h"
 
 #include "operator_sources.h" // made by the build: includes its translated sources
-
-#include <torch/library.h>
 
 TORCH_LIBRARY_FRAGMENT(querymask_simulated, m) {
   m.def(C10_STRINGIZE(OPERATOR), &querymask::OPERATOR::forward_cuda);

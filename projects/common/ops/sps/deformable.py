@@ -67,6 +67,8 @@ def _compose(
     dilation: list[int],
 ) -> Tensor:
     check_inputs(features, index_map, cells, weight, bias, dilation)
+    if len(dilation) != 2:
+        raise ValueError(f"a deformable convolution has one branch: dilation must be two numbers, got {dilation}")
     _check_offsets(offsets, features, cells, weight)
     compute = torch.float64 if features.dtype == torch.float64 else torch.float32
     num_rows, channels = features.shape

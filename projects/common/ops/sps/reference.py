@@ -42,8 +42,16 @@ def check_inputs(
         )
     if bias is not None and list(bias.shape) != [weight.shape[0]]:
         raise ValueError(f"bias must be [C_out] = [{weight.shape[0]}] or None, got shape {list(bias.shape)}")
-    if len(dilation) != 2 or min(dilation) <= 0:
-        raise ValueError(f"dilation must be two positive numbers (vertical, horizontal), got {list(dilation)}")
+    if not dilation or len(dilation) % 2 or min(dilation) <= 0:
+        raise ValueError(
+            f"dilation must be two positive numbers (vertical, horizontal) for each branch, got {list(dilation)}"
+        )
+    branches = len(dilation) // 2
+    if weight.shape[0] % branches:
+        raise ValueError(
+            f"the {branches} branches of dilation {list(dilation)} must have equal shares of weight's C_out = "
+            f"{weight.shape[0]}"
+        )
     others = {"index_map": index_map, "cells": cells, "weight": weight, "bias": features if bias is None else bias}
     if any(tensor.device != features.device for tensor in others.values()):
         places = ", ".join(f"{name} on {tensor.device}" for name, tensor in others.items())
@@ -85,7 +93,8 @@ def tap_cells(cells: Tensor, kernel_size: Sequence[int], dilation: Sequence[int]
     """
     region, y, x = cells.long().unsqueeze(-1).unbind(1)
     steps = [
-        size[1] * (torch.arange(size[0], device=cells.device) - size[0] // 2) for size in zip(kernel_size, dilation)
+        size[1] * (torch.arange(size[0], device=cells.device) - size[0] // 2)
+        for size in zip(kernel_size, dilation, strict=True)
     ]
     step_y, step_x = torch.meshgrid(*steps, indexing="ij")
     return region, y + step_y.flatten(), x + step_x.flatten()
@@ -166,9 +175,15 @@ def _compose(
 ) -> Tensor:
     check_inputs(features, index_map, cells, weight, bias, dilation)
     compute = torch.float64 if features.dtype == torch.float64 else torch.float32
-    rows = neighbour_rows(index_map, cells, weight.shape[2:], dilation, features.shape[0])
     padded = torch.cat([features.to(compute), features.new_zeros(1, features.shape[1], dtype=compute)])
-    return multiply(padded[rows], weight.to(compute), bias).to(features.dtype)
+    pairs = list(zip(dilation[::2], dilation[1::2]))
+    share = weight.shape[0] // len(pairs)
+    outputs = []
+    for i, pair in enumerate(pairs):
+        rows = neighbour_rows(index_map, cells, weight.shape[2:], pair, features.shape[0])
+        own = slice(i * share, (i + 1) * share)
+        outputs.append(multiply(padded[rows], weight[own].to(compute), None if bias is None else bias[own]))
+    return torch.cat(outputs, 1).to(features.dtype)
 
 
 def multiply(gathered: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
