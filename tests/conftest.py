@@ -18,6 +18,27 @@ settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
 
 
+# Those with tests of tens of seconds: begun last, they would leave the other processes idle
+LONG = (
+    "reference/test_istr.py",
+    "pretend_cuda/test_pretend_cuda.py",
+    "benchmarks/test_gpu_trial.py",
+    "cuda_on_cpu/test_kernels.py",
+    "engine/test_distributed.py",
+    "reference/test_effseg.py",
+    "reference/test_effseg_baselines.py",
+    "common/test_wheel.py",
+    "common/test_compat.py",
+    "ops/test_extension.py",
+    "tools/test_compare_costs.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, for processes that share the tests (pytest-xdist)."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
+
+
 @pytest.fixture
 def make_batch() -> Callable[..., list[dict[str, Any]]]:
     """Function (numbers of instances, sizes of the images) that gives model inputs with ellipses in random boxes."""

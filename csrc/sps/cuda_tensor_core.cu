@@ -20,7 +20,8 @@
 #include <numeric>
 
 #include <ATen/Context.h>
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAStream.h>
 #if __has_include(<torch/headeronly/version.h>)
 #include <torch/headeronly/version.h>

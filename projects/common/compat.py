@@ -4,6 +4,7 @@ Supported: 0.5 (also without its compiled part, as the registry has it), 0.6 and
 """
 
 import functools
+import importlib
 import importlib.resources
 import importlib.util
 import re
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 OLD_NUMPY_NAMES = {"bool": bool, "complex": complex, "float": float, "int": int, "object": object, "str": str}
 MODEL_ZOO = "detectron2.model_zoo.model_zoo"
 COCO_EVALUATION = "detectron2.evaluation.coco_evaluation"
+ROI_ALIGN = "torchvision.ops.roi_align"
+COMPILER = "torch._dynamo.utils"
 
 
 def detectron2_available() -> bool:
@@ -80,6 +83,7 @@ def detectron2_is_compiled() -> bool:
 def apply_shims() -> None:
     """Make Detectron2 work with current NumPy, Pillow and setuptools and without its compiled part.
 
+    And have torchvision, which it imports, leave torch's compiler alone until something is compiled.
     Modules of Detectron2 that are imported already are kept, and with them their classes and what was registered.
     Nothing is touched that works by itself (most of official main).
     """
@@ -112,11 +116,11 @@ def apply_shims() -> None:
 
 
 class _MendingFinder:
-    """Finds modules of Detectron2 as Python does, and mends each when it is executed: none has to be imported early."""
+    """Finds modules as Python does, and mends those of Detectron2 when they are executed: none is imported early."""
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None, target: types.ModuleType | None = None) -> ModuleSpec | None:
-        if not name.startswith("detectron2."):
+        if not name.startswith("detectron2.") and name != ROI_ALIGN:
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is None or spec.loader is None:
@@ -124,7 +128,7 @@ class _MendingFinder:
         execute = spec.loader.exec_module
 
         def execute_and_mend(module: types.ModuleType) -> None:
-            with _package_resources() if name == MODEL_ZOO else nullcontext():
+            with {MODEL_ZOO: _package_resources, ROI_ALIGN: _compiler_when_called}.get(name, nullcontext)():
                 execute(module)
             _mend(module)
 
@@ -150,6 +154,37 @@ def _package_resources() -> Iterator[None]:
         yield
     finally:
         del sys.modules["pkg_resources"]
+
+
+@contextmanager
+def _compiler_when_called() -> Iterator[None]:
+    """Lends torchvision the one function that it imports of torch's compiler.
+
+    To import the compiler takes as long as to import all that is needed without it.
+    """
+    if COMPILER in sys.modules:
+        yield
+        return
+    module = types.ModuleType(COMPILER, "Stand-in: the one function that torchvision uses.")
+
+    def is_compile_supported(device_type: Any) -> bool:
+        return importlib.import_module(COMPILER).is_compile_supported(device_type)
+
+    def whatever_else(name: str) -> Any:  # that another torchvision uses
+        if name.startswith("__"):
+            raise AttributeError(name)
+        sys.modules.pop(COMPILER)
+        return getattr(importlib.import_module(COMPILER), name)
+
+    is_compile_supported._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as the real one
+    module.is_compile_supported = is_compile_supported  # type: ignore[attr-defined]
+    module.__getattr__ = whatever_else  # type: ignore[method-assign]
+    sys.modules[COMPILER] = module
+    try:
+        yield
+    finally:
+        if sys.modules.get(COMPILER) is module:
+            del sys.modules[COMPILER]
 
 
 def _mend(module: types.ModuleType) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import querymask  # isort: skip  # noqa: F401
 import cv2
 import numpy as np
+import torch
 from detectron2 import model_zoo
 from detectron2.config import LazyCall, get_cfg, instantiate
 from detectron2.data import (
@@ -74,6 +75,7 @@ class Trainer(DefaultTrainer):
 
 
 def main(folder: Path) -> None:
+    assert "torch._dynamo" not in sys.modules  # the compiler, which takes long to import, has not been needed yet
     setup_logger()
     pixels = write_data(folder)
     metadata = MetadataCatalog.get("first_lines")
@@ -114,6 +116,11 @@ def main(folder: Path) -> None:
         assert "installed without the configs of its model zoo" in str(error)
         assert not (Path(model_zoo.__file__).parent / "configs").exists()
     assert instantiate(LazyCall(nn.Linear)(in_features=2, out_features=3)).out_features == 3
+
+    # torchvision has what it needs of the compiler
+    roi_align = sys.modules["torchvision.ops.roi_align"]
+    for device in ("cpu", "cuda", "meta"):
+        assert roi_align.is_compile_supported(device) == torch._dynamo.utils.is_compile_supported(device)
 
     # Nothing has been put into other packages
     assert not hasattr(np, "int")

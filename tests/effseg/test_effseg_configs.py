@@ -1,4 +1,4 @@
-"""Every config of EffSeg: it loads, has the size that the published model has, trains and detects."""
+"""Every config of EffSeg: it loads, has the size that the published model has, and trains."""
 
 import copy
 from collections.abc import Callable
@@ -89,8 +89,8 @@ def test_more_epochs_are_of_the_same_model() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in LEAVES if not name.endswith("_24_epochs")])
-def test_training_step_and_inference(name: str, make_batch: Callable[..., list[dict[str, Any]]]) -> None:
-    """One step of the row's optimiser changes every trained parameter and no other; then the model detects."""
+def test_training_step(name: str, make_batch: Callable[..., list[dict[str, Any]]]) -> None:
+    """One step of the row's optimiser changes every trained parameter and no other."""
     torch.manual_seed(0)
     cfg = tiny_config(f"effseg/{name}")
     cfg.MODEL.EFFSEG.NUM_QUERIES = 500  # so many that some are matched without any training
@@ -100,8 +100,7 @@ def test_training_step_and_inference(name: str, make_batch: Callable[..., list[d
     scheduler = build_lr_scheduler(cfg, optimizer)
     before = copy.deepcopy(dict(model.named_parameters()))
 
-    sizes = [(64, 96), (80, 50)]
-    losses = model(make_batch([3, 0], sizes))
+    losses = model(make_batch([3, 0], [(64, 96), (80, 50)]))
     assert set(losses) == DETECTOR_LOSSES | LOSSES[mask_branch_name(cfg)]
     assert all(torch.isfinite(loss) and loss > 0 for loss in losses.values())
     sum(losses.values()).backward()
@@ -114,15 +113,6 @@ def test_training_step_and_inference(name: str, make_batch: Callable[..., list[d
             assert torch.equal(parameter, before[key]) != parameter.requires_grad, key
     unreached = sum(not p.grad.any() for p in model.parameters() if p.requires_grad)
     assert unreached < 0.5 * len(before)
-
-    inputs = [{key: value for key, value in item.items() if key != "instances"} for item in make_batch([0, 0], sizes)]
-    with torch.no_grad():
-        results = [output["instances"] for output in model.eval()(inputs)]
-    assert any(len(instances) for instances in results)
-    for instances, size in zip(results, sizes, strict=True):
-        assert len(instances) <= 9
-        if mask_branch_name(cfg) != "none":
-            assert instances.pred_masks.shape == (len(instances), *size)
 
 
 EPOCHS = {"fqdet_r50": (9, 11, 12)}  # others: 9 and 12, or 18, 22 and 24

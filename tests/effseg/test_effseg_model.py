@@ -114,32 +114,72 @@ def test_images_of_a_batch_do_not_meet(make_model: MakeModel, make_batch: MakeBa
 
 
 class Network(nn.Module):
-    """A normalised image (1, 3, H, W) of one size -> logits and boxes of the queries, masks of the first six."""
+    """A normalised image (1, 3, H, W) of one size -> logits, boxes and states of the queries, maps of the pyramid."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        size = tuple(image.shape[-2:])
-        found, made = self.model.predict(ImageList(image, [size]))
-        zeros = torch.zeros(6, dtype=torch.long, device=image.device)
-        regions = Regions(found.boxes[0, :6], zeros, found.hidden[0, 0, :6], zeros)
-        return found.logits, found.boxes, self.model.mask_branch.head(made, size, regions)
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        found, made = self.model.predict(ImageList(image, [tuple(image.shape[-2:])]))
+        return found.logits, found.boxes, found.hidden, *made.maps
 
 
-@pytest.mark.parametrize("form", [form for form, settings in FORMS.items() if "BRANCH" in settings])
-def test_export(make_model: MakeModel, form: str) -> None:
+class Head(nn.Module):
+    """What a network gives -> masks of the first six queries."""
+
+    def __init__(self, model: nn.Module, strides: list[int]) -> None:
+        super().__init__()
+        self.head, self.strides = model.mask_branch.head, strides
+
+    def forward(self, logits: Tensor, boxes: Tensor, hidden: Tensor, *maps: Tensor) -> Tensor:
+        zeros = torch.zeros(6, dtype=torch.long, device=boxes.device)
+        regions = Regions(boxes[0, :6], zeros, hidden[0, 0, :6], zeros)
+        return self.head(FeaturePyramid(maps, self.strides), (64, 96), regions)
+
+
+class Whole(nn.Module):
+    """A normalised image -> what the network gives, and masks."""
+
+    def __init__(self, network: Network, head: Head) -> None:
+        super().__init__()
+        self.network, self.head = network, head
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        found = self.network(image)
+        return *found, self.head(*found)
+
+
+@pytest.mark.parametrize(
+    ("form", "part"),
+    [
+        ("release", "whole"),
+        ("coarse levels, Mask R-CNN", "whole"),
+        # Each network and each head once; tests/common/test_grid.py has the paper's network
+        ("deformable encoder", "network"),
+        ("PointRend", "head"),
+        ("RefineMask", "head"),
+    ],
+)
+def test_export(make_model: MakeModel, form: str, part: str) -> None:
     """The exported program gives what eager execution gives, also on other pixels."""
-    network = Network(make_model(**FORMS[form]).eval())
+    model = make_model(**FORMS[form]).eval()
     generator = torch.Generator().manual_seed(0)
-    example, image = torch.randn(2, 1, 3, 64, 96, generator=generator).to(network.model.device)
-    program = torch.export.export(network, (example,)).module()
+    images = torch.randn(2, 1, 3, 64, 96, generator=generator).to(model.device)
+    network = Network(model)
     with torch.no_grad():
-        outputs = program(image)
-        for actual, expected in zip(outputs, network(image), strict=True):
-            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-        assert not torch.allclose(outputs[0], program(example)[0])
+        _, made = model.predict(ImageList(images[0], [(64, 96)]))
+        head = Head(model, made.strides)
+        example, inputs = [network(image) if part == "head" else (image,) for image in images]
+        module = {"network": network, "head": head, "whole": Whole(network, head)}[part]
+    program = torch.export.export(module, example).module()
+    with torch.no_grad():
+        outputs, expected, first = (
+            [x] if torch.is_tensor(x) else x for x in (program(*inputs), module(*inputs), program(*example))
+        )
+        for ours, theirs in zip(outputs, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(outputs[0], first[0])
 
 
 class Recorder(SegmentationHead):

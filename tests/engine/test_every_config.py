@@ -1,4 +1,7 @@
-"""Every config of every method, at a tiny size: it builds, makes a training step, detects, and is evaluated."""
+"""Every config of every method, at a tiny size: it builds, detects, and is evaluated.
+
+Those that are one method's make a training step in its own tests (``test_*configs.py``), the pairs here.
+"""
 
 import json
 import re
@@ -8,15 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from mask_bases import give_basis
 from tiny_configs import LEAVES, NUM_CLASSES, tiny_config
+from torch import nn
 
 from querymask.common.evaluation import InstanceEvaluator
 from querymask.common.measured_models import prepare_for_measurement
+from querymask.common.meta_arch import mask_branch_name, uses_masks
 from querymask.common.solver import build_lr_scheduler, build_optimizer
 
 DATASET = "every_config_val"
@@ -49,20 +55,24 @@ def ground_truth(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict
     MetadataCatalog.remove(DATASET)
 
 
-@pytest.mark.parametrize("name", LEAVES)
-def test_train_detect_evaluate(
-    name: str, ground_truth: list[dict[str, Any]], make_batch: Callable[..., list[dict[str, Any]]], tmp_path: Path
-) -> None:
+def built(name: str) -> tuple[CfgNode, nn.Module]:
+    """Config and model of a leaf, with weights that leave boxes in the image and masks that are not empty."""
     torch.manual_seed(0)
     cfg = tiny_config(name)
-    cfg.SOLVER.WARMUP_ITERS = 0  # whose first steps may be of length zero
-    model = build_model(cfg).train()
+    model = build_model(cfg)
     give_basis(getattr(getattr(model, "mask_branch", None), "coding", None))
-    prepare_for_measurement(model)  # boxes stay in the image
+    prepare_for_measurement(model)
     for key, parameter in model.named_parameters():  # EffSeg leaves out detections whose mask is empty
         if re.search(r"mask_branch\.head\.(segmentation\.\d\.2|.*classifiers?(\.\d)?)\.(weight|bias)$", key):
-            torch.nn.init.constant_(parameter, 4 if key.endswith("bias") else 1e-3)
-    optimizer = build_optimizer(cfg, model)
+            nn.init.constant_(parameter, 4 if key.endswith("bias") else 1e-3)
+    return cfg, model
+
+
+@pytest.mark.parametrize("name", [name for name in LEAVES if "/pairs/" in name or "baselines" in name])
+def test_training_step(name: str, make_batch: Callable[..., list[dict[str, Any]]]) -> None:
+    cfg, model = built(name)
+    cfg.SOLVER.WARMUP_ITERS = 0  # whose first steps may be of length zero
+    optimizer = build_optimizer(cfg, model.train())
     scheduler = build_lr_scheduler(cfg, optimizer)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     with EventStorage():  # in which Detectron2's models log
@@ -76,6 +86,12 @@ def test_train_detect_evaluate(
         assert parameter.requires_grad or torch.equal(parameter, old), f"{key} is frozen but moved"
     assert any(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_detect_evaluate(
+    name: str, ground_truth: list[dict[str, Any]], make_batch: Callable[..., list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    cfg, model = built(name)
     evaluator = InstanceEvaluator(DATASET, str(tmp_path))
     evaluator.reset()
     model.eval()
@@ -86,6 +102,16 @@ def test_train_detect_evaluate(
             evaluator.process(inputs, outputs)
     instances = outputs[0]["instances"]
     assert 0 < len(instances) <= cfg.TEST.DETECTIONS_PER_IMAGE and instances.image_size == (HEIGHT, WIDTH)
+    assert torch.isfinite(instances.scores).all()
+    if mask_branch_name(cfg) != "KernelBranch":  # which multiplies the scores by its masks' certainty
+        assert instances.scores.min() > 0 and (instances.scores.diff() <= 0).all()
+    assert instances.pred_classes.max() < NUM_CLASSES
+    assert instances.has("pred_masks") == uses_masks(cfg)
+    if uses_masks(cfg):
+        assert instances.pred_masks.shape == (len(instances), HEIGHT, WIDTH)
+        assert instances.pred_masks.dtype == torch.bool
+    if instances.has("pred_boxes"):
+        assert torch.isfinite(instances.pred_boxes.tensor).all()
     scores = evaluator.evaluate()
     tasks = [task for task, field in (("bbox", "pred_boxes"), ("segm", "pred_masks")) if instances.has(field)]
     assert list(scores) == tasks and tasks

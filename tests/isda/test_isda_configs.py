@@ -1,4 +1,4 @@
-"""Every config of ISDA: its model has the size of its row, trains and detects; schedules and optimiser."""
+"""Every config of ISDA: its model has the size of its row and trains; schedules and optimiser."""
 
 import copy
 from collections.abc import Callable
@@ -65,18 +65,7 @@ def test_training_step(name: str, make_batch: Callable[..., list[dict[str, Any]]
     for key, parameter in model.named_parameters():
         moved = not torch.equal(parameter, before[key])
         assert moved == parameter.requires_grad, f"{key}: moved is {moved}"
-
-
-@pytest.mark.parametrize("name", LEAVES)
-def test_inference(name: str, make_batch: Callable[..., list[dict[str, Any]]]) -> None:
-    torch.manual_seed(0)
-    cfg = tiny_config(f"isda/{name}")
-    model = build_model(cfg).eval()
-    with torch.no_grad():
-        (result,) = model([{**make_batch([0], [(64, 90)])[0], "height": 32, "width": 45}])
-    instances = result["instances"]
-    assert len(instances) == min(cfg.TEST.DETECTIONS_PER_IMAGE, 12 * 5)
-    assert instances.pred_masks.shape[1:] == (32, 45) and torch.isfinite(instances.scores).all()
+        assert torch.isfinite(parameter).all(), key
 
 
 @pytest.mark.parametrize("name", PUBLISHED_SIZES)

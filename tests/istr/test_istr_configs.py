@@ -1,4 +1,4 @@
-"""Every config of ISTR: it loads, has the size that the paper's model has, trains and detects."""
+"""Every config of ISTR: it loads, has the size that the paper's model has, and trains."""
 
 import copy
 import re
@@ -62,8 +62,8 @@ def batch(make_batch: Callable[..., list[dict[str, Any]]]) -> list[dict[str, Any
 
 
 @pytest.mark.parametrize("name", LEAVES)
-def test_training_step_and_inference(name: str, make_batch: Any, give_basis: Any) -> None:
-    """One step of the row's optimiser changes every trained parameter and no other; then the model detects."""
+def test_training_step(name: str, make_batch: Any, give_basis: Any) -> None:
+    """One step of the row's optimiser changes every trained parameter and no other."""
     torch.manual_seed(0)
     cfg = tiny_config(f"istr/{name}")
     cfg.SOLVER.WARMUP_ITERS = 0
@@ -92,13 +92,6 @@ def test_training_step_and_inference(name: str, make_batch: Any, give_basis: Any
         unread = not istr.USE_IMAGE_FEATURE and key.startswith("backbone.fpn_output")
         if not unread and not re.search(BIAS_BEFORE_BATCH_NORM, key):
             assert torch.equal(parameter, before[key]) != parameter.requires_grad, key
-
-    inputs = [{key: value for key, value in item.items() if key != "instances"} for item in batch(make_batch)]
-    with torch.no_grad():
-        results = [output["instances"] for output in model.eval()(inputs)]
-    for item, instances in zip(inputs, results, strict=True):
-        assert 0 < len(instances) <= min(cfg.TEST.DETECTIONS_PER_IMAGE, istr.NUM_QUERIES * istr.NUM_CLASSES)
-        assert instances.pred_masks.shape == (len(instances), *item["image"].shape[1:])
 
 
 def test_schedule_of_the_paper() -> None:

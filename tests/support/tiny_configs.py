@@ -97,4 +97,8 @@ def tiny_config(name: str) -> CfgNode:
         cfg.MODEL.SOLQ.HIDDEN_DIM, cfg.MODEL.SOLQ.NUM_HEADS = 128, 8
         # Clipped together with those of a detector of random weights, its gradients would be below AdamW's epsilon
         cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1e6
+    if cfg.MODEL.MASK_BRANCH.CODE.HEAD == "convolution":
+        cfg.MODEL.MASK_BRANCH.CODE.POOL_SIZE = 8
+    if cfg.MODEL.MASK_CODING.NAME == "autoencoder":  # of masks four times as large as the crop
+        cfg.MODEL.MASK_CODING.SIZE = 32
     return cfg

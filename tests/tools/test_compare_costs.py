@@ -105,18 +105,18 @@ def test_model_without_masks(tiny: Any) -> None:
 def test_mean_over_images(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean of what single images cost."""
     path = tiny("EffSegBranch")
-    sizes = [(64, 64), (64, 128), (96, 128)]
+    sizes = [(64, 64), (64, 128)]
     items = [{"image": torch.zeros(3, *size), "height": size[0], "width": size[1]} for size in sizes]
     monkeypatch.setattr(tool, "read_images", lambda args, cfg: items[: args.num_images])
-    mean = measured(path, "--num-images", "3", "--detections", "20")
+    mean = measured(path, "--num-images", "2", "--detections", "5")
     singles = []
     for item in items:
         monkeypatch.setattr(tool, "read_images", lambda args, cfg, item=item: [item])
-        singles.append(measured(path, "--num-images", "1", "--detections", "20"))
-    assert singles[0].gflops < singles[1].gflops < singles[2].gflops
+        singles.append(measured(path, "--num-images", "1", "--detections", "5"))
+    assert singles[0].gflops < singles[1].gflops
     for field in ("gflops", "head_gflops"):
         values = [getattr(single, field) for single in singles]
-        assert getattr(mean, field) == pytest.approx(sum(values) / 3)
+        assert getattr(mean, field) == pytest.approx(sum(values) / 2)
 
 
 def test_speed_over_images(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

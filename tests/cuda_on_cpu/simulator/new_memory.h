@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
 
 namespace simulated {
 

@@ -2,7 +2,8 @@
 
 #pragma once
 
-#include <ATen/CPUFunctions.h>
+#include <ATen/ops/addmm_cpu_dispatch.h>
+#include <ATen/ops/mm_cpu_dispatch.h>
 
 namespace at::cuda {
 
