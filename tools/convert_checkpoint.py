@@ -17,6 +17,7 @@ import querymask  # before Detectron2, which it makes importable on current libr
 from detectron2.config import CfgNode
 
 from querymask.command_line import add_config, load_config, make_parser
+from querymask.common.backbones.timm_model import convert_timm
 from querymask.common.checkpoint import (
     FORMATS,
     CheckpointError,
@@ -54,7 +55,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--partial", action="store_true", help="write what fits even if something does not, to train from it"
     )
-    parser.add_argument("input", metavar="INPUT", help="a .pth, .pkl or .safetensors file")
+    parser.add_argument(
+        "input", metavar="INPUT", help='a .pth, .pkl or .safetensors file; "timm": the weights that timm fetches'
+    )
     parser.add_argument("output", metavar="OUTPUT", help="the file to write, ending in .pth")
     add_config(parser, "config of the model to convert for")
     return parser.parse_intermixed_args(arguments)
@@ -78,7 +81,13 @@ def convert(args: argparse.Namespace, cfg: CfgNode) -> None:
     Raises:
         CheckpointError: the file cannot be read, is of another model, or does not fit the config.
     """
-    state = read_checkpoint(args.input)
+    timm_backbone = cfg.MODEL.BACKBONE.NAME.startswith("build_timm_")
+    state = None if timm_backbone and args.input == "timm" else read_checkpoint(args.input)
+    if timm_backbone and (state is None or not any(key.startswith("backbone.") for key in state)):
+        weights = convert_timm(cfg, state)
+        write_checkpoint(weights, args.output, f"querymask {querymask.__version__}, converted from {args.input}")
+        print(f"Written: {args.output} ({len(weights)} tensors of timm's {cfg.MODEL.TIMM.NAME})")
+        return
     format = recognise(state, cfg.MODEL.META_ARCHITECTURE)
     if format is None:
         known = ", ".join(format.name for format in FORMATS if format.convert)

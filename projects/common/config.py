@@ -162,6 +162,12 @@ def add_common_config(cfg: CfgNode) -> None:
     # Names of the classes, in order; training fills them in from its data set, and checkpoints keep them
     cfg.MODEL.CLASS_NAMES = []
 
+    # Backbones of the package timm, build_timm_backbone and build_timm_fpn_backbone: its model, of which the maps are
+    # named res2 to res5; batch norms as they are or frozen
+    cfg.MODEL.TIMM = CfgNode()
+    cfg.MODEL.TIMM.NAME = "tf_efficientnet_lite0"
+    cfg.MODEL.TIMM.FREEZE_NORMS = False
+
     # Swin transformer (Liu et al. 2021); the defaults are Swin-T
     cfg.MODEL.SWIN = CfgNode()
     cfg.MODEL.SWIN.EMBED_DIM = 96

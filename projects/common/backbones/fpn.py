@@ -6,6 +6,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 
 from querymask.common.backbones.basic_resnet import build_basic_resnet_backbone
 from querymask.common.backbones.swin import build_swin_backbone
+from querymask.common.backbones.timm_model import build_timm_backbone
 
 
 @BACKBONE_REGISTRY.register()
@@ -18,6 +19,12 @@ def build_swin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 def build_basic_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """ResNet-18 or -34 of any width with ``p2``..``p5`` on ``MODEL.FPN.IN_FEATURES``."""
     return _with_fpn(cfg, build_basic_resnet_backbone(cfg, input_shape))
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """A model of timm with ``p2``..``p5`` on ``MODEL.FPN.IN_FEATURES``."""
+    return _with_fpn(cfg, build_timm_backbone(cfg, input_shape))
 
 
 def _with_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:

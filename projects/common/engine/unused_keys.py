@@ -211,19 +211,23 @@ def _conditions(cfg: CfgNode) -> Iterator[tuple[str, str, bool]]:
 def _backbone_conditions(cfg: CfgNode) -> Iterator[tuple[str, str, bool]]:
     """As ``_conditions``, for the backbones of Detectron2 and of the project; those of others may read every key."""
     name = cfg.MODEL.BACKBONE.NAME
-    is_swin, is_basic = name.startswith("build_swin_"), name.startswith("build_basic_resnet_")
-    if not (is_swin or is_basic or name in ("build_resnet_backbone", "build_resnet_fpn_backbone")):
+    is_swin, is_basic, is_timm = (name.startswith(f"build_{kind}_") for kind in ("swin", "basic_resnet", "timm"))
+    if not (is_swin or is_basic or is_timm or name in ("build_resnet_backbone", "build_resnet_fpn_backbone")):
         return
     chosen = f"MODEL.BACKBONE.NAME is {name}"
     if "_fpn_" not in name:
         yield "MODEL.FPN", f"only backbones with _fpn_ in their name read it. {chosen}", True
-    if not is_swin:
-        yield "MODEL.SWIN", f"{chosen}. Its keys are in MODEL.RESNETS", True
+    section = "MODEL.SWIN" if is_swin else "MODEL.TIMM" if is_timm else "MODEL.RESNETS"
+    for other in ("MODEL.SWIN", "MODEL.TIMM"):
+        if other != section:
+            yield other, f"{chosen}. Its keys are in {section}", True
     for key in cfg.MODEL.RESNETS:
         # Base files set these two for the other ResNets
-        if key not in ("STRIDE_IN_1X1", "OUT_FEATURES") and (is_swin or (is_basic and key not in BASIC_RESNET)):
-            serves = "Its keys are in MODEL.SWIN" if is_swin else f"It reads {', '.join(BASIC_RESNET)}"
-            yield f"MODEL.RESNETS.{key}", f"{chosen}. {serves}", True
+        if key not in ("STRIDE_IN_1X1", "OUT_FEATURES") and (
+            is_swin or is_timm or (is_basic and key not in BASIC_RESNET)
+        ):
+            serves = f"It reads {', '.join(BASIC_RESNET)}" if is_basic else f"Its keys are in {section}"
+            yield f"MODEL.RESNETS.{key}", f"{chosen}. {serves}", not is_timm
 
 
 def _mask_conditions(cfg: CfgNode) -> Iterator[tuple[str, str, bool]]:
