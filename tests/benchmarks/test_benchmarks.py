@@ -22,6 +22,7 @@ TOOLS = {
     "convert_checkpoint": "tests/tools/test_convert_checkpoint.py",
     "evaluate_results": "tests/tools/test_evaluate_results.py",
     "fit_mask_basis": "tests/tools/test_fit_mask_basis.py",
+    "make_coco": "tests/tools/test_make_coco.py",
     "make_model_zoo": "tests/benchmarks/test_benchmarks.py",
     "overfit": "tests/benchmarks/test_benchmarks.py",
     "plot_costs": "tests/tools/test_compare_costs.py",

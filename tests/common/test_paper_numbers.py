@@ -127,7 +127,7 @@ SETTINGS: dict[str, Callable[[Any], Any]] = {
     "SOLQ Table 3c": lambda model: str(model.SOLQ.DEC_LAYERS - model.MASK_BRANCH.VECTOR.START_LAYER),
     "SOLQ Table 3d": lambda model: str(model.MASK_CODING.SIZE),
     "SOLQ Table 3e": lambda model: str(model.MASK_CODING.LENGTH),
-    "ISTR Table 1a": lambda m: "mask" if m.MASK_BRANCH.CODE.HEAD == "pixel" else f"l={m.MASK_CODING.LENGTH}",
+    "ISTR Table 1a": lambda m: "mask" if m.MASK_BRANCH.NAME == "PixelBranch" else f"l={m.MASK_CODING.LENGTH}",
     "ISTR Table 1b": lambda model: model.MASK_BRANCH.CODE.COST.replace("l1", "L1"),
     "ISTR Table 1d": lambda model: model.ISTR.ATTENTION.replace("_", "-"),
     "EffSeg Table 5": lambda model: {
