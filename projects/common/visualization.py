@@ -34,12 +34,16 @@ Metrics = dict[str, list[tuple[int, float]]]
 _MASK_OPACITY = 0.45
 _CROWD_COLOUR = (150, 150, 150)
 _MARGIN = 12
+_LABEL_SIZE = 14
+# Images with fewer objects have a label at each of them
+_CROWD = 15
 
 
 @dataclass
 class _Item:
     """One thing to draw; ``box`` is XYXY in pixels of the image, ``mask`` bool [H, W] of the image."""
 
+    name: str  # of its class
     label: str
     colour: tuple[int, int, int]
     box: np.ndarray | None
@@ -270,11 +274,12 @@ def _items(
         if scores is not None and scores[i] < score_threshold:
             continue
         words = [] if classes is None else [_class_name(classes[i], class_names)]
+        name = " ".join(words)
         if scores is not None:
             words.append(f"{scores[i]:.2f}")
         colour = class_colour(i if classes is None or len(class_names) == 1 else classes[i])
         mask = None if masks is None else np.asarray(masks[i].detach().cpu()).astype(bool)
-        items.append(_Item(" ".join(words), colour, None if boxes is None else boxes[i], mask))
+        items.append(_Item(name, " ".join(words), colour, None if boxes is None else boxes[i], mask))
     return items
 
 
@@ -289,7 +294,7 @@ def _annotation_item(
     if "segmentation" in annotation:
         mask = decode_segmentation(annotation["segmentation"], height, width).astype(bool)
     colour = _CROWD_COLOUR if crowd else class_colour(number if len(class_names) == 1 else annotation["category_id"])
-    return _Item(f"{name} crowd" if crowd else name, colour, box, mask)
+    return _Item(name, f"{name} crowd" if crowd else name, colour, box, mask)
 
 
 def _class_name(index: int, class_names: Sequence[str]) -> str:
@@ -321,13 +326,9 @@ def _draw_labels(canvas: np.ndarray, items: Sequence[_Item], scale: float) -> np
     """Write the labels at the boxes' upper corners, moved where they would leave the image or cover one another."""
     picture = Image.fromarray(canvas)
     draw = ImageDraw.Draw(picture)
-    size = 14
     taken: list[tuple[float, float, float, float]] = []
-    for item in items:
-        if item.extent is None or not item.label:
-            continue
-        text_width, top, bottom = fonts.text_extent(item.label, size)
-        width, height = text_width + 8, bottom - top + 6
+    for item, label in _labels(items, scale):
+        width, height, top = _label_extent(label)
         x0, y0, x1 = (float(v) * scale for v in item.extent[:3])
         places = []
         for rows in (-1, 0, -2, 1, -3, 2, 3, 4):  # above the box is best
@@ -339,8 +340,39 @@ def _draw_labels(canvas: np.ndarray, items: Sequence[_Item], scale: float) -> np
         draw.rounded_rectangle(place, radius=4, fill=item.colour)
         bright = 0.299 * item.colour[0] + 0.587 * item.colour[1] + 0.114 * item.colour[2] > 140
         fill = (0, 0, 0) if bright else (255, 255, 255)
-        fonts.write(draw, (place[0] + 4, place[1] + 3 - top), item.label, size, fill)
+        fonts.write(draw, (place[0] + 4, place[1] + 3 - top), label, _LABEL_SIZE, fill)
     return np.array(picture)
+
+
+def _labels(items: Sequence[_Item], scale: float) -> list[tuple[_Item, str]]:
+    """What to write at which objects.
+
+    Where there are many of one class, nothing; where labels would cover what they are for, the name of each class once,
+    at its largest object.
+
+    Args:
+        items: large ones first.
+        scale: of the canvas.
+    """
+    shown = [item for item in items if item.extent is not None and item.label]
+    if len(shown) < _CROWD:
+        return [(item, item.label) for item in shown]
+    names: dict[str, _Item] = {}
+    for item in shown:
+        names.setdefault(item.name, item)
+    if len(names) == 1:
+        return []
+    covered = sum(width * height for width, height, _ in (_label_extent(item.label) for item in shown))
+    objects = sum(float(np.prod(item.extent[2:] - item.extent[:2])) for item in shown) * scale**2
+    if covered > objects / 2:
+        return [(item, name) for name, item in names.items()]
+    return [(item, item.label) for item in shown]
+
+
+def _label_extent(label: str) -> tuple[float, float, float]:
+    """Width and height of a label with its background, and where its text begins below the line of the font."""
+    width, top, bottom = fonts.text_extent(label, _LABEL_SIZE)
+    return width + 8, bottom - top + 6, top
 
 
 def _overlap(first: tuple[float, float, float, float], second: tuple[float, float, float, float]) -> float:

@@ -153,6 +153,33 @@ def test_labels_do_not_cover_one_another():
         assert (picture == class_colour(index)).all(axis=-1).sum() > 80, index
 
 
+def crowd(count, side, classes):
+    """A grid of squares without masks, of classes in turn."""
+    columns = 20
+    places = torch.tensor([[25.0 * (i % columns), 25.0 * (i // columns)] for i in range(count)])
+    instances = Instances((HEIGHT, WIDTH))
+    instances.pred_boxes = Boxes(torch.cat((places, places + side), 1))
+    instances.scores = torch.full((count,), 0.9)
+    instances.pred_classes = torch.arange(count) % classes
+    return instances
+
+
+@pytest.mark.parametrize(
+    ("count", "side", "classes", "written"),
+    [
+        (14, 10, 1, ["a 0.90"] * 14),  # few
+        (200, 10, 1, []),
+        (200, 10, 3, ["a", "b", "c"]),
+        (15, 150, 2, ["a 0.90", "b 0.90"] * 7 + ["a 0.90"]),  # labels are small beside the objects
+    ],
+)
+def test_labels_of_crowded_images(count, side, classes, written, monkeypatch):
+    texts = []
+    monkeypatch.setattr(visualization.fonts, "write", lambda draw, place, text, *rest: texts.append(text))
+    draw_instances(IMAGE, crowd(count, side, classes), ["a", "b", "c"][:classes])
+    assert sorted(texts) == sorted(written)
+
+
 def test_class_colours_differ():
     colours = np.array([class_colour(i) for i in range(80)])
     assert len({tuple(c) for c in colours.tolist()}) == 80

@@ -89,6 +89,10 @@ def test_resumed_run_knows_its_best(scored: CfgNode) -> None:
     scored.TEST.PATIENCE = 0
     train(scored, [5.0, 4.0, 3.0, 2.0, 1.0])  # a new run does not compare itself with the old one
     assert best(scored)[0]["value"] == 5.0
+    scored.TEST.BEST_METRIC = ""
+    train(scored, [1.0] * 5)  # nor does it leave the old one's for those who look for the best
+    names = sorted(path.name for path in Path(scored.OUTPUT_DIR).glob("*best*"))
+    assert names == ["best.json.before", "model_best.pth.before"]
 
 
 def test_metric_that_an_evaluation_lacks_is_told(scored: CfgNode) -> None:

@@ -77,12 +77,21 @@ class EvaluationHook(HookBase):
         self._evaluated = 0
 
     def before_train(self) -> None:
+        if not self.trainer.start_iter:
+            self._put_aside()
         if not (self._metric and self.trainer.start_iter and PathManager.isfile(self._file)):
             return
         with PathManager.open(self._file) as file:
             best = json.load(file)
         if best["metric"] == self._metric and best["iteration"] <= self.trainer.start_iter:
             self._best = best
+
+    def _put_aside(self) -> None:
+        """Keep the best checkpoint of an earlier run in the folder from being taken for one of this run."""
+        for path in (self._file, os.path.join(os.path.dirname(self._file), "model_best.pth")):
+            if comm.is_main_process() and PathManager.isfile(path):
+                PathManager.mv(path, f"{path}.before")
+                logger.info(f"{path} is of an earlier run: it is {path}.before from now on")
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
