@@ -90,6 +90,8 @@ class EvaluationHook(HookBase):
         """Keep the best checkpoint of an earlier run in the folder from being taken for one of this run."""
         for path in (self._file, os.path.join(os.path.dirname(self._file), "model_best.pth")):
             if comm.is_main_process() and PathManager.isfile(path):
+                if PathManager.isfile(f"{path}.before"):
+                    PathManager.rm(f"{path}.before")
                 PathManager.mv(path, f"{path}.before")
                 logger.info(f"{path} is of an earlier run: it is {path}.before from now on")
 
