@@ -78,6 +78,9 @@ def _add_kernel_branch(cfg: CfgNode) -> None:
     # Foreground of the final masks
     cfg.MODEL.MASK_BRANCH.KERNEL.MASK_THRESHOLD = 0.5
 
+    # Matching and loss compare masks with targets at so many random cells (0: at all): bounds the memory where
+    # images have hundreds of objects
+    cfg.MODEL.MASK_BRANCH.KERNEL.POINTS = 0
     # Weight of the matching cost; a detector whose matching asks no costs has none
     cfg.MODEL.MASK_BRANCH.KERNEL.COST_WEIGHT = 3.0
     cfg.MODEL.MASK_BRANCH.KERNEL.WEIGHT = 3.0

@@ -9,7 +9,7 @@ Data flow (B images, Q queries, C width, N decoder layers, n matched or selected
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from detectron2.config import CfgNode
@@ -71,6 +71,8 @@ class KernelBranch(MaskBranch):
             (the text of the paper). Sums run over the whole padded map: padding counts as background.
         maskness_threshold: probabilities above it count for a mask's score; None: scores are those of the classes.
         mask_threshold: foreground of the final masks.
+        points: masks are compared with targets, in the matching and in the loss, at so many random cells of the mask
+            features, as Mask2Former's are at points (Cheng et al. 2022, section 3.3); 0: at all.
     """
 
     sections = ("MASK_BRANCH.KERNEL",)
@@ -91,6 +93,7 @@ class KernelBranch(MaskBranch):
         mask_loss: str = "dice",
         maskness_threshold: float | None = 0.5,
         mask_threshold: float = 0.5,
+        points: int = 0,
     ) -> None:
         for key, value, choices in (
             ("POSITIONS", kernel_positions, KERNEL_POSITIONS),
@@ -107,6 +110,7 @@ class KernelBranch(MaskBranch):
         self.mask_loss = mask_loss
         self.maskness_threshold = maskness_threshold
         self.mask_threshold = mask_threshold
+        self.points = points
         self.finer_levels = FinerLevels(shapes, strides, max(mask_stride, 4), width)
         self.strides = [s for s in self.finer_levels.strides if mask_stride <= s <= COARSEST_STRIDE]
         self.size_divisibility = self.strides[-1]
@@ -131,6 +135,7 @@ class KernelBranch(MaskBranch):
             mask_loss=kernel.LOSS,
             maskness_threshold=kernel.MASKNESS_THRESHOLD if kernel.MASKNESS else None,
             mask_threshold=kernel.MASK_THRESHOLD,
+            points=kernel.POINTS,
         )
 
     def forward(self, found: Predictions) -> Kernels:
@@ -167,6 +172,7 @@ class KernelBranch(MaskBranch):
         """One minus the soft IoU of every query's mask with every target's."""
         if not self.cost:
             return {}
+        made, truth = self._at_points(made, truth)
         masks = pad_targets(truth, targets.counts).flatten(2)  # (B, T, h * w)
         features = full_precision(made.features).flatten(2)
         sizes = masks.sum(-1)[:, None]
@@ -188,6 +194,7 @@ class KernelBranch(MaskBranch):
         normalizers: Normalizers,
     ) -> list[LossTerm]:
         """``loss_mask`` of every layer."""
+        made, truth = self._at_points(made, truth)
         probabilities = self.matched_masks(made, assignment)
         wanted = truth[assignment.target]
         if self.mask_loss == "dice":
@@ -197,6 +204,14 @@ class KernelBranch(MaskBranch):
             values = 1 - soft_iou(*sums)
         values = assignment.sum_layers(values) / (normalizers.pairs + 1e-5 / Processes().count)
         return loss_terms("loss_mask", values, self.weight, assignment.num_layers)
+
+    def _at_points(self, made: Kernels, truth: Tensor) -> tuple[Kernels, Tensor]:
+        """Mask features (B, C, 1, P) and targets (n, 1, P) at the same random cells; whole ones without points."""
+        cells = truth.shape[1] * truth.shape[2]
+        if not 0 < self.points < cells:
+            return made, truth
+        chosen = torch.randint(cells, (self.points,), device=truth.device)
+        return replace(made, features=made.features.flatten(2)[:, :, None, chosen]), truth.flatten(1)[:, None, chosen]
 
     def matched_masks(self, made: Kernels, assignment: Assignment) -> Tensor:
         """Probabilities (N * n, h, w) of the matched pairs' masks alone, in the assignment's order."""

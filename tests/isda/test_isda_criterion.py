@@ -159,6 +159,31 @@ def test_without_instances_all_parts_are_connected() -> None:
     assert not made.kernels.grad.any() and not made.features.grad.any()
 
 
+@pytest.mark.parametrize("mask_loss", ["dice", "iou"])
+def test_masks_are_compared_at_points(mask_loss: str) -> None:
+    """As if the mask features had no other cells, which are drawn anew for the matching and for the loss."""
+    (found, made), (targets, masks) = make_outputs(2), make_targets([2, 3])
+    branch, whole = make_branch(mask_loss), make_branch(mask_loss)
+    branch.points = 7
+    torch.manual_seed(5)
+    cost = branch.costs(found, made, masks, targets)["mask cost"]
+    assignment = SetDetector(ClassCriterion(2.0, 2.0)).match(found, targets, {"mask cost": cost})
+    normalizers = SetDetector(ClassCriterion(2.0, 2.0)).normalizers(targets, assignment)
+    terms = branch.losses(found, made, masks, targets, assignment, normalizers)
+
+    torch.manual_seed(5)
+    at = [torch.randint(SIZE[0] * SIZE[1], (7,)) for _ in range(2)]
+    assert not torch.equal(*at)
+    only = [Kernels(made.kernels, made.features.flatten(2)[:, :, None, cells]) for cells in at]
+    there = [masks.flatten(1)[:, None, cells] for cells in at]
+    torch.testing.assert_close(cost, whole.costs(found, only[0], there[0], targets)["mask cost"])
+    expected = whole.losses(found, only[1], there[1], targets, assignment, normalizers)
+    for term, other in zip(terms, expected, strict=True):
+        torch.testing.assert_close(term.value, other.value)
+    branch.points = SIZE[0] * SIZE[1]  # as many as there are: all of them, once
+    torch.testing.assert_close(branch.costs(found, made, masks, targets), whole.costs(found, made, masks, targets))
+
+
 def test_cost_that_is_not_finite_is_named() -> None:
     found, made = make_outputs(1)
     made.kernels.data[1, 0, 2] = math.nan
