@@ -112,7 +112,8 @@ class Trainer(DefaultTrainer):
         try:
             super().train()
         except EarlyStop:
-            verify_results(self.cfg, getattr(self, "_last_eval_results", {}))
+            if comm.is_main_process():  # which alone has results
+                verify_results(self.cfg, self._last_eval_results)
         return getattr(self, "_last_eval_results", None)
 
     def after_step(self) -> None:
