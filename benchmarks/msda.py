@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from querymask.command_line import make_parser, markdown_table, parse_benchmark, show_page
-from querymask.common.measuring import machine, median_time, peak_memory
+from querymask.common.measuring import PassCosts, machine, pass_costs
 from querymask.common.ops import multi_scale_deformable_attention
 
 HEADS, CHANNELS, POINTS = 8, 32, 4
@@ -97,13 +97,9 @@ def accumulated(*arguments: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """Milliseconds, MiB, and the largest error of the output relative to its largest magnitude."""
+class Measurement(PassCosts):
+    """Also the largest error of the output relative to its largest magnitude."""
 
-    forward: float
-    both: float
-    forward_memory: float
-    both_memory: float
     error: float
 
 
@@ -125,8 +121,7 @@ def measure(form: Callable[..., Tensor], case: Case, dtype: torch.dtype, device:
     def both() -> None:
         torch.autograd.grad(form(*leaves), [a for a in leaves if isinstance(a, Tensor)], grad_output)
 
-    times = [median_time(run, device, repeat) for run in (forward, both)]
-    return Measurement(*times, peak_memory(forward, device), peak_memory(both, device), error.item())
+    return Measurement(*pass_costs(forward, both, device, repeat), error.item())
 
 
 @dataclass(frozen=True)

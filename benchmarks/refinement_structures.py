@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, linear
 
 from querymask.command_line import make_parser, markdown_table, parse_benchmark, show_page
-from querymask.common.measuring import machine, median_time, peak_memory
+from querymask.common.measuring import PassCosts, machine, pass_costs
 from querymask.common.ops import multi_dilation_sparse_conv2d
 from querymask.common.sps import SparseMap
 
@@ -265,13 +265,9 @@ STRUCTURES: dict[str, type[Structure]] = {
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """Milliseconds and MiB, and how far the result is from that of SPS, relative to its largest magnitude."""
+class Measurement(PassCosts):
+    """Also MiB of the result, and how far it is from that of SPS, relative to its largest magnitude."""
 
-    forward: float
-    both: float
-    forward_memory: float
-    both_memory: float
     storage: float
     difference: float
 
@@ -291,8 +287,7 @@ def measure(structure: Structure, expected: Tensor, device: str, repeat: int) ->
     storage = sum(tensor.numel() * tensor.element_size() for tensor in kept) / 2**20
     difference = ((output - expected).abs().max() / expected.abs().max()).item()
     del output, kept
-    times = [median_time(run, device, repeat, warmup=1) for run in (forward, both)]
-    return Measurement(*times, peak_memory(forward, device), peak_memory(both, device), storage, difference)
+    return Measurement(*pass_costs(forward, both, device, repeat, warmup=1), storage, difference)
 
 
 def draw(measured: Mapping[int, Mapping[str, Measurement]]) -> Figure:

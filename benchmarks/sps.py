@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, linear
 
 from querymask.command_line import make_parser, markdown_table, parse_benchmark, show_page
-from querymask.common.measuring import machine, median_time, peak_memory
+from querymask.common.measuring import PassCosts, machine, pass_costs
 from querymask.common.ops import sparse_conv2d
 from querymask.common.ops.sps.reference import neighbour_rows
 from querymask.common.sps import SparseMap
@@ -121,13 +121,9 @@ def bound(case: Case, dtype: torch.dtype, precision: str, rates: Rates = H200) -
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """Milliseconds, MiB, and the largest error of the output relative to its largest magnitude."""
+class Measurement(PassCosts):
+    """Also the largest error of the output relative to its largest magnitude."""
 
-    forward: float
-    both: float
-    forward_memory: float
-    both_memory: float
     error: float
 
 
@@ -152,8 +148,7 @@ def measure(form: Form, case: Case, device: str, repeat: int) -> Measurement:
     def both() -> None:
         torch.autograd.grad(form.run(case, *leaves), leaves, grad)
 
-    times = [median_time(run, device, repeat) for run in (forward, both)]
-    return Measurement(*times, peak_memory(forward, device), peak_memory(both, device), error.item())
+    return Measurement(*pass_costs(forward, both, device, repeat), error.item())
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from gpu_parts.card import known_rates
 from gpu_parts.rates import set_tf32
 from gpu_parts.results import Cell, Part, first_line
 from gpu_parts.sizes import Sizes
+from querymask.common.measuring import median_time
 from querymask.common.ops import multi_scale_deformable_attention, sparse_conv2d
 
 PRECISIONS = {
@@ -176,4 +177,4 @@ def time_and_bits(forward: Callable[[], Tensor], leaves: list[Tensor], repeat: i
 
     first, *others = (gradients() for _ in range(3))
     equal = all(torch.equal(a, b) for other in others for a, b in zip(first, other))
-    return msda.median_time(gradients, "cuda", repeat), equal
+    return median_time(gradients, "cuda", repeat), equal

@@ -5,6 +5,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -56,6 +57,24 @@ def peak_memory(run: Callable[[], object], device: str) -> float:
     before = resident("VmRSS")
     run()
     return (resident("VmHWM") - before) / 2**10
+
+
+@dataclass(frozen=True)
+class PassCosts:
+    """Milliseconds of a forward pass and of one with its backward pass, and MiB at their peaks."""
+
+    forward: float
+    both: float
+    forward_memory: float
+    both_memory: float
+
+
+def pass_costs(
+    forward: Callable[[], object], both: Callable[[], object], device: str, repeat: int, warmup: int = 3
+) -> tuple[float, float, float, float]:
+    """The fields of :class:`PassCosts`."""
+    times = [median_time(run, device, repeat, warmup) for run in (forward, both)]
+    return *times, peak_memory(forward, device), peak_memory(both, device)
 
 
 def resident(field: str) -> int:

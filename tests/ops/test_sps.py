@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -22,6 +23,17 @@ from querymask.common.ops import (
 
 FORMS = pytest.mark.parametrize("form", [sparse_conv2d, sparse_conv2d_reference], ids=["op", "reference"])
 LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """Inside, float32 products may be rounded to TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def dense_conv2d(
@@ -168,12 +180,8 @@ def test_tensor_cores(channels, dtype, device, make_sps_inputs):
     grad = random_grad(exact)
     exact = exact.replace_tensors([tensor.double() for tensor in exact.tensors])
     inputs = exact.replace_tensors([tensor.to(dtype) for tensor in exact.tensors])
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
+    with tf32():
         actual = gradients(sparse_conv2d, inputs, grad.to(dtype))
-    finally:
-        torch.set_float32_matmul_precision(before)
     tolerance = 3e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     assert all(tensor.dtype == dtype for tensor in actual)
     assert_all_close([tensor.double() for tensor in actual], gradients(dense_conv2d, exact, grad.double()), tolerance)
@@ -189,12 +197,8 @@ def test_branches(form, channels, dtype, device, make_sps_inputs):
     grad = random_grad(exact)
     exact = exact.replace_tensors([tensor.double() for tensor in exact.tensors])
     inputs = exact.replace_tensors([tensor.to(dtype) for tensor in exact.tensors])
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
+    with tf32():
         actual = gradients(form, inputs, grad.to(dtype))
-    finally:
-        torch.set_float32_matmul_precision(before)
     expected = [[], 0, [], []]
     for i in range(3):
         own = slice(i * channels[1], (i + 1) * channels[1])
