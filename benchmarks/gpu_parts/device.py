@@ -23,10 +23,12 @@ class Waits:
 
     Attributes:
         number: None where it could not be counted.
+        busy: milliseconds that the device works, if they could be measured.
         lines: of the project, as far as they are known, with how often each of them waited.
     """
 
     number: int | None
+    busy: float | None
     lines: dict[str, int]
 
 
@@ -52,10 +54,11 @@ def count_waits(run: Callable[[], object], pretended: bool) -> Waits:
         with sys.modules["pretend_cuda"].events() as found:
             run()
         lines = collections.Counter(event.line for event in found if event.blocks)
-        return Waits(lines.total(), dict(lines.most_common()))
+        return Waits(lines.total(), None, dict(lines.most_common()))
     with sync_warnings() as lines:
         run()
-    return Waits(count_synchronizations(run), dict(lines.most_common()))
+    number, busy = profile(run) or (None, None)
+    return Waits(number, busy, dict(lines.most_common()))
 
 
 @contextmanager
@@ -88,15 +91,23 @@ def project_line() -> str:
     return f"projects/{os.path.relpath(own[-1].filename, folder)}:{own[-1].lineno}"
 
 
-def count_synchronizations(run: Callable[[], object]) -> int | None:
-    """Calls of CUDA's functions that wait, as the profiler sees them."""
+def profile(run: Callable[[], object]) -> tuple[int, float] | None:
+    """Of one call: calls of CUDA's functions that wait, and milliseconds of all kernels and copies together.
+
+    None where the profiler has no access to the card.
+    """
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         run()
-    counts = collections.Counter(event.name for event in profiled.events())
+        torch.cuda.synchronize()  # or the last kernels would be missing
+    events = profiled.events()
+    counts = collections.Counter(event.name for event in events)
     if not any(name.startswith("cuda") for name in counts):
-        return None  # the profiler has no access to the card
-    # The profiler itself waits for the device when it stops
-    return sum(counts[name] for name in WAITS) - min(counts["cudaDeviceSynchronize"], 1)
+        return None
+    on_card = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    milliseconds = sum(event.time_range.elapsed_us() for event in on_card) / 1e3
+    # Once here, and the profiler itself waits for the device when it stops
+    return sum(counts[name] for name in WAITS) - min(counts["cudaDeviceSynchronize"], 2), milliseconds

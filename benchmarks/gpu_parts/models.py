@@ -33,9 +33,11 @@ COLUMNS = (
     "precision",
     "step ms",
     "images/s",
+    "device ms",
     "waits",
     "peak MiB",
     "inference ms",
+    "device ms ",
     "waits ",
     "peak MiB ",
     "detections",
@@ -112,11 +114,11 @@ def measure(subject: Subject, dtype: torch.dtype | None, sizes: Sizes) -> tuple[
     return cells, [("training", step_waits), ("inference", detection_waits)]
 
 
-def measure_run(run: Callable[[], object], sizes: Sizes) -> tuple[tuple[float, int | None, float], Waits]:
-    """Milliseconds, waits and peak MiB; and the waits with their lines."""
+def measure_run(run: Callable[[], object], sizes: Sizes) -> tuple[tuple[float, float | None, int | None, float], Waits]:
+    """Milliseconds, those that the device works, waits and peak MiB; and the waits with their lines."""
     milliseconds = median_time(run, "cuda", sizes.steps, warmup=0 if sizes.pretended else 3)
     waits = count_waits(run, sizes.pretended)
-    return (milliseconds, waits.number, peak_memory(run, "cuda")), waits
+    return (milliseconds, waits.busy, waits.number, peak_memory(run, "cuda")), waits
 
 
 def run_eager(part: Part, sizes: Sizes) -> None:
@@ -169,7 +171,7 @@ def run_graphs(part: Part, sizes: Sizes) -> None:
     """Inference with ``TEST.CUDA_GRAPHS``."""
     introduce(part, sizes)
     part.note("Inference with `TEST.CUDA_GRAPHS.ENABLED True`. Training as a graph: not available.")
-    row = part.table("As CUDA graphs", "model", "precision", *COLUMNS[6:])
+    row = part.table("As CUDA graphs", "model", "precision", *COLUMNS[7:])
     for method, title in METHODS.items():
         if method == "effseg":
             row(title, None, "not available: what it computes depends on the number of its regions")
@@ -193,6 +195,6 @@ def introduce(part: Part, sizes: Sizes) -> None:
     part.note(
         f"Random weights; images of {sizes.height}x{sizes.width} with {INSTANCES} objects each. A step is one of the "
         f"trainer's with {sizes.batch} images, from images in the host's memory to the changed weights; inference is "
-        f"of one image. Medians of {sizes.steps}. Waits: of the host for the device in one step or image. bf16 and "
+        f"of one image. Medians of {sizes.steps}. Device ms: of all kernels together. Waits: of the host for the device in one step or image. bf16 and "
         "fp16 are autocast's. MiB: peak beyond the weights and what the step keeps."
     )

@@ -12,7 +12,7 @@ from gpu_parts.card import known_rates
 from gpu_parts.rates import set_tf32
 from gpu_parts.results import Cell, Part, first_line
 from gpu_parts.sizes import Sizes
-from querymask.common.measuring import median_time
+from querymask.common.measuring import device_time
 from querymask.common.ops import multi_scale_deformable_attention, sparse_conv2d
 
 PRECISIONS = {
@@ -39,7 +39,7 @@ def run_msda(part: Part, sizes: Sizes) -> None:
     rates = known_rates(part.results)
     part.note(
         f"Inputs as in `benchmarks/msda.py`: locations are pixel centres plus offsets of two pixels. Bounds: memory "
-        f"and L1 of {rates.source}. Medians of {sizes.repeat} runs, by CUDA events; backward is the difference of both "
+        f"and L1 of {rates.source}. Medians of {sizes.repeat} runs of the device's own time, with cold caches; backward is the difference of both "
         "passes and the forward one. MiB: peak beyond the inputs. Error: of the output, relative to its largest value."
     )
     forms, missing = msda_forms(sizes)
@@ -122,7 +122,9 @@ def cells(found: msda.Measurement | sps.Measurement, forward_bound: float, backw
 
 def run_deterministic(part: Part, sizes: Sizes) -> None:
     """Time and bits of backward passes, as usual and under ``torch.use_deterministic_algorithms``."""
-    part.note(f"Both passes, medians of {sizes.repeat} runs. Bits: of all gradients, in three runs.")
+    part.note(
+        f"Both passes, medians of {sizes.repeat} runs of the device's own time. Bits: of all gradients, in three runs."
+    )
     row = part.table("Backward passes", "operator", "usual ms", "bits", "deterministic ms", "bits ", "ratio")
     for name in ("fp32", "bf16"):
         dtype = PRECISIONS[name][0]
@@ -177,4 +179,4 @@ def time_and_bits(forward: Callable[[], Tensor], leaves: list[Tensor], repeat: i
 
     first, *others = (gradients() for _ in range(3))
     equal = all(torch.equal(a, b) for other in others for a, b in zip(first, other))
-    return median_time(gradients, "cuda", repeat), equal
+    return device_time(gradients, "cuda", repeat), equal

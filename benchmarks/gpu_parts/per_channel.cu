@@ -7,14 +7,15 @@
 
 #include <cuda_runtime.h>
 
-namespace {
-
+// Not in the unnamed namespace: a function with such a parameter would not be visible in the library.
 constexpr int kMaxLevels = 8;
 
 struct Sizes {
   int batch, tokens, heads, channels, queries, levels, points;
   int height[kMaxLevels], width[kMaxLevels];
 };
+
+namespace {
 
 // The four neighbours of a location, and how much of each is taken.
 struct Neighbours {

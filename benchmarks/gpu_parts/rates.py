@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from querymask.common.measuring import median_time
+from querymask.common.measuring import device_time
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def measure_rates(mebibytes: int, side: int, repeat: int) -> Rates:
     ):
         a, b = (torch.randn(side, side, device="cuda").to(dtype) for _ in range(2))
         before = set_tf32(tf32)
-        products[name] = 2 * side**3 / (median_time(lambda a=a, b=b: a @ b, "cuda", repeat) / 1e3)
+        products[name] = 2 * side**3 / (device_time(lambda a=a, b=b: a @ b, "cuda", repeat) / 1e3)
         set_tf32(before)
     cycles = torch.cuda.get_device_properties(0).multi_processor_count * highest_clock()
     l1 = L1_BYTES_PER_CLOCK * cycles
@@ -61,7 +61,7 @@ def copy_rate(mebibytes: int, repeat: int) -> float:
     """Bytes read and written in a second by copies within the card's memory."""
     source = torch.empty(mebibytes << 20, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / (median_time(lambda: target.copy_(source), "cuda", repeat) / 1e3)
+    return 2 * source.numel() / (device_time(lambda: target.copy_(source), "cuda", repeat) / 1e3)
 
 
 def highest_clock() -> float:

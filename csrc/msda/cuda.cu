@@ -80,7 +80,7 @@ struct Shape {
   static constexpr int kVector = kVector_, kGroup = kGroup_;
 };
 
-// Calls run(shape, geometry): heads of 32 channels, as most models have, get constants; other widths, float64 and images
+// Calls run(shape, geometry): heads of 17 to 64 channels, as models have, get constants; other widths, float64 and images
 // of 2^32 elements or more the general form, with single channels where they do not fill a vector.
 template <typename T, typename Run>
 void by_shape(const Sizes& sizes, at::IntArrayRef spatial_shapes, const Run& run) {
@@ -91,9 +91,15 @@ void by_shape(const Sizes& sizes, at::IntArrayRef spatial_shapes, const Run& run
   }
   const Geometry geometry = make_geometry(sizes, spatial_shapes, kWidest);
   if constexpr (!std::is_same_v<T, double>) {
-    if (sizes.D == 32 && sizes.S * sizes.M * sizes.D <= UINT32_MAX) {
-      run(Shape<uint32_t, kWidest, 32 / kWidest>(), geometry);
-      return;
+    if (sizes.S * sizes.M * sizes.D <= UINT32_MAX) {
+      if (geometry.group == 32 / kWidest) {
+        run(Shape<uint32_t, kWidest, 32 / kWidest>(), geometry);
+        return;
+      }
+      if (geometry.group == 64 / kWidest) {
+        run(Shape<uint32_t, kWidest, 64 / kWidest>(), geometry);
+        return;
+      }
     }
   }
   run(Shape<int64_t, kWidest, 0>(), geometry);

@@ -20,9 +20,12 @@ __global__ void __launch_bounds__(kThreads, kGroup > 0 ? 3 : 1) backward_kernel(
     C* __restrict__ grad_locations,
     C* __restrict__ grad_attention) {
   // Samples of a group that are served before their sums are added up.
-  constexpr int kBatch = kGroup > 0 ? kGroup : 16 / sizeof(C);
+  constexpr int kBatch = kGroup > 8 ? 8 : kGroup > 0 ? kGroup : 16 / sizeof(C);
+  // Channels that a thread adds at once, 16 bytes in the type of sums. Where a thread has more of them than that, it adds
+  // other ones than it reads: the threads of a group then add to places side by side, which the L2 cache does at once.
+  constexpr int kUnit = kVector * sizeof(C) > 16 ? 16 / sizeof(C) : kVector, kUnits = kVector / kUnit;
   // One sample more for each group than it needs, so that groups lie in different banks.
-  __shared__ Sample<C, Offset> shared_samples[kGroup > 0 ? kThreads / kGroup * (kGroup + 1) : 2 * kThreads];
+  __shared__ Sample<C, Offset> shared_samples[kGroup > 0 ? kThreads / kGroup * (kBatch + 1) : 2 * kThreads];
   // Products of the output's gradient with the four neighbours, summed over the channels of one thread. The thread that
   // prepared a sample adds up those of its group: fewer instructions than shuffles.
   __shared__ Vector<C, 4> shared_products[kThreads * kBatch];
@@ -41,12 +44,21 @@ __global__ void __launch_bounds__(kThreads, kGroup > 0 ? 3 : 1) backward_kernel(
     for (int first = 0; first < geometry.D; first += group * kVector) { // once, unless a head is very wide
       const int channel = first + lane * kVector;
       const bool wanted = query >= 0 && channel < geometry.D;
-      const int64_t offset = image * geometry.S * row + head * geometry.D + channel;
-      const T* channels = opaque(value + offset);
-      C* grad_channels = opaque(grad_value + offset);
-      C grad[kVector] = {};
+      const int added_channel = first + lane * kUnit; // and every group * kUnit channels after it
+      const int64_t offset = image * geometry.S * row + head * geometry.D;
+      const T* channels = opaque(value + offset + channel);
+      C* grad_channels = opaque(grad_value + offset + added_channel);
+      C grad[kVector] = {}, added_grad[kUnits][kUnit] = {};
       if (wanted) {
         unpack(load<kVector>(grad_output + place * geometry.D + channel), grad);
+      }
+      const auto adds = [&](int unit) { return added_channel + unit * group * kUnit < geometry.D; };
+#pragma unroll
+      for (int unit = 0; unit < kUnits; ++unit) {
+        if (query >= 0 && adds(unit)) {
+          const T* from = grad_output + place * geometry.D + added_channel + unit * group * kUnit;
+          unpack(load<kUnit>(from), added_grad[unit]);
+        }
       }
       C zero = C(0); // the product with a neighbour outside: NaN where the output's gradient is not finite
 #pragma unroll
@@ -72,9 +84,9 @@ __global__ void __launch_bounds__(kThreads, kGroup > 0 ? 3 : 1) backward_kernel(
         }
         __syncwarp(kWarp);
         for (int n = 0; n < turns.count; ++n) {
+          const Sample<C, Offset> sample = samples[n];
           Vector<C, 4> dots{};
           if (wanted) {
-            const Sample<C, Offset> sample = samples[n];
             Vector<T, kVector> corners[4];
 #pragma unroll
             for (int k = 0; k < 4; ++k) { // all loads first
@@ -82,15 +94,27 @@ __global__ void __launch_bounds__(kThreads, kGroup > 0 ? 3 : 1) backward_kernel(
             }
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
-              C numbers[kVector], share[kVector];
+              C numbers[kVector];
               unpack(corners[k], numbers);
 #pragma unroll
               for (int i = 0; i < kVector; ++i) {
                 dots.values[k] += grad[i] * numbers[i];
-                share[i] = sample.weights[k] * grad[i];
               }
-              if (grad_value != nullptr) {
-                add<C, kVector>(grad_channels + sample.offsets[k], share);
+            }
+          }
+          if (grad_value != nullptr) {
+#pragma unroll
+            for (int unit = 0; unit < kUnits; ++unit) {
+              if (adds(unit)) {
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                  C share[kUnit];
+#pragma unroll
+                  for (int i = 0; i < kUnit; ++i) {
+                    share[i] = sample.weights[k] * added_grad[unit][i];
+                  }
+                  add<C, kUnit>(grad_channels + sample.offsets[k] + unit * group * kUnit, share);
+                }
               }
             }
           }

@@ -28,7 +28,7 @@ namespace {
 
 constexpr int kThreads = 256; // of a block
 constexpr int64_t kMaxBranches = 16; // whose dilations are parameters of the kernels
-constexpr int64_t kMinChunk = 256, kMaxChunk = 16384; // cells
+constexpr int64_t kMinChunk = 256, kMaxChunk = 65536; // cells
 constexpr int64_t kChunkElements = 1 << 24; // of a gathered chunk, about
 
 // The sizes of a call as kernels take them to look up neighbours.
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreads) scatter_kernel(
 
 int64_t chunk_of(const Sizes& sizes) {
   TORCH_CHECK_VALUE(
-      sizes.columns() < INT32_MAX / kMaxChunk,
+      sizes.columns() < INT32_MAX / kMinChunk,
       "weight has too many inputs for the CUDA operator: kH * kW * C_in = ", sizes.columns());
   return std::clamp(kChunkElements / std::max<int64_t>(sizes.columns(), 1) / 256 * 256, kMinChunk, kMaxChunk);
 }

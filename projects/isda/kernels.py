@@ -8,6 +8,7 @@ Data flow (B images, Q queries, C width, N decoder layers, n matched or selected
       -> inference: masks of the selected queries, scores times maskness
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -180,7 +181,7 @@ class KernelBranch(MaskBranch):
         with without_autocast(features.device):
             for kernels in full_precision(made.kernels):  # a layer at a time: its masks are the largest tensor here
                 probabilities = (kernels @ features).sigmoid_()
-                intersection = probabilities @ masks.transpose(1, 2)
+                intersection = intersections(probabilities, masks)
                 ious.append(soft_iou(intersection, probabilities.sum(-1, keepdim=True), sizes))
         return {"mask cost": self.cost * (1 - torch.stack(ious))}
 
@@ -238,6 +239,20 @@ class KernelBranch(MaskBranch):
             self.mask_threshold,
         )
         return detections
+
+
+def intersections(masks: Tensor, others: Tensor) -> Tensor:
+    """Sums of the products of every two soft masks of an image, (B, Q, T) of (B, Q, pixels) and (B, T, pixels).
+
+    In parts of the pixels: one sum of all of them for a few numbers would keep few multiprocessors of a GPU busy.
+    """
+    parts = math.gcd(masks.shape[-1], 64)
+    return torch.stack(
+        [
+            torch.bmm(a.unflatten(-1, (parts, -1)).transpose(0, 1), b.unflatten(-1, (parts, -1)).permute(1, 2, 0)).sum(0)
+            for a, b in zip(masks, others)
+        ]
+    )
 
 
 def soft_iou(intersection: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -300,6 +300,7 @@ def _replace_cuda_functions(library: ModuleType) -> None:
         "Stream": _Stream,
         "CUDAGraph": _CUDAGraph,
         "graph": _Capture,
+        "_sleep": lambda cycles: None,
     }
     for name, value in public.items():
         setattr(torch.cuda, name, value)
