@@ -36,7 +36,7 @@ class Entry:
 
     Attributes:
         function: module of ``gpu_parts`` and its function.
-        seconds: about how long it takes on an H100 or H200 (an estimate until it was measured).
+        seconds: about how long it takes on an H100 (an estimate for the parts that docs/gpu.md says so of).
         least: with fewer seconds left it is not begun; one that can stop after any row needs only a few.
     """
 
@@ -46,12 +46,12 @@ class Entry:
 
 
 PARTS = {
-    "card": Entry("card.run", 20, 10),
+    "card": Entry("card.run", 10, 10),
     "tests": Entry("checks.run_tests", 90, 60),
-    "msda": Entry("operators.run_msda", 90, 20),
-    "sps": Entry("operators.run_sps", 30, 15),
+    "msda": Entry("operators.run_msda", 140, 20),
+    "sps": Entry("operators.run_sps", 25, 15),
     "deterministic": Entry("operators.run_deterministic", 20, 15),
-    "models": Entry("models.run_eager", 120, 30),
+    "models": Entry("models.run_eager", 200, 30),
     "graphs": Entry("models.run_graphs", 30, 20),
     "training": Entry("training.run_quick", 170, 150),
     "loader": Entry("training.run_loader", 60, 30),

@@ -37,7 +37,7 @@ A row is a config, with the rows of the papers that it stands for. **Numbers in 
 with their own code; they were not measured here.** "Measured here" holds what this project reached itself. Parameters,
 with the data set's own number of classes and without frozen batch norms, are measured, and so are GFLOPs: multiply-adds
 of inference on one image of {HEIGHT}x{WIDTH}, those of EffSeg with as many different queries as detections. Time and
-memory on a GPU are not yet measured ([gpu.md](gpu.md)).
+memory on a GPU: [gpu.md](gpu.md).
 """
 
 ABLATIONS, COMPARISONS = "ablations", "comparisons"

@@ -18,17 +18,19 @@ WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cudaDev
 
 
 @dataclass(frozen=True)
-class Waits:
-    """How often the host waited for the device.
+class Use:
+    """How the host uses the device; numbers are None where they could not be found.
 
     Attributes:
-        number: None where it could not be counted.
-        busy: milliseconds that the device works, if they could be measured.
-        lines: of the project, as far as they are known, with how often each of them waited.
+        busy: milliseconds that the device works.
+        kernels: and copies that it runs.
+        waits: how often the host waits for it.
+        lines: of the project, as far as they are known, with how often each of them waits.
     """
 
-    number: int | None
     busy: float | None
+    kernels: int | None
+    waits: int | None
     lines: dict[str, int]
 
 
@@ -48,17 +50,16 @@ def pretend() -> None:
     simulation.adopt_querymask()
 
 
-def count_waits(run: Callable[[], object], pretended: bool) -> Waits:
+def observe(run: Callable[[], object], pretended: bool) -> Use:
     """Of one call, which should not be the first one."""
     if pretended:
         with sys.modules["pretend_cuda"].events() as found:
             run()
         lines = collections.Counter(event.line for event in found if event.blocks)
-        return Waits(lines.total(), None, dict(lines.most_common()))
+        return Use(None, None, lines.total(), dict(lines.most_common()))
     with sync_warnings() as lines:
         run()
-    number, busy = profile(run) or (None, None)
-    return Waits(number, busy, dict(lines.most_common()))
+    return Use(*profile(run), dict(lines.most_common()))
 
 
 @contextmanager
@@ -91,11 +92,8 @@ def project_line() -> str:
     return f"projects/{os.path.relpath(own[-1].filename, folder)}:{own[-1].lineno}"
 
 
-def profile(run: Callable[[], object]) -> tuple[int, float] | None:
-    """Of one call: calls of CUDA's functions that wait, and milliseconds of all kernels and copies together.
-
-    None where the profiler has no access to the card.
-    """
+def profile(run: Callable[[], object]) -> tuple[float, int, int] | tuple[None, None, None]:
+    """The first fields of :class:`Use` of one call; None where the profiler has no access to the card."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -106,8 +104,9 @@ def profile(run: Callable[[], object]) -> tuple[int, float] | None:
     events = profiled.events()
     counts = collections.Counter(event.name for event in events)
     if not any(name.startswith("cuda") for name in counts):
-        return None
+        return None, None, None
     on_card = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
     milliseconds = sum(event.time_range.elapsed_us() for event in on_card) / 1e3
     # Once here, and the profiler itself waits for the device when it stops
-    return sum(counts[name] for name in WAITS) - min(counts["cudaDeviceSynchronize"], 2), milliseconds
+    waits = sum(counts[name] for name in WAITS) - min(counts["cudaDeviceSynchronize"], 2)
+    return milliseconds, len(on_card), waits

@@ -14,7 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from gpu_parts.device import Waits, count_waits
+from gpu_parts.device import Use, observe
 from gpu_parts.operators import PRECISIONS
 from gpu_parts.rates import set_tf32
 from gpu_parts.results import Cell, Part
@@ -34,10 +34,12 @@ COLUMNS = (
     "step ms",
     "images/s",
     "device ms",
+    "kernels",
     "waits",
     "peak MiB",
     "inference ms",
     "device ms ",
+    "kernels ",
     "waits ",
     "peak MiB ",
     "detections",
@@ -104,21 +106,21 @@ def precision(name: str) -> Iterator[torch.dtype | None]:
         set_tf32(before)
 
 
-def measure(subject: Subject, dtype: torch.dtype | None, sizes: Sizes) -> tuple[list[Cell], list[tuple[str, Waits]]]:
-    """The cells of ``COLUMNS`` after the second, and the waits of training and inference."""
-    step, step_waits = measure_run(subject.training(dtype), sizes)
+def measure(subject: Subject, dtype: torch.dtype | None, sizes: Sizes) -> tuple[list[Cell], list[tuple[str, Use]]]:
+    """The cells of ``COLUMNS`` after the second, and how training and inference use the device."""
+    step, step_use = measure_run(subject.training(dtype), sizes)
     detect = subject.inference(dtype)
-    detection, detection_waits = measure_run(detect, sizes)
+    detection, detection_use = measure_run(detect, sizes)
     found = len(detect()[0]["instances"])
     cells = [step[0], 1e3 * sizes.batch / step[0], *step[1:], *detection, found]
-    return cells, [("training", step_waits), ("inference", detection_waits)]
+    return cells, [("training", step_use), ("inference", detection_use)]
 
 
-def measure_run(run: Callable[[], object], sizes: Sizes) -> tuple[tuple[float, float | None, int | None, float], Waits]:
-    """Milliseconds, those that the device works, waits and peak MiB; and the waits with their lines."""
+def measure_run(run: Callable[[], object], sizes: Sizes) -> tuple[list[Cell], Use]:
+    """Milliseconds, then those that the device works, its kernels, waits and peak MiB; and where the waits are."""
     milliseconds = median_time(run, "cuda", sizes.steps, warmup=0 if sizes.pretended else 3)
-    waits = count_waits(run, sizes.pretended)
-    return (milliseconds, waits.busy, waits.number, peak_memory(run, "cuda")), waits
+    use = observe(run, sizes.pretended)
+    return [milliseconds, use.busy, use.kernels, use.waits, peak_memory(run, "cuda")], use
 
 
 def run_eager(part: Part, sizes: Sizes) -> None:
@@ -133,10 +135,10 @@ def run_eager(part: Part, sizes: Sizes) -> None:
                 if part.is_over(row, title, name):
                     continue
                 with part.attempt(f"{title}, {name}", row, title, name), precision(name) as dtype:
-                    cells, waits = measure(subject, dtype, sizes)
+                    cells, uses = measure(subject, dtype, sizes)
                     row(title, name, *cells)
                     if name == "fp32":
-                        found += [(title, k, line, n) for k, w in waits for line, n in w.lines.items()]
+                        found += [(title, k, line, n) for k, use in uses for line, n in use.lines.items()]
             del subject
     line_row = part.table("Where the host waits, in fp32", "model", "", "line", "waits")
     for cells in found:
@@ -171,7 +173,7 @@ def run_graphs(part: Part, sizes: Sizes) -> None:
     """Inference with ``TEST.CUDA_GRAPHS``."""
     introduce(part, sizes)
     part.note("Inference with `TEST.CUDA_GRAPHS.ENABLED True`. Training as a graph: not available.")
-    row = part.table("As CUDA graphs", "model", "precision", *COLUMNS[7:])
+    row = part.table("As CUDA graphs", "model", "precision", *COLUMNS[8:])
     for method, title in METHODS.items():
         if method == "effseg":
             row(title, None, "not available: what it computes depends on the number of its regions")
@@ -195,6 +197,7 @@ def introduce(part: Part, sizes: Sizes) -> None:
     part.note(
         f"Random weights; images of {sizes.height}x{sizes.width} with {INSTANCES} objects each. A step is one of the "
         f"trainer's with {sizes.batch} images, from images in the host's memory to the changed weights; inference is "
-        f"of one image. Medians of {sizes.steps}. Device ms: of all kernels together. Waits: of the host for the device in one step or image. bf16 and "
-        "fp16 are autocast's. MiB: peak beyond the weights and what the step keeps."
+        f"of one image. Medians of {sizes.steps}. Device ms: of all kernels and copies; the rest of the time it "
+        "waits for the host. Waits: of the host for the device in one step or image. bf16, fp16: by autocast. "
+        "MiB: peak beyond the weights and what the step keeps."
     )

@@ -39,8 +39,9 @@ def run_msda(part: Part, sizes: Sizes) -> None:
     rates = known_rates(part.results)
     part.note(
         f"Inputs as in `benchmarks/msda.py`: locations are pixel centres plus offsets of two pixels. Bounds: memory "
-        f"and L1 of {rates.source}. Medians of {sizes.repeat} runs of the device's own time, with cold caches; backward is the difference of both "
-        "passes and the forward one. MiB: peak beyond the inputs. Error: of the output, relative to its largest value."
+        f"and L1 of {rates.source}. Medians of {sizes.repeat} runs of the device's own time, with cold caches; "
+        "backward is the difference of both passes and the forward one. MiB: peak beyond the inputs. Error: of the "
+        "output, relative to its largest value."
     )
     forms, missing = msda_forms(sizes)
     encoders = [msda.Case(image, None, sizes.batch) for image in sizes.images]

@@ -12,7 +12,6 @@ import torch
 
 from querymask.common.ops.extension import EXTENSION
 
-
 L2_BYTES = 256 << 20
 """More than the caches of any GPU hold."""
 HIGHEST_CLOCK = 2e9

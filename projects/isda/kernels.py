@@ -247,12 +247,11 @@ def intersections(masks: Tensor, others: Tensor) -> Tensor:
     In parts of the pixels: one sum of all of them for a few numbers would keep few multiprocessors of a GPU busy.
     """
     parts = math.gcd(masks.shape[-1], 64)
-    return torch.stack(
-        [
-            torch.bmm(a.unflatten(-1, (parts, -1)).transpose(0, 1), b.unflatten(-1, (parts, -1)).permute(1, 2, 0)).sum(0)
-            for a, b in zip(masks, others)
-        ]
-    )
+    products = [
+        torch.bmm(a.unflatten(-1, (parts, -1)).transpose(0, 1), b.unflatten(-1, (parts, -1)).permute(1, 2, 0))
+        for a, b in zip(masks, others)
+    ]
+    return torch.stack(products).sum(1)
 
 
 def soft_iou(intersection: Tensor, a: Tensor, b: Tensor) -> Tensor:
