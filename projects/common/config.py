@@ -63,10 +63,6 @@ def add_common_config(cfg: CfgNode) -> None:
     # At most this many instances of a training image are used, a random choice of them (0: all); bounds the memory
     cfg.INPUT.MAX_INSTANCES = 0
 
-    # How training masks are resized: "nearest", or "any", bilinear sampling in which any positive weight on foreground
-    # makes foreground (EffSeg's release)
-    cfg.INPUT.MASK_RESIZE = "nearest"
-
     # Leave out instances of which augmentation left no pixel of the mask
     cfg.INPUT.DROP_EMPTY_MASKS = False
 

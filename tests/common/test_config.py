@@ -49,3 +49,11 @@ def check(merge: Callable[[CfgNode], None], key: str) -> None:
     message = str(error.value)
     assert key in message and f"renamed to {new};" in message and values in message
     assert VALUES.get(key, "") in message
+
+
+def test_key_that_went_is_left_out_with_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    """Configs that runs have written hold it."""
+    cfg = get_cfg()
+    cfg.merge_from_list(["INPUT.MASK_RESIZE", "any"])
+    assert "MASK_RESIZE" not in cfg.INPUT
+    assert "Deprecated config key (ignoring): INPUT.MASK_RESIZE" in caplog.text

@@ -9,7 +9,6 @@ from PIL import Image
 from querymask import get_cfg
 from querymask.common.data.augmentation import (
     CropOrPad,
-    GrowingResize,
     RandomCropOfRange,
     Resize,
     ResizeShortestSide,
@@ -177,23 +176,12 @@ def test_masks_are_resized_as_the_release_does(old: tuple[int, int], new: tuple[
     assert np.array_equal(Resize(*old, *new).apply_segmentation(mask), expected)
 
 
-def test_masks_grow_where_effseg_asks_for_it():
-    """Every resize of training images is of the kind that INPUT.MASK_RESIZE names."""
-    mask = np.zeros((8, 8), np.uint8)
-    mask[2:5, 2:5] = 1
-    grown = GrowingResize(8, 8, 12, 12).apply_segmentation(mask[::-1])
-    assert grown.dtype == np.uint8 and grown.sum() == 36
-    cfg = train_cfg()
-    for name, kind in (("nearest", Resize), ("any", GrowingResize)):
-        cfg.INPUT.MASK_RESIZE = name
-        np.random.seed(0)
-        augmentations = T.AugmentationList(build_augmentations(cfg, is_train=True))
-        image = np.zeros((640, 470, 3), np.uint8)
-        seen = {type(t) for _ in range(20) for t in augmentations(T.AugInput(image)).transforms}
-        assert {t for t in seen if issubclass(t, T.ResizeTransform)} == {kind}
-    cfg.INPUT.MASK_RESIZE = "bilinear"
-    with pytest.raises(ValueError, match="MASK_RESIZE must be one of nearest, any, not 'bilinear'"):
-        build_augmentations(cfg, is_train=True)
+def test_every_resize_of_training_images_is_the_releases() -> None:
+    np.random.seed(0)
+    augmentations = T.AugmentationList(build_augmentations(train_cfg(), is_train=True))
+    image = np.zeros((640, 470, 3), np.uint8)
+    seen = {type(t) for _ in range(20) for t in augmentations(T.AugInput(image)).transforms}
+    assert {t for t in seen if issubclass(t, T.ResizeTransform)} == {Resize}
 
 
 @pytest.mark.parametrize("size", [(30, 50), (50, 30), (64, 64), (200, 90)])

@@ -11,13 +11,10 @@ global generator, which Detectron2 seeds for each worker.
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from fvcore.transforms.transform import CropTransform, NoOpTransform, PadTransform, Transform, TransformList
 from PIL import Image
-
-from querymask.common.masks import resize_masks
 
 
 def resized_size(width: int, height: int, shorter: int, longest: int | None) -> tuple[int, int]:
@@ -54,19 +51,6 @@ class Resize(T.ResizeTransform):
         return segmentation[rows[:, None], columns]
 
 
-class GrowingResize(Resize):
-    """A resize of masks in which any positive bilinear weight on foreground makes foreground (EffSeg's release)."""
-
-    def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
-        """Resize a mask [H, W]."""
-        mask = resize_masks(torch.from_numpy(segmentation != 0), self.new_h, self.new_w)
-        return mask.numpy().astype(segmentation.dtype)
-
-
-MASK_RESIZES = {"nearest": Resize, "any": GrowingResize}
-"""By the name in ``INPUT.MASK_RESIZE``."""
-
-
 class ResizeShortestSide(T.Augmentation):
     """Resize (antialiased bilinear) such that the shorter side has a randomly chosen length."""
 
@@ -75,14 +59,12 @@ class ResizeShortestSide(T.Augmentation):
         sizes: Sequence[int],
         longest: int | None = None,
         sampling: str = "choice",
-        resize: type[Resize] = Resize,
     ) -> None:
         """
         Args:
             sizes: lengths to choose from, or the first and last of a range; 0 leaves images as they are.
             longest: limit of the longer side; None: no limit.
             sampling: "choice" or "range".
-            resize: says how masks are resized.
         """
         super().__init__()
         if sampling not in ("choice", "range"):
@@ -92,7 +74,6 @@ class ResizeShortestSide(T.Augmentation):
         self.sizes = tuple(sizes)
         self.longest = longest
         self.sampling = sampling
-        self.resize = resize
 
     def get_transform(self, image: np.ndarray) -> Transform:
         """The resize of one image [H, W, ...]."""
@@ -106,7 +87,7 @@ class ResizeShortestSide(T.Augmentation):
         new_width, new_height = resized_size(width, height, int(size), self.longest)
         if (new_width, new_height) == (width, height):
             return NoOpTransform()
-        return self.resize(height, width, new_height, new_width, Image.BILINEAR)
+        return Resize(height, width, new_height, new_width, Image.BILINEAR)
 
 
 class RandomCropOfRange(T.Augmentation):
@@ -136,12 +117,11 @@ class ResizeToScale(T.Augmentation):
     Detectron2's ResizeScale, with the masks of ``Resize`` and at least one pixel for images of extreme shape.
     """
 
-    def __init__(self, size: int, least: float, greatest: float, resize: type[Resize] = Resize) -> None:
+    def __init__(self, size: int, least: float, greatest: float) -> None:
         """
         Args:
             size: side of the square at scale 1.
             least, greatest: the scale is uniform between them.
-            resize: the kind of resize, which differs in the masks.
         """
         super().__init__()
         if size < 1 or not 0 < least <= greatest:
@@ -152,7 +132,6 @@ class ResizeToScale(T.Augmentation):
         self.size = size
         self.least = least
         self.greatest = greatest
-        self.resize = resize
 
     def get_transform(self, image: np.ndarray) -> Transform:
         """The resize of one image [H, W, ...]."""
@@ -162,7 +141,7 @@ class ResizeToScale(T.Augmentation):
         new_height, new_width = (max(int(np.round(old * scale)), 1) for old in (height, width))
         if (new_height, new_width) == (height, width):
             return NoOpTransform()
-        return self.resize(height, width, new_height, new_width, Image.BILINEAR)
+        return Resize(height, width, new_height, new_width, Image.BILINEAR)
 
 
 class CropOrPad(T.Augmentation):
@@ -278,9 +257,6 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     if keys.ROTATE_90:
         augmentations.append(RandomQuarterTurns())
     augmentations += color_jitter(keys.COLOR_JITTER)
-    if keys.MASK_RESIZE not in MASK_RESIZES:
-        raise ValueError(f"INPUT.MASK_RESIZE must be one of {', '.join(MASK_RESIZES)}, not {keys.MASK_RESIZE!r}.")
-    kind = MASK_RESIZES[keys.MASK_RESIZE]
     if keys.LSJ.ENABLED:
         if keys.DETR_CROP.ENABLED:
             raise ValueError(
@@ -289,14 +265,14 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
         if len(keys.LSJ.SCALE) != 2:
             raise ValueError(f"INPUT.LSJ.SCALE is {list(keys.LSJ.SCALE)}: give the least and the greatest scale.")
         size = keys.LSJ.SIZE
-        return [*augmentations, ResizeToScale(size, *keys.LSJ.SCALE, kind), CropOrPad(size, keys.LSJ.PAD_VALUE)]
+        return [*augmentations, ResizeToScale(size, *keys.LSJ.SCALE), CropOrPad(size, keys.LSJ.PAD_VALUE)]
     sizes = keys.MIN_SIZE_TRAIN if isinstance(keys.MIN_SIZE_TRAIN, Sequence) else (keys.MIN_SIZE_TRAIN,)
-    resize = ResizeShortestSide(sizes, keys.MAX_SIZE_TRAIN, keys.MIN_SIZE_TRAIN_SAMPLING, kind)
+    resize = ResizeShortestSide(sizes, keys.MAX_SIZE_TRAIN, keys.MIN_SIZE_TRAIN_SAMPLING)
     crop = keys.DETR_CROP
     if crop.ENABLED:
         if crop.RESIZE_FIRST:
             augmentations.append(resize)
-        branch = T.AugmentationList([ResizeShortestSide(crop.MIN_SIZES, resize=kind), _crop(crop)])
+        branch = T.AugmentationList([ResizeShortestSide(crop.MIN_SIZES), _crop(crop)])
         augmentations.append(T.RandomApply(branch, crop.PROBABILITY))
     augmentations.append(resize)
     return augmentations
