@@ -5,6 +5,7 @@
     python demo.py --config-file FILE --test-images 8 --output FOLDER --opts MODEL.WEIGHTS FILE
     python demo.py --config-file FILE --video-input FILE --output FILE.mp4 --opts MODEL.WEIGHTS FILE
     python demo.py --config-file FILE --webcam --opts MODEL.WEIGHTS FILE
+    python demo.py --run FOLDER --slice 640 --input large.tif --output FOLDER
 
 --run takes config and weights of a training run: its best checkpoint where one was kept, else its last. Without
 --output, pictures are shown in a window. Pictures have at most 1280 pixels on their longer side. --view shows
@@ -52,14 +53,22 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     source.add_argument("--webcam", action="store_true", help="the first camera")
     parser.add_argument("--output", metavar="PATH", help="folder of the pictures; for a video or camera, an .mp4 file")
     parser.add_argument("--confidence-threshold", type=float, default=0.3, help="least score drawn (default: 0.3)")
+    parser.add_argument("--slice", type=int, metavar="N", help="see images in slices of N x N pixels (TEST.SLICE.SIZE)")
+    parser.add_argument("--overlap", type=float, metavar="X", help="what slices share, in parts of N (default: 0.2)")
     parser.add_argument("--view", metavar="NAME", help=f"a look inside: {', '.join(sorted(find_views()))}")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    for key, value in (("SIZE", args.slice), ("OVERLAP", args.overlap)):
+        if value is not None:
+            args.opts = [f"TEST.SLICE.{key}", value, *args.opts]
+    return args
 
 
 def make_draw(args: argparse.Namespace, cfg: CfgNode) -> Draw:
     """From an image to its picture, both uint8 [H, W, 3] RGB."""
     view = choose_view(args.view, cfg.MODEL.META_ARCHITECTURE) if args.view else None
+    if view and cfg.TEST.SLICE.SIZE:
+        raise ValueError("a view is of one pass of the network: leave out --slice (TEST.SLICE.SIZE 0)")
     if not cfg.MODEL.WEIGHTS:
         print("MODEL.WEIGHTS is empty: the weights are random", file=sys.stderr)
     predictor = Predictor(cfg)
@@ -200,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         set_font(cfg.VIS_FONT)
         reader = ImageReader.from_config(cfg)
         draw = make_draw(args, cfg)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     failed = run_on_images(args, reader, draw) if args.input is not None else run_on_video(args, draw)

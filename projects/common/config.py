@@ -105,6 +105,13 @@ def add_common_config(cfg: CfgNode) -> None:
     # Training ends where it has not been better for so many evaluations (0: it does not)
     cfg.TEST.PATIENCE = 0
 
+    # Evaluation sees an image in overlapping slices with this side in pixels, each of which it resizes as an image, and
+    # merges what it finds in them (package sahi); 0: as a whole
+    cfg.TEST.SLICE = CfgNode()
+    cfg.TEST.SLICE.SIZE = 0
+    # What neighbours share, in parts of the size
+    cfg.TEST.SLICE.OVERLAP = 0.2
+
     # Inference as CUDA graphs, one for every size of a padded batch that comes more than once (SOLQ, ISDA and ISTR on
     # a GPU): the host launches one graph in place of more than a thousand kernels
     cfg.TEST.CUDA_GRAPHS = CfgNode()

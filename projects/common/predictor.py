@@ -18,6 +18,7 @@ from querymask.common.engine.checkpointer import StrictCheckpointer
 from querymask.common.engine.checks import get_key, num_classes_key
 from querymask.common.engine.class_names import shown
 from querymask.common.engine.unused_keys import check_unused_keys
+from querymask.common.slicing import SlicedModel, resize
 from querymask.common.transfer import instances_to_host
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class Predictor:
     ``longest_side``: 100 masks of a photograph of 4000x3000 pixels would take 1.2 GB, at 1280x960 they take 123 MB.
 
     Args:
-        cfg: with MODEL.WEIGHTS; random weights where it is empty.
+        cfg: with MODEL.WEIGHTS; random weights where it is empty. ``TEST.SLICE`` counts, too.
         longest_side: of masks and reduced images, in pixels; 0: no limit.
 
     Attributes:
@@ -49,8 +50,11 @@ class Predictor:
         checkpointer.load(cfg.MODEL.WEIGHTS)
         self.class_names = class_names(cfg, checkpointer.class_names)
         self.longest_side = longest_side
+        self._sliced = cfg.TEST.SLICE.SIZE > 0
+        if self._sliced:
+            self.model = SlicedModel.from_config(cfg, self.model).eval()
         self._format = cfg.INPUT.FORMAT
-        self._augmentations = T.AugmentationList(build_augmentations(cfg, is_train=False))
+        self._augmentations = T.AugmentationList(() if self._sliced else build_augmentations(cfg, is_train=False))
 
     def prepare(self, image: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
         """The model's input, and the image at the size of the detections.
@@ -80,7 +84,8 @@ class Predictor:
         (output,) = self.model([item])
         instances = output["instances"]
         (kept,) = (instances.scores >= score_threshold).nonzero(as_tuple=True)
-        return instances_to_host(instances[kept]), reduced
+        instances = instances_to_host(instances[kept])
+        return resize(instances, *reduced.shape[:2]) if self._sliced else instances, reduced
 
 
 def class_names(cfg: CfgNode, of_checkpoint: Sequence[str] = ()) -> Sequence[str]:

@@ -8,15 +8,16 @@ every picture; where there is but one class, instances have colours of their own
 import colorsys
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import cv2
 import numpy as np
-from detectron2.structures import BitMasks, BoxMode, Instances
+import torch
+from detectron2.structures import BitMasks, BoxMode, Instances, PolygonMasks
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
@@ -24,6 +25,7 @@ from PIL import Image, ImageDraw
 from querymask.common import fonts
 from querymask.common.data.image_files import ImageReader
 from querymask.common.data.segmentation import decode_segmentation
+from querymask.common.run_length_masks import RunLengthMasks
 
 # Images are enlarged or reduced for drawing until their longer side is in this range of pixels
 LONGER_SIDE_RANGE = (512, 1280)
@@ -41,20 +43,20 @@ _CROWD = 15
 
 @dataclass
 class _Item:
-    """One thing to draw; ``box`` is XYXY in pixels of the image, ``mask`` bool [H, W] of the image."""
+    """One thing to draw; ``box`` is XYXY in pixels of the image, ``mask`` gives zeros and ones [H, W] of the image."""
 
     name: str  # of its class
     label: str
     colour: tuple[int, int, int]
     box: np.ndarray | None
-    mask: np.ndarray | None
+    mask: Callable[[], np.ndarray] | None
 
     @cached_property
     def extent(self) -> np.ndarray | None:
         """XYXY of the box, of the mask where there is no box; None for an empty mask."""
         if self.box is not None or self.mask is None:
             return self.box
-        x, y, w, h = cv2.boundingRect(self.mask.astype(np.uint8))
+        x, y, w, h = cv2.boundingRect(self.mask().astype(np.uint8))
         return np.array([x, y, x + w, y + h]) if w else None
 
 
@@ -267,8 +269,10 @@ def _items(
     boxes = fields["boxes"].tensor.detach().cpu().numpy() if "boxes" in fields else None
     classes = fields["classes"].tolist() if "classes" in fields else None
     masks = fields.get("masks")
-    if masks is not None and not hasattr(masks, "shape"):  # BitMasks, PolygonMasks
-        masks = (masks if isinstance(masks, BitMasks) else BitMasks.from_polygon_masks(masks, height, width)).tensor
+    if isinstance(masks, PolygonMasks):
+        masks = BitMasks.from_polygon_masks(masks, height, width)
+    if isinstance(masks, BitMasks):
+        masks = masks.tensor
     items = []
     for i in range(len(instances)):
         if scores is not None and scores[i] < score_threshold:
@@ -278,7 +282,7 @@ def _items(
         if scores is not None:
             words.append(f"{scores[i]:.2f}")
         colour = class_colour(i if classes is None or len(class_names) == 1 else classes[i])
-        mask = None if masks is None else np.asarray(masks[i].detach().cpu()).astype(bool)
+        mask = None if masks is None else partial(_decode, masks, i)
         items.append(_Item(name, " ".join(words), colour, None if boxes is None else boxes[i], mask))
     return items
 
@@ -292,9 +296,15 @@ def _annotation_item(
     if "bbox" in annotation:
         box = np.array(BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS))
     if "segmentation" in annotation:
-        mask = decode_segmentation(annotation["segmentation"], height, width).astype(bool)
+        mask = partial(decode_segmentation, annotation["segmentation"], height, width)
     colour = _CROWD_COLOUR if crowd else class_colour(number if len(class_names) == 1 else annotation["category_id"])
     return _Item(name, f"{name} crowd" if crowd else name, colour, box, mask)
+
+
+def _decode(masks: torch.Tensor | RunLengthMasks, number: int) -> np.ndarray:
+    if isinstance(masks, RunLengthMasks):
+        return masks.decode(number)
+    return masks[number].detach().cpu().numpy().astype(bool)
 
 
 def _class_name(index: int, class_names: Sequence[str]) -> str:
@@ -304,11 +314,12 @@ def _class_name(index: int, class_names: Sequence[str]) -> str:
 def _draw_mask(canvas: np.ndarray, item: _Item) -> None:
     """Tint the pixels of a mask and draw its outline, in place; the mask is brought to the canvas' size."""
     height, width = canvas.shape[:2]
-    enlarging = width > item.mask.shape[1]
+    pixels = item.mask().astype(np.uint8)
+    enlarging = width > pixels.shape[1]
     method = cv2.INTER_LINEAR if enlarging else cv2.INTER_AREA
-    coverage = cv2.resize(item.mask.astype(np.uint8) * 255, (width, height), interpolation=method)
+    coverage = cv2.resize(pixels * 255, (width, height), interpolation=method)
     if enlarging:  # round off the steps of the pixels
-        coverage = cv2.GaussianBlur(coverage, (0, 0), 0.5 * width / item.mask.shape[1])
+        coverage = cv2.GaussianBlur(coverage, (0, 0), 0.5 * width / pixels.shape[1])
     mask = (coverage >= 128).astype(np.uint8)
     x, y, w, h = cv2.boundingRect(mask)
     if w == 0:

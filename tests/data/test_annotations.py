@@ -348,9 +348,10 @@ def test_training_needs_instances(registered: Callable[..., str], log: pytest.Lo
         read_training_set([name], min_side=65)
     assert len(read_training_set([registered(drop("segmentation"))], masks=False)) == 1
     log.clear()
-    read_training_set([registered(one(iscrowd=1))], num_queries=2)
+    read_training_set([registered(one(iscrowd=1))], num_queries={"MODEL.SOLQ.NUM_QUERIES": 2})
     assert "1 of 4 annotations are crowd regions" in log.text
     assert "1 training images have more objects (up to 3) than the model has queries, 2" in log.text
+    assert "Raise MODEL.SOLQ.NUM_QUERIES (and TEST.DETECTIONS_PER_IMAGE" in log.text
 
 
 def test_classes_without_instances_are_named(registered: Callable[..., str], log: pytest.LogCaptureFixture) -> None:

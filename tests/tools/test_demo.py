@@ -18,6 +18,7 @@ from torch import nn
 
 from querymask import get_cfg
 from querymask.common import views
+from querymask.common.meta_arch import QuerySegmenter
 from querymask.common.predictor import Predictor, class_names
 from querymask.solq.figures import detections_by_coefficients
 
@@ -210,6 +211,33 @@ def test_large_photographs_get_reduced_masks(config: Callable[[str], str]) -> No
     with pytest.raises(ValueError, match="needs a uint8 image"):
         predictor(image[:, :, 0])
     assert class_names(cfg)[0] == "circle"
+
+
+@pytest.mark.parametrize("method", list(TINY))
+def test_slices(config: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """Each slice is seen as an image; the picture has the size that it has without slices."""
+    pytest.importorskip("sahi")
+    sizes = []
+    find = QuerySegmenter.forward
+
+    def spied(model: nn.Module, inputs: list[dict]) -> list[dict]:
+        sizes.append((inputs[0]["height"], inputs[0]["width"], *inputs[0]["image"].shape[1:]))
+        return find(model, inputs)
+
+    monkeypatch.setattr(QuerySegmenter, "forward", spied)
+    file, output = str(picture(tmp_path / "a.png", 300, 200)), tmp_path / "out"
+    arguments = ["--config-file", config(method), "--input", file, "--output", str(output), "--slice", "128"]
+    opts = ["--opts", "MODEL.MASK_CODING.NAME", "dct", "MODEL.MASK_CODING.BASIS", ""] if method == "istr" else []
+    assert demo.main([*arguments, "--overlap", "0.25", "--confidence-threshold", "0", *opts]) == 0
+    assert sizes == [(128, 128, 128, 128)] * 6
+    with Image.open(output / "a.jpg") as drawn:
+        assert drawn.size == (512, 341)
+
+
+def test_slices_and_views(config: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config-file", config("solq"), "--input", "a.png", "--view", "coefficients", "--slice", "128"]
+    assert demo.main(arguments) == 1
+    assert "a view is of one pass of the network: leave out --slice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

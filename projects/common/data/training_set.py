@@ -2,7 +2,8 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from detectron2.data import MetadataCatalog
@@ -21,7 +22,7 @@ def read_training_set(
     masks: bool = True,
     filter_empty: bool = False,
     min_side: int = 0,
-    num_queries: int | None = None,
+    num_queries: Mapping[str, int] = MappingProxyType({}),
 ) -> Entries:
     """Checked dictionaries of data sets to train on, one after the other, with instances by class in the log.
 
@@ -30,7 +31,8 @@ def read_training_set(
         masks: whether every instance needs a mask.
         filter_empty: leave out images without instances to train on.
         min_side: leave out images with a shorter side, in pixels.
-        num_queries: the most objects that the model can find in an image, for a line where there are more.
+        num_queries: the most objects that the model can find in an image, by the key that says it, for a line where
+            there are more.
 
     Raises:
         KeyError: a data set is not registered.
@@ -49,12 +51,14 @@ def read_training_set(
         raise AnnotationError(f"{', '.join(names)}: there is no object to train on. Look into the lines above.")
     _show_classes(names, entries)
     counts = {i: len(_instances(entry)) for i, entry in enumerate(entries)}
-    if num_queries is not None and (highest := max(counts.values())) > num_queries:
-        number = sum(count > num_queries for count in counts.values())
-        logger.warning(
-            f"{number} training images have more objects (up to {highest}) than the model has queries, {num_queries}: "
-            "the others are not learned there. Raise its NUM_QUERIES, or set INPUT.MAX_INSTANCES"
-        )
+    for key, limit in num_queries.items():
+        if (highest := max(counts.values())) > limit:
+            number = sum(count > limit for count in counts.values())
+            logger.warning(
+                f"{number} training images have more objects (up to {highest}) than the model has queries, {limit}: "
+                f"the others are not learned there. Raise {key} (and TEST.DETECTIONS_PER_IMAGE, for them to count), or "
+                "set INPUT.MAX_INSTANCES"
+            )
     kept = [
         entry
         for i, entry in enumerate(entries)

@@ -44,6 +44,7 @@ from querymask.common.evaluation import build_evaluator, results_table
 from querymask.common.evaluation.build import num_queries, results_folder
 from querymask.common.evaluation.class_file import write_class_file
 from querymask.common.evaluation.results import evaluate_results
+from querymask.common.slicing import SlicedModel
 from querymask.common.solver import build_lr_scheduler, build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -308,9 +309,12 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
         """Every image of a data set once, one at a time, in the process that evaluates it."""
+        arguments = InstanceMapper.from_config(cfg, is_train=False)
+        if cfg.TEST.SLICE.SIZE:
+            arguments["augmentations"] = ()  # every slice has them
         return build_detection_test_loader(
             read_dataset(dataset_name),
-            mapper=InstanceMapper(cfg, is_train=False),
+            mapper=InstanceMapper(**arguments),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
         )
 
@@ -329,6 +333,8 @@ class Trainer(DefaultTrainer):
         if comm.get_world_size() > 1:  # the processes' batch norms have seen different images; checkpoints have these
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, 0)
+        if cfg.TEST.SLICE.SIZE:
+            model = SlicedModel.from_config(cfg, model)
         results = super().test(cfg, model, evaluators)
         names = cfg.DATASETS.TEST
         if comm.is_main_process():

@@ -26,14 +26,19 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     output_dir = results_folder(cfg, dataset_name)
     if kind in ("coco", "lvis"):
         evaluator: DatasetEvaluator = InstanceEvaluator(
-            dataset_name, output_dir, cfg.TEST.BOUNDARY_AP, cfg.TEST.DETECTIONS_PER_IMAGE, num_queries(cfg)
+            dataset_name,
+            output_dir,
+            cfg.TEST.BOUNDARY_AP,
+            cfg.TEST.DETECTIONS_PER_IMAGE,
+            {} if cfg.TEST.SLICE.SIZE else num_queries(cfg),  # every slice has its own
         )
     elif kind == "cityscapes_instance":
-        if cfg.TEST.BOUNDARY_AP:
-            raise ValueError(
-                f"TEST.BOUNDARY_AP is for data sets with COCO's or LVIS's evaluation, and {dataset_name} has "
-                f"evaluator_type {kind!r}: set it to False"
-            )
+        for key, value, off in (("BOUNDARY_AP", cfg.TEST.BOUNDARY_AP, False), ("SLICE.SIZE", cfg.TEST.SLICE.SIZE, 0)):
+            if value:
+                raise ValueError(
+                    f"TEST.{key} is for data sets with COCO's or LVIS's evaluation, and {dataset_name} has "
+                    f"evaluator_type {kind!r}: set it to {off}"
+                )
         _require("cityscapesscripts", "cityscapesScripts", dataset_name)
         evaluator = CityscapesInstanceEvaluator(dataset_name)
     else:
@@ -63,9 +68,11 @@ def results_folder(cfg: CfgNode, dataset_name: str) -> str:
     return os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name if len(cfg.DATASETS.TEST) > 1 else "")
 
 
-def num_queries(cfg: CfgNode) -> int | None:
-    """How many objects the model can find in an image, None if its method has no such key."""
-    return cfg.MODEL.get(cfg.MODEL.META_ARCHITECTURE.upper(), CfgNode()).get("NUM_QUERIES")
+def num_queries(cfg: CfgNode) -> dict[str, int]:
+    """How many objects the model can find in an image, by the key that says it; empty if its method has no such key."""
+    section = cfg.MODEL.META_ARCHITECTURE.upper()
+    number = cfg.MODEL.get(section, CfgNode()).get("NUM_QUERIES")
+    return {} if number is None else {f"MODEL.{section}.NUM_QUERIES": number}
 
 
 def _require(module: str, package: str, dataset_name: str) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import pycocotools.mask as mask_util
@@ -27,6 +28,7 @@ from querymask.common.evaluation.boundary import BoundaryEval
 from querymask.common.evaluation.lvis import FederatedEval, best_of_images, check_lvis, frequency_groups
 from querymask.common.evaluation.scores import MAX_DETECTIONS, METRICS, evaluate, load_results
 from querymask.common.evaluation.truth import category_ids, dataset_truth, index
+from querymask.common.run_length_masks import RunLengthMasks
 from querymask.common.transfer import instances_to_host
 
 Results = list[dict[str, Any]]
@@ -48,7 +50,8 @@ class InstanceEvaluator(DatasetEvaluator):
         boundary: whether masks get boundary AP, too, as task "boundary".
         max_detections: so many detections of highest score count: of each class in an image by COCO's rules, of an
             image by LVIS's.
-        num_queries: the most objects that the model can find in an image, for a line where there are more.
+        num_queries: the most objects that the model can find in an image, by the key that says it, for a line where
+            there are more.
         distributed: whether every process has a part of the predictions.
 
     Raises:
@@ -61,7 +64,7 @@ class InstanceEvaluator(DatasetEvaluator):
         output_dir: str | None,
         boundary: bool = False,
         max_detections: int = MAX_DETECTIONS,
-        num_queries: int | None = None,
+        num_queries: Mapping[str, int] = MappingProxyType({}),
         distributed: bool = True,
     ) -> None:
         if max_detections < 1:
@@ -213,18 +216,19 @@ class InstanceEvaluator(DatasetEvaluator):
         return os.path.join(self._output_dir, f"{'lvis' if self._federated else 'coco'}_instances_results.json")
 
 
-def tell_limits(name: str, counts: Mapping[Any, int], max_detections: int, num_queries: int | None) -> None:
+def tell_limits(name: str, counts: Mapping[Any, int], max_detections: int, num_queries: Mapping[str, int]) -> None:
     """One line for each limit that images have more objects than.
 
     Args:
         counts: objects of each image.
+        max_detections, num_queries: as for :class:`InstanceEvaluator`.
     """
     highest = max(counts.values(), default=0)
     for limit, what in (
         (max_detections, "count as detections: raise TEST.DETECTIONS_PER_IMAGE (--max-detections of tools)"),
-        (num_queries, "queries of the model can find: raise its NUM_QUERIES"),
+        *((number, f"queries of the model can find: raise {key}, and train") for key, number in num_queries.items()),
     ):
-        if limit is not None and highest > limit:
+        if highest > limit:
             number = sum(count > limit for count in counts.values())
             logger.warning(f"{name}: {number} images have more objects (up to {highest}) than the {limit} that {what}")
 
@@ -239,7 +243,13 @@ def _to_results(instances: Instances, image_id: Any) -> Results:
         for result in results:
             del result["bbox"]
     if masks is not None and results:
-        columns = masks.to(torch.bool).transpose(1, 2).contiguous().view(torch.uint8)  # (n, W, H)
-        for result, lengths in zip(results, mask_util.encode(columns.numpy().transpose(2, 1, 0)), strict=True):
+        for result, lengths in zip(results, _run_lengths(masks), strict=True):
             result["segmentation"] = {"size": lengths["size"], "counts": lengths["counts"].decode("utf-8")}
     return results
+
+
+def _run_lengths(masks: torch.Tensor | RunLengthMasks) -> list[dict[str, Any]]:
+    if isinstance(masks, RunLengthMasks):
+        return masks.lengths
+    columns = masks.to(torch.bool).transpose(1, 2).contiguous().view(torch.uint8)  # (n, W, H)
+    return mask_util.encode(columns.numpy().transpose(2, 1, 0))
