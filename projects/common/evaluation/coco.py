@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pycocotools.mask as mask_util
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
@@ -23,6 +22,7 @@ from pycocotools.cocoeval import COCOeval
 
 from querymask.common import compat
 from querymask.common.data.annotations import AnnotationError
+from querymask.common.data.segmentation import encode_masks
 from querymask.common.evaluation.boundary import BoundaryEval
 from querymask.common.evaluation.lvis import FederatedEval, best_of_images, check_lvis, frequency_groups
 from querymask.common.evaluation.scores import MAX_DETECTIONS, METRICS, evaluate, load_results
@@ -239,7 +239,6 @@ def _to_results(instances: Instances, image_id: Any) -> Results:
         for result in results:
             del result["bbox"]
     if masks is not None and results:
-        columns = masks.to(torch.bool).transpose(1, 2).contiguous().view(torch.uint8)  # (n, W, H)
-        for result, lengths in zip(results, mask_util.encode(columns.numpy().transpose(2, 1, 0)), strict=True):
-            result["segmentation"] = {"size": lengths["size"], "counts": lengths["counts"].decode("utf-8")}
+        for result, lengths in zip(results, encode_masks(masks.to(torch.bool).numpy()), strict=True):
+            result["segmentation"] = lengths
     return results
