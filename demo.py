@@ -8,35 +8,45 @@
     python demo.py --run FOLDER --slice 640 --input large.tif --output FOLDER
 
 --run takes config and weights of a training run: its best checkpoint where one was kept, else its last. Without
---output, pictures are shown in a window. Pictures have at most 1280 pixels on their longer side. --view shows
-what goes on inside a method: reference_points (ISDA), stages (ISTR), coefficients (SOLQ), refinement (EffSeg). Files
-that cannot be read or drawn are reported and left out; the exit status is 1 if there were any.
+--output, pictures are shown in a window. Pictures have at most 1280 pixels on their longer side. Beside them are the
+detections as COCO JSON, in the pixels of the files: detections.json, and images.json with the images and classes that
+its ids mean (of a video OUT.mp4, OUT.detections.json and OUT.images.json). --label-images adds labels/NAME.png of 16
+bits, whose pixels have the number of their object: 1 for the first of the image in detections.json.
+
+--view shows what goes on inside a method in place of detections: reference_points (ISDA), stages (ISTR), coefficients
+(SOLQ), refinement (EffSeg). Files that cannot be read or drawn are reported and left out; the exit status is 1 if there
+were any.
 """
 
 import argparse
 import glob
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import querymask  # isort: skip  (before Detectron2: makes it importable)  # noqa: F401
 import cv2
 import numpy as np
 import torch
-from detectron2.config import CfgNode
+from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from querymask.command_line import add_data, load_config, load_run, make_parser
 from querymask.common.data.annotations import read_dataset
-from querymask.common.data.image_files import IMAGE_ENDINGS, ImageFileError, ImageReader, find_file
+from querymask.common.data.image_files import IMAGE_ENDINGS, ImageFileError, find_file
+from querymask.common.data.read_ahead import read_ahead
+from querymask.common.detection_files import DetectionWriter, model_categories
+from querymask.common.detections import Detections
 from querymask.common.fonts import set_font
 from querymask.common.predictor import Predictor
 from querymask.common.views import choose_view, find_views
-from querymask.common.visualization import PictureNames, draw_instances, write_image
+from querymask.common.visualization import LONGER_SIDE_RANGE, PictureNames, draw_instances, write_image
 
 WINDOW = "QueryMask (q: quit)"
-Draw = Callable[[np.ndarray], np.ndarray]
+Draw = Callable[[np.ndarray], tuple[np.ndarray, Detections | None]]
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,6 +62,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     source.add_argument("--video-input", metavar="FILE", help="a video")
     source.add_argument("--webcam", action="store_true", help="the first camera")
     parser.add_argument("--output", metavar="PATH", help="folder of the pictures; for a video or camera, an .mp4 file")
+    parser.add_argument("--label-images", action="store_true", help="write a label image of every image, too")
     parser.add_argument("--confidence-threshold", type=float, default=0.3, help="least score drawn (default: 0.3)")
     parser.add_argument("--slice", type=int, metavar="N", help="see images in slices of N x N pixels (TEST.SLICE.SIZE)")
     parser.add_argument("--overlap", type=float, metavar="X", help="what slices share, in parts of N (default: 0.2)")
@@ -61,25 +72,22 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for key, value in (("SIZE", args.slice), ("OVERLAP", args.overlap)):
         if value is not None:
             args.opts = [f"TEST.SLICE.{key}", value, *args.opts]
+    if args.label_images and (args.view or not args.output or args.video_input or args.webcam):
+        parser.error("--label-images is for images with --output and without --view")
     return args
 
 
-def make_draw(args: argparse.Namespace, cfg: CfgNode) -> Draw:
-    """From an image to its picture, both uint8 [H, W, 3] RGB."""
-    view = choose_view(args.view, cfg.MODEL.META_ARCHITECTURE) if args.view else None
-    if view and cfg.TEST.SLICE.SIZE:
-        raise ValueError("a view is of one pass of the network: leave out --slice (TEST.SLICE.SIZE 0)")
-    if not cfg.MODEL.WEIGHTS:
-        print("MODEL.WEIGHTS is empty: the weights are random", file=sys.stderr)
-    predictor = Predictor(cfg)
+def make_draw(args: argparse.Namespace, predictor: Predictor, architecture: str) -> Draw:
+    """From an image to its picture, both uint8 [H, W, 3] RGB, and what it shows, if those are detections."""
+    view = choose_view(args.view, architecture) if args.view else None
     names = predictor.class_names
 
-    def draw(image: np.ndarray) -> np.ndarray:
-        if view is None:
-            instances, reduced = predictor(image, args.confidence_threshold)
-            return draw_instances(reduced, instances, names)
+    def draw(image: np.ndarray) -> tuple[np.ndarray, Detections | None]:
         item, reduced = predictor.prepare(image)
-        return view(predictor.model, item, reduced, names, args.confidence_threshold)
+        if view is not None:
+            return view(predictor.model, item, reduced, names, args.confidence_threshold), None
+        (found,) = predictor.detect([item], args.confidence_threshold)
+        return draw_instances(reduced, found.to_instances(), names), found
 
     return draw
 
@@ -121,20 +129,34 @@ def show(picture: np.ndarray, wait: int) -> bool:
         raise SystemExit("no window can be opened: OpenCV is headless or there is no display. Give --output") from None
 
 
-def run_on_images(args: argparse.Namespace, reader: ImageReader, draw: Draw) -> int:
-    """Draw every image; returns how many inputs failed."""
-    files, problems = find_images(args.input)
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    failed = len(problems)
+def run_on_images(
+    args: argparse.Namespace,
+    files: Sequence[tuple[Path, Any]],
+    reader: Callable[[Path], np.ndarray],
+    draw: Draw,
+    writer: DetectionWriter | None,
+) -> int:
+    """Draw every image, and read the next ones meanwhile; returns how many failed.
+
+    Args:
+        files: with their image ids.
+    """
+    failed = 0
     names = PictureNames(".jpg")
     with logging_redirect_tqdm():
-        for file in tqdm(files, unit="image", disable=not files):
+        images = read_ahead(lambda item: reader(item[0]), files)
+        for (file, image_id), reading in tqdm(images, unit="image", total=len(files), disable=not files):
             name = names(file)
             try:
-                picture = draw(reader(file))
+                image = reading.result()
+                picture, found = draw(image)
                 if args.output:
                     write_image(Path(args.output) / name, picture)
+                if args.label_images:
+                    labels = Path(args.output, "labels", name).with_suffix(".png")
+                    write_labels(labels, found.label_image(image.shape[:2]))
+                if writer is not None:
+                    writer.add(found, image, image_id, str(file))
             except Exception as error:  # whatever it is, the other files are done
                 tqdm.write(f"error: {explain(file, error)}", file=sys.stderr)
                 failed += 1
@@ -142,6 +164,12 @@ def run_on_images(args: argparse.Namespace, reader: ImageReader, draw: Draw) -> 
             if not args.output and not show(picture, wait=0):
                 break
     return failed
+
+
+def write_labels(path: Path, labels: np.ndarray) -> None:
+    """Write uint16 [H, W] as PNG; the folder is made where it lacks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(labels).save(path)
 
 
 def explain(file: Path, error: Exception) -> str:
@@ -156,64 +184,86 @@ def explain(file: Path, error: Exception) -> str:
     return f"{file} cannot be drawn: {type(error).__name__}: {error}"
 
 
-def run_on_video(args: argparse.Namespace, draw: Draw) -> int:
+def run_on_video(args: argparse.Namespace, draw: Draw, writer: DetectionWriter | None) -> int:
     """Draw every frame; returns 1 if the video or the camera cannot be read, else 0."""
     source = 0 if args.webcam else args.video_input
     video = cv2.VideoCapture(source)
     total = 0 if args.webcam else max(int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0)
-    writer, count = None, 0
+    film, count = None, 0
     try:
         with tqdm(total=total or None, unit="frame") as progress:
             while True:
                 read, frame = video.read()
                 if not read:
                     break
-                picture = draw(np.ascontiguousarray(frame[:, :, ::-1]))
+                image = np.ascontiguousarray(frame[:, :, ::-1])
+                picture, found = draw(image)
                 count += 1
                 progress.update()
+                if writer is not None:
+                    writer.add(found, image, count, f"{'camera' if args.webcam else source}, frame {count}")
                 if args.output:
-                    writer = writer or open_writer(args.output, video.get(cv2.CAP_PROP_FPS) or 25, picture)
-                    writer.write(np.ascontiguousarray(picture[:, :, ::-1]))
+                    film = film or open_film(args.output, video.get(cv2.CAP_PROP_FPS) or 25, picture)
+                    film.write(np.ascontiguousarray(picture[:, :, ::-1]))
                 elif not show(picture, wait=1):
                     break
     except KeyboardInterrupt:  # the usual end of a camera's recording
         pass
     finally:
         video.release()
-        if writer is not None:
-            writer.release()
+        if film is not None:
+            film.release()
     if not count:
         what = "the camera gives" if args.webcam else f"{args.video_input} has"
         print(f"error: {what} no frames, or OpenCV cannot read them", file=sys.stderr)
     return int(not count)
 
 
-def open_writer(path: str, rate: float, picture: np.ndarray) -> cv2.VideoWriter:
-    """A video of pictures of this size."""
+def open_film(path: str, rate: float, picture: np.ndarray) -> cv2.VideoWriter:
+    """A video of pictures of this size, with this many a second."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     height, width = picture.shape[:2]
-    writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), rate, (width, height))
-    if not writer.isOpened():
+    film = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), rate, (width, height))
+    if not film.isOpened():
         raise SystemExit(f"{path} cannot be written: give the name of an .mp4 file in a folder that can be written to")
-    return writer
+    return film
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit status."""
     args = parse_arguments(arguments)
+    problems: list[str] = []
     try:
         load, source = (load_run, args.run) if args.run else (load_config, args.config_file)
         cfg = load(source, args.opts, data=args.data)
+        files: list[tuple[Path, Any]] | None = None
         if args.test_images is not None:
-            args.input = [entry["file_name"] for entry in read_dataset(cfg.DATASETS.TEST[0])[: args.test_images]]
+            entries = read_dataset(cfg.DATASETS.TEST[0])[: args.test_images]
+            files = [(Path(entry["file_name"]), entry["image_id"]) for entry in entries]
+        elif args.input:
+            found, problems = find_images(args.input)
+            files = [(file, number) for number, file in enumerate(found, start=1)]
         set_font(cfg.VIS_FONT)
-        reader = ImageReader.from_config(cfg)
-        draw = make_draw(args, cfg)
+        if args.view and cfg.TEST.SLICE.SIZE:
+            raise ValueError("a view is of one pass of the network: leave out --slice (TEST.SLICE.SIZE 0)")
+        if not cfg.MODEL.WEIGHTS:
+            print("MODEL.WEIGHTS is empty: the weights are random", file=sys.stderr)
+        predictor = Predictor(cfg, longest_side=LONGER_SIDE_RANGE[1])
+        draw = make_draw(args, predictor, cfg.MODEL.META_ARCHITECTURE)
+        writer = None
+        if args.output and not args.view:
+            prefix = f"{Path(args.output).with_suffix('')}." if files is None else f"{args.output}/"
+            writer = DetectionWriter(prefix, model_categories(cfg, predictor.class_names))
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    failed = run_on_images(args, reader, draw) if args.input is not None else run_on_video(args, draw)
-    return int(failed > 0)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    with writer or nullcontext():
+        if files is None:
+            return run_on_video(args, draw, writer)
+        failed = run_on_images(args, files, predictor.reader, draw, writer)
+    return int(failed + len(problems) > 0)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,15 @@ if compat.detectron2_available():
     from querymask import effseg, isda, istr, solq
     from querymask.common import backbones, data
     from querymask.config import add_querymask_config, get_cfg
+    from querymask.inference import load
 
     data.install()
 
-    __all__ = ["add_querymask_config", "backbones", "data", "effseg", "get_cfg", "isda", "istr", "solq"]
+    __all__ = ["add_querymask_config", "backbones", "data", "effseg", "get_cfg", "isda", "istr", "load", "solq"]
 else:
 
     def __getattr__(name: str) -> None:
-        if name in ("add_querymask_config", "get_cfg", "effseg", "isda", "istr", "solq"):
+        if name in ("add_querymask_config", "get_cfg", "load", "effseg", "isda", "istr", "solq"):
             raise ImportError(
                 f"querymask.{name} needs Detectron2, which is not installed: see docs/installation.md. "
                 "Without it only querymask.common.ops can be used."

@@ -72,23 +72,39 @@ def load_config(
     return cfg
 
 
-def load_run(folder: str | os.PathLike[str], overrides: Sequence[Any] = (), data: str | None = None) -> "CfgNode":
+def load_run(
+    folder: str | os.PathLike[str],
+    overrides: Sequence[Any] = (),
+    device: str | None = None,
+    data: str | None = None,
+) -> "CfgNode":
     """The config of a training run with its best checkpoint, where one was kept, else its last.
 
     Args:
         folder: OUTPUT_DIR of the run.
+        overrides, device, data: as of ``load_config``. Where ``MODEL.WEIGHTS`` is overridden, the run needs none.
 
     Raises:
         FileNotFoundError: it has no config or no checkpoint.
     """
     from querymask.common.engine import find_checkpoint
 
+    config = run_config(folder)
+    # The mask basis is in the checkpoint
+    weights = [] if "MODEL.WEIGHTS" in overrides[::2] else ["MODEL.WEIGHTS", find_checkpoint(folder)]
+    return load_config(config, [*weights, "MODEL.MASK_CODING.BASIS", "", *overrides], device=device, data=data)
+
+
+def run_config(folder: str | os.PathLike[str]) -> Path:
+    """The file with the config of a training run.
+
+    Raises:
+        FileNotFoundError: there is none in the folder.
+    """
     config = Path(folder, "config.yaml")
     if not config.is_file():
         raise FileNotFoundError(f"{folder} has no config.yaml: give the OUTPUT_DIR of a training run")
-    # The mask basis is in the checkpoint
-    own = ["MODEL.WEIGHTS", find_checkpoint(folder), "MODEL.MASK_CODING.BASIS", ""]
-    return load_config(config, [*own, *overrides], data=data)
+    return config
 
 
 def add_images(parser: argparse.ArgumentParser, images: str = "the first N images of DATASETS.TEST") -> None:

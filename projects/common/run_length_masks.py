@@ -9,6 +9,7 @@ import torch
 from pycocotools import mask as mask_util
 
 from querymask.common.data.run_lengths import read_counts
+from querymask.common.data.segmentation import as_text
 
 RunLengths = dict[str, Any]
 """COCO's compressed RLE, with counts as bytes."""
@@ -48,6 +49,10 @@ class RunLengthMasks:
         """(n, 4) XYXY of the masks' pixels, of no area where a mask is empty."""
         boxes = np.asarray(mask_util.toBbox(self.lengths) if self.lengths else (), dtype=np.float64).reshape(-1, 4)
         return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+
+    def texts(self) -> list[dict[str, Any]]:
+        """The run lengths with counts as text, as JSON takes them."""
+        return [as_text(rle) for rle in self.lengths]
 
     def decode(self, number: int) -> np.ndarray:
         """One mask, uint8 [H, W]."""

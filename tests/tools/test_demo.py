@@ -1,23 +1,31 @@
 """The demo: what is read, drawn and reported; the predictor's sizes; the views."""
 
 import importlib.util
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import coco_files
 import cv2
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import Boxes, Instances
 from devices import DEVICE
 from PIL import Image
+from pycocotools.coco import COCO
 from torch import nn
 
 from querymask import get_cfg
+from querymask.common import predictor as predictor_module
 from querymask.common import views
+from querymask.common.detections import Detections
+from querymask.common.evaluation.results import evaluate_results
 from querymask.common.meta_arch import QuerySegmenter
 from querymask.common.predictor import Predictor, class_names
 from querymask.solq.figures import detections_by_coefficients
@@ -31,6 +39,9 @@ TINY = {
     "effseg": "EFFSEG: {NUM_QUERIES: 20, HIDDEN_DIM: 32, NUM_HEADS: 2, DEC_LAYERS: 1, DIM_FEEDFORWARD: 8}\n"
     "  MASK_BRANCH: {EFFSEG: {REFINEMENTS: 100}}",
 }
+
+
+JSON = ["detections.json", "images.json"]
 
 
 def load_demo() -> ModuleType:
@@ -76,7 +87,7 @@ def test_folders_patterns_and_files(config: Callable[[str], str], tmp_path: Path
     output = tmp_path / "out"
     arguments = ["--config-file", config("solq"), "--output", str(output), "--confidence-threshold", "0"]
     assert demo.main([*arguments, "--input", *inputs]) == 0
-    assert names(output) == ["a.jpg", "a_2.jpg", "b.jpg", "c1.jpg"]
+    assert names(output) == ["a.jpg", "a_2.jpg", "b.jpg", "c1.jpg", *JSON]
     with Image.open(output / "a.jpg") as drawn:
         assert drawn.size == (512, 341)  # small images are enlarged for drawing
 
@@ -92,7 +103,7 @@ def test_broken_files_are_reported_and_the_rest_is_done(
     inputs = [str(broken), str(cut), str(tmp_path / "missing.png"), str(tmp_path / "empty"), str(good)]
     output = tmp_path / "out"
     assert demo.main(["--config-file", config("solq"), "--output", str(output), "--input", *inputs]) == 1
-    assert names(output) == ["good.jpg"]
+    assert names(output) == [JSON[0], "good.jpg", JSON[1]]
     errors = capsys.readouterr().err
     for text in ("broken.jpg cannot be read", "cut.png cannot be read", "missing.png: there is no", "empty: no images"):
         assert text in errors
@@ -117,7 +128,7 @@ def test_whatever_is_in_a_folder(
     def make(*arguments: object) -> demo.Draw:
         draw = make_draw(*arguments)
 
-        def fail(image: np.ndarray) -> np.ndarray:
+        def fail(image: np.ndarray) -> tuple[np.ndarray, Detections]:
             if image.shape == (60, 50, 3):
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return draw(image)
@@ -128,7 +139,7 @@ def test_whatever_is_in_a_folder(
     output = tmp_path / "out"
     arguments = ["--config-file", config("solq"), "--output", str(output), "--input", str(folder)]
     assert demo.main(arguments) == 1
-    assert names(output) == ["a.jpg", "b.jpg", "c.jpg"]
+    assert names(output) == ["a.jpg", "b.jpg", "c.jpg", *JSON]
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     expected = {
         "d.heic": "cannot be read: .*HEIC",
@@ -142,7 +153,7 @@ def test_whatever_is_in_a_folder(
     for line, (name, message) in zip(errors, expected.items()):
         assert re.match(f"error: {re.escape(str(folder / name))} {message}", line), line
     assert demo.main([*arguments, "--opts", "INPUT.PIXEL_RANGE", "[1000, 3000]"]) == 1
-    assert names(output) == ["a.jpg", "b.jpg", "c.jpg", "e.jpg", "f.jpg"]
+    assert names(output) == ["a.jpg", "b.jpg", "c.jpg", JSON[0], "e.jpg", "f.jpg", JSON[1]]
 
 
 def test_options_that_are_wrong(config: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,23 +169,33 @@ def test_names_of_windows(config: Callable[[str], str], tmp_path: Path) -> None:
     name = f"{tmp_path}\\cam1\\0001.png".replace(f"{tmp_path}\\", f"{tmp_path}/")
     output = tmp_path / "out"
     assert demo.main(["--config-file", config("solq"), "--output", str(output), "--input", name]) == 0
-    assert names(output) == ["0001.jpg"]
+    assert names(output) == ["0001.jpg", *JSON]
 
 
-def test_video(config: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("rate", [10, 12.5, 30000 / 1001])
+def test_video(config: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str], rate: float) -> None:
     path, output = str(tmp_path / "in.mp4"), str(tmp_path / "out" / "out.mp4")
-    writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), 10, (64, 48))
+    writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), rate, (64, 48))
     if not writer.isOpened():
         pytest.skip("this OpenCV writes no videos")
     for value in range(3):
         writer.write(np.full((48, 64, 3), 80 * value, np.uint8))
     writer.release()
-    assert demo.main(["--config-file", config("solq"), "--video-input", path, "--output", output]) == 0
+    arguments = ["--config-file", config("solq"), "--video-input", path, "--output", output]
+    assert demo.main([*arguments, "--confidence-threshold", "0"]) == 0
     video = cv2.VideoCapture(output)
-    assert (video.get(cv2.CAP_PROP_FRAME_COUNT), video.get(cv2.CAP_PROP_FPS)) == (3, 10)
+    assert (video.get(cv2.CAP_PROP_FRAME_COUNT), video.get(cv2.CAP_PROP_FPS)) == (3, pytest.approx(rate, abs=1e-3))
     assert (video.get(cv2.CAP_PROP_FRAME_WIDTH), video.get(cv2.CAP_PROP_FRAME_HEIGHT)) == (512, 384)
+    found = read_back(tmp_path / "out" / "out.images.json", tmp_path / "out" / "out.detections.json")
+    assert found.getImgIds() == [1, 2, 3] and len(found.getAnnIds(imgIds=[2])) == 5 * 6
+    assert found.imgs[2]["file_name"] == f"{path}, frame 2" and found.imgs[2]["width"] == 64
     assert demo.main(["--config-file", config("solq"), "--video-input", "none.mp4", "--output", output]) == 1
     assert "none.mp4 has no frames" in capsys.readouterr().err
+
+
+def read_back(images: Path, detections: Path) -> COCO:
+    """The written detections as pycocotools has them."""
+    return COCO(str(images)).loadRes(str(detections))
 
 
 class Everything(nn.Module):
@@ -197,14 +218,17 @@ def test_large_photographs_get_reduced_masks(config: Callable[[str], str]) -> No
     cfg.merge_from_file(config("solq"))
     image = np.zeros((1500, 2000, 3), np.uint8)
     image[:, :, 0] = 200
-    predictor = Predictor(cfg)
+    predictor = Predictor(cfg, longest_side=1280)
     predictor.model = Everything()
-    instances, reduced = predictor(image, score_threshold=0.55)
-    assert reduced.shape == (960, 1280, 3) and instances.image_size == (960, 1280)
-    assert len(instances) == 5 and instances.pred_masks.shape == (5, 960, 1280)
+    found = predictor(image, score_threshold=0.55)
+    assert predictor.prepare(image)[1].shape == (960, 1280, 3) and found.size == (960, 1280)
+    assert len(found) == 5 and found.masks.shape == (5, 960, 1280)
     seen = predictor.model.item["image"]
     assert max(seen.shape) <= cfg.INPUT.MAX_SIZE_TEST and (seen[0] == 200).all()
-    unlimited = Predictor(cfg, longest_side=0)
+    (result,) = found.to_coco(7, size=(1500, 2000))[:1]
+    assert result["bbox"] == [0, 0, 1000, 1500] and mask_util.decode(result["segmentation"])[:, :1000].all()
+    assert mask_util.area(result["segmentation"]) == 1000 * 1500
+    unlimited = Predictor(cfg)
     assert unlimited.prepare(image)[1].shape == image.shape
     cfg.INPUT.FORMAT = "BGR"
     assert (Predictor(cfg).prepare(image)[0]["image"][2] == 200).all()
@@ -264,7 +288,7 @@ def test_images_of_the_test_set(config: Callable[[str], str], tmp_path: Path) ->
         assert demo.main([*arguments, "--opts", "DATASETS.TEST", "('demo_test_images',)"]) == 0
     finally:
         DatasetCatalog.remove("demo_test_images")
-    assert names(tmp_path / "out") == ["a.jpg", "b.jpg"]
+    assert names(tmp_path / "out") == ["a.jpg", "b.jpg", *JSON]
 
 
 def test_views_of_other_methods(config: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -309,3 +333,93 @@ def test_without_a_window(config: Callable[[str], str], tmp_path: Path, monkeypa
     monkeypatch.setattr(cv2, "imshow", refuse)
     with pytest.raises(SystemExit, match="Give --output"):
         demo.main(["--config-file", config("solq"), "--input", str(picture(tmp_path / "a.png"))])
+
+
+class Halves(nn.Module):
+    """Finds the left half of every image, and with a lower score its upper half."""
+
+    def forward(self, inputs: list[dict]) -> list[dict]:
+        return [{"instances": self.find(item["height"], item["width"])} for item in inputs]
+
+    def find(self, height: int, width: int) -> Instances:
+        instances = Instances((height, width))
+        instances.scores = torch.tensor([0.5, 0.9, 0.1])
+        instances.pred_classes = torch.tensor([2, 1, 0])
+        instances.pred_boxes = Boxes(torch.tensor([[0, 0, width, height // 2], [0, 0, width // 2, height]] * 2)[:3])
+        instances.pred_masks = torch.zeros(3, height, width, dtype=torch.bool)
+        instances.pred_masks[0, : height // 2] = True
+        instances.pred_masks[1, :, : width // 2] = True
+        return instances
+
+
+@pytest.mark.parametrize(("width", "height"), [(60, 40), (2000, 1000)])
+def test_detections_and_label_images(
+    config: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, height: int
+) -> None:
+    """In the pixels of the file, also where pictures are smaller."""
+    file, output = picture(tmp_path / "a.png", width, height), tmp_path / "out"
+    monkeypatch.setattr(predictor_module, "build_model", lambda cfg: Halves())
+    arguments = ["--config-file", config("solq"), "--input", str(file), "--output", str(output)]
+    assert demo.main([*arguments, "--label-images"]) == 0
+    assert names(output) == ["a.jpg", JSON[0], JSON[1], "labels"]
+    found = read_back(output / JSON[1], output / JSON[0])
+    assert found.imgs[1] == {"id": 1, "file_name": str(file), "height": height, "width": width}
+    assert [c["name"] for c in found.cats.values()][:3] == ["circle", "square", "triangle"]
+    first, second = found.loadAnns([1, 2])
+    assert (first["score"], second["score"]) == (pytest.approx(0.9), 0.5)
+    assert [found.cats[a["category_id"]]["name"] for a in (first, second)] == ["square", "triangle"]
+    assert first["bbox"] == [0, 0, width / 2, height] and second["bbox"] == [0, 0, width, height / 2]
+    left, upper = np.zeros((2, height, width), bool)
+    left[:, : width // 2], upper[: height // 2] = True, True
+    assert np.array_equal(found.annToMask(first), left) and np.array_equal(found.annToMask(second), upper)
+    with Image.open(output / "labels" / "a.png") as labels:
+        assert labels.mode == "I;16" and np.array_equal(np.asarray(labels), np.where(left, 1, 2 * upper))
+
+
+class Squares(nn.Module):
+    """Finds what ``coco_files.squares`` annotates."""
+
+    def forward(self, inputs: list[dict]) -> list[dict]:
+        instances = Instances((inputs[0]["height"], inputs[0]["width"]))
+        instances.pred_boxes = Boxes(torch.tensor([[1.0 + 20 * i, 1, 11 + 20 * i, 11] for i in range(4)]))
+        instances.pred_masks = torch.zeros(4, *instances.image_size, dtype=torch.bool)
+        for i in range(4):
+            instances.pred_masks[i, 1:11, 1 + 20 * i : 11 + 20 * i] = True
+        instances.scores, instances.pred_classes = torch.full((4,), 0.5), torch.zeros(4, dtype=torch.int64)
+        return [{"instances": instances}]
+
+
+def test_detections_of_a_test_set_can_be_evaluated(
+    config: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have its ids of images and categories."""
+    truth, _ = coco_files.write(
+        tmp_path,
+        lambda content: [
+            content.update(categories=[{"id": 5, "name": "cell"}]),
+            content["images"][0].update(id=11),
+            coco_files.each(category_id=5, image_id=11)(content),
+        ],
+    )
+    register_coco_instances("demo_squares", {}, str(truth), str(tmp_path))
+    monkeypatch.setattr(predictor_module, "build_model", lambda cfg: Squares())
+    arguments = ["--config-file", config("solq"), "--test-images", "1", "--output", str(tmp_path / "out"), "--opts"]
+    options = ["DATASETS.TEST", "('demo_squares',)", "DATASETS.TRAIN", "()", "MODEL.SOLQ.NUM_CLASSES", "1"]
+    try:
+        assert demo.main([*arguments, *options]) == 0
+        scores = evaluate_results(tmp_path / "out" / JSON[0], "demo_squares")
+    finally:
+        DatasetCatalog.remove("demo_squares")
+        MetadataCatalog.remove("demo_squares")
+    assert {task: score["AP"] for task, score in scores.items()} == {
+        "bbox": pytest.approx(100),
+        "segm": pytest.approx(100),
+    }
+    written = json.loads((tmp_path / "out" / JSON[1]).read_text())
+    assert written["categories"] == [{"id": 5, "name": "cell"}] and written["images"][0]["id"] == 11
+
+
+def test_label_images_of_nothing(config: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        demo.main(["--config-file", config("solq"), "--input", "a.png", "--label-images"])
+    assert "--label-images is for images with --output" in capsys.readouterr().err

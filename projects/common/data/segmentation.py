@@ -72,7 +72,7 @@ def encode_segmentation(segmentation: Segmentation, height: int, width: int) -> 
     """A clean segmentation as compressed RLE."""
     if isinstance(segmentation, dict):
         return segmentation
-    return _as_text(mask_util.merge(mask_util.frPyObjects(segmentation, height, width)))
+    return as_text(mask_util.merge(mask_util.frPyObjects(segmentation, height, width)))
 
 
 def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
@@ -90,6 +90,12 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarra
     if clean is None:
         raise UnusableMask("a segmentation is empty. Correct or remove the annotation")
     return mask_util.decode(encode_segmentation(clean, height, width))
+
+
+def encode_masks(masks: np.ndarray) -> list[dict[str, Any]]:
+    """Masks (n, H, W) bool as compressed RLE; fastest where they lie column by column, as run lengths are counted."""
+    columns = np.ascontiguousarray(masks.transpose(0, 2, 1)).view(np.uint8)
+    return [as_text(rle) for rle in mask_util.encode(columns.transpose(2, 1, 0))] if len(masks) else []
 
 
 def crop_polygons(polygons: Sequence[Sequence[float]], box: Sequence[float], size: int) -> np.ndarray:
@@ -115,10 +121,10 @@ def _encode(array: np.ndarray, height: int, width: int) -> dict[str, Any]:
             f"a mask has height and width {array.shape}, the image {(height, width)}. Make the sizes in the annotation "
             "equal to the image's"
         )
-    return _as_text(mask_util.encode(np.asfortranarray(array != 0, dtype=np.uint8)))
+    return as_text(mask_util.encode(np.asfortranarray(array != 0, dtype=np.uint8)))
 
 
-def _as_text(rle: dict[str, Any]) -> dict[str, Any]:
+def as_text(rle: dict[str, Any]) -> dict[str, Any]:
     """With counts that JSON can hold."""
     return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
 

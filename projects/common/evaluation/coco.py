@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-import pycocotools.mask as mask_util
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
@@ -24,6 +23,7 @@ from pycocotools.cocoeval import COCOeval
 
 from querymask.common import compat
 from querymask.common.data.annotations import AnnotationError
+from querymask.common.data.segmentation import encode_masks
 from querymask.common.evaluation.boundary import BoundaryEval
 from querymask.common.evaluation.lvis import FederatedEval, best_of_images, check_lvis, frequency_groups
 from querymask.common.evaluation.scores import MAX_DETECTIONS, METRICS, evaluate, load_results
@@ -243,13 +243,7 @@ def _to_results(instances: Instances, image_id: Any) -> Results:
         for result in results:
             del result["bbox"]
     if masks is not None and results:
-        for result, lengths in zip(results, _run_lengths(masks), strict=True):
-            result["segmentation"] = {"size": lengths["size"], "counts": lengths["counts"].decode("utf-8")}
+        run_lengths = masks.texts() if isinstance(masks, RunLengthMasks) else encode_masks(masks.to(torch.bool).numpy())
+        for result, lengths in zip(results, run_lengths, strict=True):
+            result["segmentation"] = lengths
     return results
-
-
-def _run_lengths(masks: torch.Tensor | RunLengthMasks) -> list[dict[str, Any]]:
-    if isinstance(masks, RunLengthMasks):
-        return masks.lengths
-    columns = masks.to(torch.bool).transpose(1, 2).contiguous().view(torch.uint8)  # (n, W, H)
-    return mask_util.encode(columns.numpy().transpose(2, 1, 0))
