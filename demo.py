@@ -254,8 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.output and not args.view:
             prefix = f"{Path(args.output).with_suffix('')}." if files is None else f"{args.output}/"
             writer = DetectionWriter(prefix, model_categories(cfg, predictor.class_names))
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 1
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)

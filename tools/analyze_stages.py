@@ -27,10 +27,10 @@ from querymask.command_line import add_config, add_data, load_config, make_parse
 from querymask.common.data.annotations import read_dataset
 from querymask.common.data.image_files import ImageReader
 from querymask.common.engine import Trainer
-from querymask.common.engine.checkpointer import StrictCheckpointer
 from querymask.common.engine.checks import check_num_classes
 from querymask.common.evaluation.coco import InstanceEvaluator
 from querymask.common.fonts import set_font
+from querymask.common.predictor import Predictor
 from querymask.common.visualization import PictureNames, write_image
 from querymask.istr import ISTR
 from querymask.istr.figures import draw_stages
@@ -59,11 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> Results:
         raise SystemExit(f"{args.config_file} is a {cfg.MODEL.META_ARCHITECTURE}: only ISTR has refinement stages")
     dataset = cfg.DATASETS.TEST[0]
     check_num_classes(cfg, [dataset])
-    model = Trainer.build_model(cfg)
     if not cfg.MODEL.WEIGHTS:
         print("MODEL.WEIGHTS is empty: a model with random weights is evaluated")
-    StrictCheckpointer(model, cfg=cfg, complete=True).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
-    results = evaluate_stages(cfg, model.eval(), dataset, args)
+    results = evaluate_stages(cfg, Predictor(cfg).model, dataset, args)
     table = [(stage, *scores.values()) for stage, scores in enumerate(results, start=1)]
     text = tabulate(table, headers=["stage", *(TASKS[task] for task in results[0])], tablefmt="pipe", floatfmt=".2f")
     print(text)

@@ -190,7 +190,14 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
 
 
 def plot_curves(metrics_file: str | Path, path: str | Path) -> None:
-    """Plot losses and AP over iterations from a run's ``metrics.json`` (as Detectron2 writes it) to a PNG file.
+    """Write the picture of ``draw_curves`` as a PNG file; the folder is made where it lacks."""
+    figure = draw_curves(metrics_file)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def draw_curves(metrics_file: str | Path) -> Figure:
+    """Losses and AP over iterations from a run's ``metrics.json`` (as Detectron2 writes it).
 
     Losses of inner decoder layers (those with a numbered ending) are left out; they are in the total.
     """
@@ -217,8 +224,7 @@ def plot_curves(metrics_file: str | Path, path: str | Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(framealpha=0.8, edgecolor="none")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def read_metrics(metrics_file: str | Path) -> Metrics:

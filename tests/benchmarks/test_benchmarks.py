@@ -26,6 +26,7 @@ TOOLS = {
     "make_model_zoo": "tests/benchmarks/test_benchmarks.py",
     "overfit": "tests/benchmarks/test_benchmarks.py",
     "plot_costs": "tests/tools/test_compare_costs.py",
+    "report": "tests/tools/test_report.py",
     "train_mask_autoencoder": "tests/tools/test_fit_mask_basis.py",
 }
 # Arguments of each benchmark, and a pattern that its table has
