@@ -176,13 +176,13 @@ class KernelBranch(MaskBranch):
         masks = pad_targets(truth, targets.counts).flatten(2)  # (B, T, h * w)
         features = full_precision(made.features).flatten(2)
         sizes = masks.sum(-1)[:, None]
-        ious = []
+        intersections, sums = [], []
         with without_autocast(features.device):
             for kernels in full_precision(made.kernels):  # a layer at a time: its masks are the largest tensor here
                 probabilities = (kernels @ features).sigmoid_()
-                intersection = probabilities @ masks.transpose(1, 2)
-                ious.append(soft_iou(intersection, probabilities.sum(-1, keepdim=True), sizes))
-        return {"mask cost": self.cost * (1 - torch.stack(ious))}
+                intersections.append(probabilities @ masks.transpose(1, 2))
+                sums.append(probabilities.sum(-1, keepdim=True))
+        return {"mask cost": self.cost * (1 - soft_iou(torch.stack(intersections), torch.stack(sums), sizes))}
 
     def losses(
         self,

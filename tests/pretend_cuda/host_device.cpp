@@ -243,17 +243,28 @@ struct Call { // what a kernel is asked for
   }
 
   // A boolean mask becomes indices, whose number the host must know, unless it only has a number filled in
-  bool masks() const {
-    size_t indices = 0, masks = 0;
-    for (const auto& [t, position] : tensors)
-      if (position == 1) {
-        ++indices;
-        masks += t.is_cuda() && (t.scalar_type() == at::kBool || t.scalar_type() == at::kByte);
-      }
-    if (masks == 0 || arguments.size() < 3) return masks > 0;
+  bool masks() const { return has_mask() && !fills(); }
+
+  // What is put is a number of the host, as which `x[index] = 1` hands it on: it is copied first, unless filled in
+  bool copies_value() const {
+    return arguments.size() > 2 && tensors[0].first.is_cuda() && arguments[2].toTensor().device().is_cpu() && !fills();
+  }
+
+  bool has_mask() const {
+    return std::any_of(tensors.begin(), tensors.end(), [](auto& x) { return x.second == 1 && is_mask(x.first); });
+  }
+
+  // One mask, which a number of the host is put at
+  bool fills() const {
+    const auto indices = std::count_if(tensors.begin(), tensors.end(), [](auto& x) { return x.second == 1; });
+    if (!has_mask() || indices != 1 || arguments.size() < 3) return false;
     const at::Tensor& values = arguments[2].toTensor();
     const bool accumulates = arguments.size() > 3 && arguments[3].toBool();
-    return !(indices == 1 && values.numel() == 1 && values.device().is_cpu() && !accumulates);
+    return values.numel() == 1 && values.device().is_cpu() && !accumulates;
+  }
+
+  static bool is_mask(const at::Tensor& t) {
+    return t.is_cuda() && (t.scalar_type() == at::kBool || t.scalar_type() == at::kByte);
   }
 
   void report_transfers() const {
@@ -268,7 +279,11 @@ struct Call { // what a kernel is asked for
       for (const auto& [t, position] : tensors)
         if (position == 1 && t.device().is_cpu() && tensors[0].first.is_cuda() && t.numel() > 0)
           happens("upload", "index " + describe(t));
+      if (copies_value()) happens("upload", "value " + describe(arguments[2].toTensor()));
       if (masks()) happens("wait", "boolean index");
+    } else if (name == "aten::where") {
+      for (const auto& [t, position] : tensors)
+        if (t.device().is_cpu() && tensors[0].first.is_cuda()) happens("upload", describe(t));
     } else if (kWaiting.count(name) || (name == "aten::repeat_interleave" && arguments.back().isNone())) {
       happens("wait", tensors.empty() ? "" : describe(tensors[0].first));
     }
