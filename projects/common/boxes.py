@@ -49,5 +49,4 @@ def generalized_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def inverse_sigmoid(x: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
     """Logit of x, with x and 1 - x kept at or above ``eps``: within +-11.5 for the default."""
-    x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+    return torch.log(x.clamp(eps, 1) / (1 - x).clamp(eps, 1))

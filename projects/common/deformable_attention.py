@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from querymask.common.ops import multi_scale_deformable_attention
+from querymask.common.ops.autocast import autocast_type, cast
 from querymask.common.transfer import constants_to_device, kept
 
 SpatialShapes = tuple[tuple[int, int], ...]
@@ -98,6 +99,8 @@ class DeformableAttention(nn.Module):
         value = self.value_proj(value)
         if padding_mask is not None:
             value = value.masked_fill(padding_mask[..., None], 0)
+        if (dtype := autocast_type(query.device.type)) is not None:
+            query = cast(query, dtype)  # once for both layers that read it
         # Broadcasting over the last axis of 2 is slow: points and their coordinates are one axis here.
         offsets = self.sampling_offsets(query).view(batch, num_queries, heads, levels * points * 2)
         weights = self.attention_weights(query).view(batch, num_queries, heads, levels * points)

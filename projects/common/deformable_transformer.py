@@ -160,9 +160,10 @@ class Decoder(nn.Module):
                 are the reference of the next layer.
         """
         hidden, boxes, references = [], [], [reference]
+        scale = torch.cat((valid_ratios, valid_ratios), dim=-1)[:, None]
         for index, layer in enumerate(self.layers):
-            scale = valid_ratios if reference.shape[-1] == 2 else torch.cat((valid_ratios, valid_ratios), dim=-1)
-            x = layer.run(x, position, reference[:, :, None] * scale[:, None], memory, shapes, padding_mask)
+            relative = reference[:, :, None] * scale[..., : reference.shape[-1]]
+            x = layer.run(x, position, relative, memory, shapes, padding_mask)
             hidden.append(x)
             if refine is not None:
                 boxes.append(refine(index, x, reference))

@@ -212,7 +212,8 @@ def _samples(low: Tensor, high: Tensor, extent: Tensor, size: int, samples: int)
     """
     extent = extent[..., None, None]
     last = extent - 1
-    position = low[..., None, None] + _steps(size, samples, like=low) * ((high - low) / (size * samples))[..., None, None]
+    sides = ((high - low) / (size * samples))[..., None, None]
+    position = low[..., None, None] + _steps(size, samples, like=low) * sides
     inside = (position >= -1) & (position <= extent)
     position = position.nan_to_num().clamp(min=0).minimum(last.to(position.dtype))
     cell = position.long()

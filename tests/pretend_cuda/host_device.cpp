@@ -211,6 +211,12 @@ std::string describe(const at::Tensor& t) {
   return c10::str(t.dtype().name(), " ", t.sizes(), " on ", t.device());
 }
 
+// The last number that became a tensor of the device. Kept, so that no other tensor gets its memory
+at::Tensor& last_number() {
+  static auto* number = new at::Tensor;
+  return *number;
+}
+
 struct Call { // what a kernel is asked for
   const c10::OperatorHandle& op;
   const Stack& arguments;
@@ -245,9 +251,12 @@ struct Call { // what a kernel is asked for
   // A boolean mask becomes indices, whose number the host must know, unless it only has a number filled in
   bool masks() const { return has_mask() && !fills(); }
 
-  // What is put is a number of the host, as which `x[index] = 1` hands it on: it is copied first, unless filled in
+  // What is put is a number of the host, as in `x[index, other] = 1`: it is copied first, unless filled in at a mask.
+  // torch 2.15 makes it a tensor of the device at once, but 2.11 one of the host
   bool copies_value() const {
-    return arguments.size() > 2 && tensors[0].first.is_cuda() && arguments[2].toTensor().device().is_cpu() && !fills();
+    if (arguments.size() < 3 || !tensors[0].first.is_cuda() || fills()) return false;
+    const at::Tensor& values = arguments[2].toTensor();
+    return values.device().is_cpu() || (last_number().defined() && values.is_alias_of(last_number()));
   }
 
   bool has_mask() const {
@@ -357,6 +366,7 @@ void kernel(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
     call.report_transfers();
   }
   Stack results = execute(op, arguments);
+  if (op.schema().name() == "aten::scalar_tensor") last_number() = results[0].toTensor();
   if (capturing) capturing->calls.push_back({op, arguments, results});
   stack->insert(stack->end(), results.begin(), results.end());
 }
@@ -413,8 +423,8 @@ void install(py::object on_event) {
     if (ours && op && op->hasKernelForDispatchKey(DispatchKey::CUDA) && op->hasComputedKernelForDispatchKey(DispatchKey::CPU))
       replace(name, c10::KernelFunction::makeFromBoxedFunction<&kernel>());
   }
-  // Not operators of CUDA, but they choose a kernel by the device
-  for (const char* name : {"aten::convolution", "aten::convolution_backward", "aten::copy_"})
+  // Not operators of CUDA, but they choose a kernel by the device, or are to be known
+  for (const char* name : {"aten::convolution", "aten::convolution_backward", "aten::copy_", "aten::scalar_tensor"})
     replace({name, ""}, c10::KernelFunction::makeFromBoxedFunction<&kernel>());
   for (const auto key : {DispatchKey::CUDA, DispatchKey::AutogradCUDA})
     replace(

@@ -144,7 +144,7 @@ class FQDetCriterion:
         image, query = assignment.image, assignment.query
         wanted = torch.zeros_like(logits)
         wanted[..., -1] = 1
-        wanted[..., -1].index_put_((image, query), wanted.new_zeros(()))  # a plain 0 or 1 would have to be waited for
+        wanted[..., -1].index_put_((image, query), wanted.new_zeros(()))  # older torch would wait for a plain 0 or 1
         if self.version == 1:
             wanted.index_put_((image, query, classes), wanted.new_ones(()))
             return sigmoid_focal_loss(logits, wanted).sum()
