@@ -110,8 +110,9 @@ def measure(subject: Subject, dtype: torch.dtype | None, sizes: Sizes) -> tuple[
     """The cells of ``COLUMNS`` after the second, and how training and inference use the device."""
     step, step_use = measure_run(subject.training(dtype), sizes)
     detect = subject.inference(dtype)
-    detection, detection_use = measure_run(detect, sizes)
-    found = len(detect()[0]["instances"])
+    with torch.autocast("cuda", dtype, enabled=dtype is not None):  # one region, so weights are rounded once
+        detection, detection_use = measure_run(detect, sizes)
+        found = len(detect()[0]["instances"])
     cells = [step[0], 1e3 * sizes.batch / step[0], *step[1:], *detection, found]
     return cells, [("training", step_use), ("inference", detection_use)]
 

@@ -11,6 +11,18 @@ def unrounded_boxes(boxes: torch.Tensor) -> Boxes:
     return result
 
 
+def to_corners(boxes: torch.Tensor) -> torch.Tensor:
+    """(cx, cy, w, h) -> (x0, y0, x1, y1): (..., 4); torchvision's ``box_convert`` with half as many operators."""
+    centres, halves = boxes[..., :2], 0.5 * boxes[..., 2:]
+    return torch.cat((centres - halves, centres + halves), dim=-1)
+
+
+def to_centres(boxes: torch.Tensor) -> torch.Tensor:
+    """(x0, y0, x1, y1) -> (cx, cy, w, h): (..., 4)."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat(((low + high) / 2, high - low), dim=-1)
+
+
 def area(sides: torch.Tensor) -> torch.Tensor:
     """Width times height: (..., 2) -> (...). The gradient of ``prod`` would look for zeros, which makes a GPU wait."""
     return sides[..., 0] * sides[..., 1]
@@ -37,5 +49,4 @@ def generalized_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def inverse_sigmoid(x: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
     """Logit of x, with x and 1 - x kept at or above ``eps``: within +-11.5 for the default."""
-    x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+    return torch.log(x.clamp(eps, 1) / (1 - x).clamp(eps, 1))

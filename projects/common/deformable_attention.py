@@ -7,35 +7,33 @@ multiplied by a level's valid ratios they are relative to the padded map.
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import nn
 
 from querymask.common.ops import multi_scale_deformable_attention
-from querymask.common.transfer import capturing, constants_to_device
+from querymask.common.ops.autocast import autocast_type, cast
+from querymask.common.transfer import constants_to_device, kept
 
 SpatialShapes = tuple[tuple[int, int], ...]
 
 
-def _level_sizes(shapes: SpatialShapes, like: torch.Tensor) -> torch.Tensor:
-    """(L, 2): width and height of every level, in the type and on the device of ``like``."""
-    if torch.compiler.is_compiling() or type(like) is not torch.Tensor:  # a tracer's tensors must not be kept
-        return torch.tensor([(w, h) for h, w in shapes], dtype=like.dtype, device=like.device)
-    if capturing():  # nor may a graph read what is dropped one day
-        return _make_level_sizes(shapes, like.dtype, like.device)
-    return _kept_level_sizes(shapes, like.dtype, like.device)
+@kept
+def _level_sizes(shapes: SpatialShapes, points: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(L, 2 * points): width and height of every level, again for every point."""
+    return constants_to_device([(w, h) * points for h, w in shapes], dtype, device)
 
 
-def _make_level_sizes(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return constants_to_device([(w, h) for h, w in shapes], dtype, device)
+@kept
+def token_centres(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(S, 2): x + 0.5, y + 0.5 of the cells of all levels."""
+    return torch.cat([cell_centres(shape, dtype, device) for shape in shapes])
 
 
-@lru_cache(maxsize=64)
-def _kept_level_sizes(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Kept because every layer would copy it from the host."""
-    with torch.inference_mode(False):  # else it could not be used in training later on
-        return _make_level_sizes(shapes, dtype, device)
+def of_tokens(values: torch.Tensor, shapes: SpatialShapes) -> torch.Tensor:
+    """A row for every token from one for every level: (..., L, n) -> (..., S, n)."""
+    rows = [x.expand(*x.shape[:-2], h * w, x.shape[-1]) for x, (h, w) in zip(values.split(1, -2), shapes, strict=True)]
+    return torch.cat(rows, dim=-2)
 
 
 class DeformableAttention(nn.Module):
@@ -101,6 +99,8 @@ class DeformableAttention(nn.Module):
         value = self.value_proj(value)
         if padding_mask is not None:
             value = value.masked_fill(padding_mask[..., None], 0)
+        if (dtype := autocast_type(query.device.type)) is not None:
+            query = cast(query, dtype)  # once for both layers that read it
         # Broadcasting over the last axis of 2 is slow: points and their coordinates are one axis here.
         offsets = self.sampling_offsets(query).view(batch, num_queries, heads, levels * points * 2)
         weights = self.attention_weights(query).view(batch, num_queries, heads, levels * points)
@@ -111,7 +111,7 @@ class DeformableAttention(nn.Module):
             return x[..., None, :].expand(*x.shape[:-1], points, 2).flatten(-3)
 
         if reference.shape[-1] == 2:
-            offsets = offsets / per_point(_level_sizes(shapes, offsets))
+            offsets = offsets / _level_sizes(shapes, points, like=offsets).flatten()
         else:
             offsets = offsets * per_point(reference[..., 2:] * (0.5 / points))[:, :, None]
         locations = per_point(reference[..., :2])[:, :, None] + offsets
@@ -133,8 +133,9 @@ def valid_ratios(masks: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Ten
     Returns:
         (B, L, 2): of the width (counted in the first row) and of the height (in the first column).
     """
-    ratios = [torch.stack(((~m[:, 0]).to(dtype).mean(1), (~m[:, :, 0]).to(dtype).mean(1)), dim=-1) for m in masks]
-    return torch.stack(ratios, dim=1)
+    edges = [edge for mask in masks for edge in (mask[:, 0], mask[:, :, 0])]
+    valid = (~torch.cat(edges, dim=1)).to(dtype).split([edge.shape[1] for edge in edges], dim=1)
+    return torch.stack([edge.mean(1) for edge in valid], dim=1).unflatten(1, (-1, 2))
 
 
 def cell_centres(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -157,9 +158,8 @@ def encoder_reference_points(shapes: SpatialShapes, ratios: torch.Tensor) -> tor
     Returns:
         (B, S, 2); beyond 1 on padding.
     """
-    sizes = _level_sizes(shapes, ratios)
-    centres = [cell_centres(shape, ratios.dtype, ratios.device) for shape in shapes]
-    return torch.cat([centre / (ratios[:, None, level] * sizes[level]) for level, centre in enumerate(centres)], dim=1)
+    sizes = _level_sizes(shapes, 1, like=ratios)
+    return token_centres(shapes, like=ratios) / of_tokens(ratios * sizes, shapes)
 
 
 def flatten_levels(maps: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -16,12 +16,13 @@ from querymask.common.boxes import inverse_sigmoid
 from querymask.common.deformable_attention import (
     DeformableAttention,
     SpatialShapes,
-    cell_centres,
     encoder_reference_points,
     flatten_levels,
+    of_tokens,
+    token_centres,
     valid_ratios,
 )
-from querymask.common.layers import Recomputable
+from querymask.common.layers import Recomputable, SelfAttention
 from querymask.common.position_encoding import sine_box_encoding, sine_position_encoding
 from querymask.common.precision import full_precision, without_autocast
 
@@ -68,7 +69,7 @@ class DecoderLayer(Recomputable):
         super().__init__()
         self.cross_attn = DeformableAttention(embed_dim, num_heads, num_levels, num_points)
         self.norm1 = nn.LayerNorm(embed_dim)
-        self.self_attn = nn.MultiheadAttention(embed_dim, num_heads, dropout=dropout, batch_first=True)
+        self.self_attn = SelfAttention(embed_dim, num_heads, dropout)
         self.norm2 = nn.LayerNorm(embed_dim)
         self.linear1 = nn.Linear(embed_dim, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, embed_dim)
@@ -85,8 +86,7 @@ class DecoderLayer(Recomputable):
         padding_mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Queries (B, Q, C), positions (B, Q, C), references (B, Q, L, 2 or 4), memory (B, S, C) -> (B, Q, C)."""
-        query = x + position
-        x = self.norm2(x + self.dropout(self.self_attn(query, query, x, need_weights=False)[0]))
+        x = self.norm2(x + self.dropout(self.self_attn(x + position, x)))
         x = self.norm1(x + self.dropout(self.cross_attn(x + position, reference, memory, shapes, padding_mask)))
         return self.norm3(x + _feed_forward(self, x))
 
@@ -160,9 +160,10 @@ class Decoder(nn.Module):
                 are the reference of the next layer.
         """
         hidden, boxes, references = [], [], [reference]
+        scale = torch.cat((valid_ratios, valid_ratios), dim=-1)[:, None]
         for index, layer in enumerate(self.layers):
-            scale = valid_ratios if reference.shape[-1] == 2 else torch.cat((valid_ratios, valid_ratios), dim=-1)
-            x = layer.run(x, position, reference[:, :, None] * scale[:, None], memory, shapes, padding_mask)
+            relative = reference[:, :, None] * scale[..., : reference.shape[-1]]
+            x = layer.run(x, position, relative, memory, shapes, padding_mask)
             hidden.append(x)
             if refine is not None:
                 boxes.append(refine(index, x, reference))
@@ -294,10 +295,7 @@ class DeformableTransformer(nn.Module):
         tokens = full_precision(flatten_levels(levels))
         dtype = tokens.dtype
         ratios = valid_ratios(masks, dtype)
-        encodings = [sine_position_encoding(mask, self.embed_dim // 2, dtype) for mask in masks]
-        position = torch.cat(
-            [encoding.flatten(1, 2) + self.level_embed[level] for level, encoding in enumerate(encodings)], dim=1
-        )
+        position = sine_position_encoding(masks, self.embed_dim // 2, dtype) + of_tokens(self.level_embed, shapes)
         padding_mask = torch.cat([mask.flatten(1) for mask in masks], dim=1) if padded else None
         memory = self.encoder(tokens, position, shapes, ratios, padding_mask)
 
@@ -351,7 +349,7 @@ def proposal_boxes(
     boxes = []
     for level, (mask, shape) in enumerate(zip(masks, shapes, strict=True)):
         valid_size = torch.stack(((~mask[:, 0]).sum(1), (~mask[:, :, 0]).sum(1)), dim=-1).to(dtype)
-        centres = cell_centres(shape, dtype, mask.device) / valid_size[:, None]
+        centres = token_centres((shape,), like=valid_size) / valid_size[:, None]
         boxes.append(torch.cat((centres, torch.full_like(centres, 0.05 * 2.0**level)), dim=-1))
     priors = torch.cat(boxes, dim=1)
     padding = torch.cat([mask.flatten(1) for mask in masks], dim=1)[..., None]

@@ -32,6 +32,43 @@ def recompute_layers(model: nn.Module) -> None:
             module.recompute = True
 
 
+class SelfAttention(nn.MultiheadAttention):
+    """Multi-head attention of queries to each other, with ``torch.nn.MultiheadAttention``'s parameters and numbers.
+
+    Queries and keys are the same, so they are projected at once; and what is batch first is not transposed, which would
+    make linear layers of two operators each, and copies between them.
+
+    Args:
+        width: C.
+        num_heads: M, a divisor of C.
+        dropout: of the weights.
+    """
+
+    def __init__(self, width: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__(width, num_heads, dropout=dropout, batch_first=True)
+
+    def forward(self, query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Attend.
+
+        Args:
+            query: (B, Q, C), which is the keys, too.
+            value: (B, Q, C).
+
+        Returns:
+            (B, Q, C).
+        """
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if query is value:
+            projected = F.linear(query, weight, bias).chunk(3, dim=-1)
+        else:
+            parts = [2 * self.embed_dim, self.embed_dim]
+            (of_queries, of_values), (bias, value_bias) = weight.split(parts), bias.split(parts)
+            projected = (*F.linear(query, of_queries, bias).chunk(2, dim=-1), F.linear(value, of_values, value_bias))
+        heads = [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected]
+        attended = F.scaled_dot_product_attention(*heads, dropout_p=self.dropout if self.training else 0.0)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+
 class MLP(nn.Module):
     """Linear layers with ReLU between them, as DETR's heads have."""
 

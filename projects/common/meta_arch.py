@@ -14,6 +14,7 @@ from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from querymask.common.backbones.frozen_norm import keep_frozen_factors
 from querymask.common.compat import has_event_storage
 from querymask.common.cuda_graphs import CudaGraphs, build_cuda_graphs
 from querymask.common.detector import Detector
@@ -86,7 +87,7 @@ class QuerySegmenter(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Arguments of the constructor."""
-        backbone = build_backbone(cfg)
+        backbone = keep_frozen_factors(build_backbone(cfg))
         shapes = backbone.output_shape()
         detector = cls.detector_type.from_config(cfg, shapes)
         name = cls.mask_branch_name(cfg)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from querymask.common.precision import full_precision
-from querymask.common.transfer import constants_to_device
+from querymask.common.transfer import kept, kept_numbers
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class FeaturePyramid:
         sizes = [(x.shape[2], x.shape[3]) for x in self.maps]
         cells = [x.shape[0] * height * width for x, (height, width) in zip(self.maps, sizes, strict=True)]
         rows = [(*size, sum(cells[:i]), self.strides[i]) for i, size in enumerate(sizes)]
-        return constants_to_device(rows, torch.int64, self.maps[0].device)
+        return kept_numbers(tuple(rows), like=self.maps[0], dtype=torch.int64)
 
     @cached_property
     def _rows(self) -> Tensor:
@@ -116,10 +116,11 @@ class FeaturePyramid:
         boxes, levels = full_precision(boxes.detach()), self.level_of(boxes, rule)
         if samples == ADAPTIVE:
             return self._pool_adaptively(boxes, images, size, levels)
-        height, width, first_row, stride = self._geometry[levels].unbind(1)
-        corners = boxes / stride[:, None] - 0.5
-        rows, row_weights = _samples(corners[:, 1], corners[:, 3], height, size, samples)
-        columns, column_weights = _samples(corners[:, 0], corners[:, 2], width, size, samples)
+        geometry = self._geometry[levels]
+        height, width, first_row, stride = geometry.unbind(1)
+        low, high = (boxes / stride[:, None] - 0.5).view(-1, 2, 2).flip(2).unbind(1)  # y, x
+        cells, weights = _samples(low, high, geometry[:, :2], size, samples)
+        (rows, columns), (row_weights, column_weights) = cells.unbind(1), weights.unbind(1)
         # (n, bin row, bin column, row sample, column sample)
         offset = (first_row + images * height * width)[:, None, None]
         index = (offset + rows * width[:, None, None])[:, :, None, :, None] + columns[:, None, :, None, :]
@@ -154,25 +155,25 @@ class FeaturePyramid:
         Returns:
             (m, C) in full precision.
         """
-        height, width, first_row, stride = self._geometry[levels].expand(len(points), 4).unbind(1)
-        x, y = full_precision(points).unbind(1)
+        geometry = self._geometry[levels].expand(len(points), 4)
+        (height, width, first_row, stride), sizes = geometry.unbind(1), geometry[:, :2]
+        place = full_precision(points).flip(1)  # y, x
         if extent is None:
-            x, y = x / stride - 0.5, y / stride - 0.5
+            place = place / stride[:, None] - 0.5
         else:
-            x, y = x / extent[1] * width - 0.5, y / extent[0] * height - 0.5
-        near = (x > -1) & (x < width) & (y > -1) & (y < height)  # false for nan
-        x, y = torch.where(near, x, -1), torch.where(near, y, -1)  # where no cell is read
-        left, upper = x.detach().floor(), y.detach().floor()
-        first_row = first_row + images * height * width
-        rows, weights = [], []
-        for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            row, column = upper.long() + dy, left.long() + dx
-            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width) & near
-            share_y = y - upper if dy else 1 - (y - upper)
-            share_x = x - left if dx else 1 - (x - left)
-            rows.append(torch.where(inside, first_row + row * width + column, 0))
-            weights.append(share_y * share_x * inside)
-        return self._weighted_rows(torch.stack(rows, 1), torch.stack(weights, 1))
+            place = place / kept_numbers(tuple(extent), like=place) * sizes - 0.5
+        near = ((place > -1) & (place < sizes)).all(1)  # false for nan
+        place = torch.where(near[:, None], place, -1)  # where no cell is read
+        first = place.detach().floor()
+        cells = first.long()[..., None] + torch.arange(2, device=place.device)  # (m, axis, neighbour)
+        inside = (cells >= 0) & (cells < sizes[..., None]) & near[:, None, None]
+        share = place - first
+        shares = torch.stack((1 - share, share), dim=-1) * inside
+        rows = (first_row + images * height * width)[:, None] + cells[:, 0] * width[:, None]
+        both = inside[:, 0, :, None] & inside[:, 1, None]
+        index = torch.where(both, rows[:, :, None] + cells[:, 1, None], 0)
+        weights = shares[:, 0, :, None] * shares[:, 1, None]
+        return self._weighted_rows(index.flatten(1), weights.flatten(1))
 
     def _weighted_rows(self, index: Tensor, weights: Tensor) -> Tensor:
         """(m, k) numbers of rows and their weights -> (m, C)."""
@@ -193,23 +194,30 @@ def group_rows(numbers: Tensor, count: int) -> list[Tensor]:
     return list(numbers.argsort(stable=True).split(sizes))
 
 
+@kept
+def _steps(size: int, samples: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(size, samples): 0.5, 1.5, ..., row by row."""
+    return torch.arange(size * samples, dtype=dtype, device=device).view(size, samples) + 0.5
+
+
 def _samples(low: Tensor, high: Tensor, extent: Tensor, size: int, samples: int) -> tuple[Tensor, Tensor]:
-    """Cells and weights of the samples along one axis.
+    """Cells and weights of the samples along each axis.
 
     Args:
-        low, high: (n,) ends of the boxes in cells, where cell i has its centre at i.
-        extent: (n,) number of cells.
+        low, high: (n, 2) ends of the boxes in cells, where cell i has its centre at i.
+        extent: (n, 2) number of cells.
 
     Returns:
-        cells (n, size, 2 * samples) and their weights, whose sum over a bin is 1 inside the map.
+        cells (n, 2, size, 2 * samples) and their weights, whose sum over a bin is 1 inside the map.
     """
-    extent = extent[:, None, None]
-    steps = torch.arange(size * samples, dtype=low.dtype, device=low.device).view(size, samples) + 0.5
-    position = low[:, None, None] + steps * ((high - low) / (size * samples))[:, None, None]
+    extent = extent[..., None, None]
+    last = extent - 1
+    sides = ((high - low) / (size * samples))[..., None, None]
+    position = low[..., None, None] + _steps(size, samples, like=low) * sides
     inside = (position >= -1) & (position <= extent)
-    position = position.nan_to_num().clamp(min=0).minimum((extent - 1).to(position.dtype))
+    position = position.nan_to_num().clamp(min=0).minimum(last.to(position.dtype))
     cell = position.long()
     fraction = position - cell
-    cells = torch.cat((cell, (cell + 1).minimum(extent - 1)), dim=-1)
+    cells = torch.cat((cell, (cell + 1).minimum(last)), dim=-1)
     weights = torch.cat((1 - fraction, fraction), dim=-1) / samples
     return cells, weights * torch.cat((inside, inside), dim=-1)

@@ -116,5 +116,6 @@ def focal_class_loss(
     """
     logits = full_precision(logits)
     one_hot = torch.zeros_like(logits)
-    one_hot[assignment.layer, assignment.image, assignment.query, labels[assignment.target]] = 1
+    places = assignment.layer, assignment.image, assignment.query, labels[assignment.target]
+    one_hot.index_put_(places, one_hot.new_ones(()))  # older torch copies a plain 1 from the host, and waits
     return sigmoid_focal_loss(logits, one_hot, alpha).sum((1, 2, 3)) / normalizer

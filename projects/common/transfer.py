@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, wraps
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,28 @@ def constants_to_device(values: Sequence[Any], dtype: torch.dtype, device: torch
     for place, number in zip(constants.view(-1).split(1), numbers.flatten().tolist(), strict=True):
         place.fill_(number)
     return constants
+
+
+def kept(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Keep the constants that ``make(*key, dtype, device)`` gives, which every layer would make again in every call.
+
+    What is decorated is called with ``like=``, a tensor of this type and on this device, instead, or with another
+    ``dtype=``. Not kept are a tracer's tensors, and those of a CUDA graph, which must not read what is dropped one day.
+    """
+    keeping = lru_cache(maxsize=64)(torch.inference_mode(False)(make))  # those of inference could not be trained with
+
+    @wraps(make)
+    def get(*key: Any, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        plain = type(like) is torch.Tensor and not torch.compiler.is_compiling() and not capturing()
+        return (keeping if plain else make)(*key, dtype or like.dtype, like.device)
+
+    return get
+
+
+@kept
+def kept_numbers(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Constants on the device, from tuples of numbers: copied once."""
+    return constants_to_device(values, dtype, device)
 
 
 class HostCopy:

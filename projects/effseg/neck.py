@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from querymask.common.deformable_attention import flatten_levels
+from querymask.common.deformable_attention import flatten_levels, of_tokens
 from querymask.common.deformable_transformer import Encoder, EncoderLayer
 from querymask.common.layers import LevelProjections
 from querymask.common.position_encoding import sine_position_encoding
@@ -113,10 +113,8 @@ class DeformEncoder(nn.Module):
         shapes = tuple((level.shape[2], level.shape[3]) for level in levels)
         tokens = full_precision(flatten_levels(levels))  # under autocast too: they are sums along the layers
         unpadded = [torch.zeros(1, *shape, dtype=torch.bool, device=tokens.device) for shape in shapes]
-        encodings = [sine_position_encoding(mask, self.width // 2, tokens.dtype, shift=0.0) for mask in unpadded]
-        position = torch.cat(
-            [encoding.flatten(1, 2) + self.level_embed[level] for level, encoding in enumerate(encodings)], dim=1
-        )
+        encoding = sine_position_encoding(unpadded, self.width // 2, tokens.dtype, shift=0.0)
+        position = encoding + of_tokens(self.level_embed, shapes)
         ratios = tokens.new_ones(len(tokens), len(levels), 2)
         memory = self.encoder(tokens, position, shapes, ratios, padding_mask=None)
         parts = memory.transpose(1, 2).split([height * width for height, width in shapes], dim=2)

@@ -177,13 +177,13 @@ class KernelBranch(MaskBranch):
         masks = pad_targets(truth, targets.counts).flatten(2)  # (B, T, h * w)
         features = full_precision(made.features).flatten(2)
         sizes = masks.sum(-1)[:, None]
-        ious = []
+        products, sums = [], []
         with without_autocast(features.device):
             for kernels in full_precision(made.kernels):  # a layer at a time: its masks are the largest tensor here
                 probabilities = (kernels @ features).sigmoid_()
-                intersection = intersections(probabilities, masks)
-                ious.append(soft_iou(intersection, probabilities.sum(-1, keepdim=True), sizes))
-        return {"mask cost": self.cost * (1 - torch.stack(ious))}
+                products.append(intersections(probabilities, masks))
+                sums.append(probabilities.sum(-1, keepdim=True))
+        return {"mask cost": self.cost * (1 - soft_iou(torch.stack(products), torch.stack(sums), sizes))}
 
     def losses(
         self,

@@ -1,6 +1,7 @@
 """The mask feature head: one map that all kernels of an image are applied to."""
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -85,11 +86,11 @@ class MaskFeatureHead(nn.Module):
         levels = list(levels)
         if self.positions:
             levels[-1] = append_coordinates(levels[-1])
-        total: torch.Tensor | int = 0
+        maps = []
         for x, branch, upsamplings in zip(levels, self.branches, self.upsamplings, strict=True):
             for unit in branch:
                 x = unit(x)
                 if upsamplings:
                     x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
-            total = total + x
-        return self.output(total)
+            maps.append(x)
+        return self.output(reduce(torch.add, maps))

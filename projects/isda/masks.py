@@ -89,6 +89,6 @@ def reduce_masks(masks: torch.Tensor, stride: int, size: tuple[int, int], dtype:
     """
     height, width = size
     masks = F.pad(masks, (0, width * stride - masks.shape[2], 0, height * stride - masks.shape[1]))
-    middle = stride // 2
-    corners = [masks[:, row::stride, column::stride] for row in (middle - 1, middle) for column in (middle - 1, middle)]
-    return sum(corner.to(dtype) for corner in corners) / 4
+    middle = slice(stride // 2 - 1, stride // 2 + 1)
+    blocks = masks.unflatten(2, (width, stride)).unflatten(1, (height, stride))
+    return blocks[:, :, middle, :, middle].sum((2, 4), dtype=dtype) / 4

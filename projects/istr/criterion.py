@@ -93,7 +93,7 @@ class RecurrentCriterion(SetCriterion):
         if self.softmax_loss == "focal":
             return softmax_focal_loss(logits, labels, self.focal_alpha).sum((1, 2)) / count
         weights = logits.new_ones(logits.shape[-1])
-        weights[no_object] = self.no_object_weight
+        weights[no_object:].fill_(self.no_object_weight)  # older torch copies a number to a single entry, and waits
         values = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), weights, reduction="none").view_as(labels)
         processes = Processes()
         counts = whole_batch(targets.counts)

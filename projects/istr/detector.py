@@ -14,8 +14,8 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
-from torchvision.ops import box_convert
 
+from querymask.common.boxes import to_corners
 from querymask.common.detector import select_top_scores
 from querymask.common.images import Canvas
 from querymask.common.losses import PRIOR_LOGIT
@@ -142,7 +142,7 @@ class RecurrentBoxes(SetDetector):
         maps = [features[name] for name in self.in_features]
         pyramid = FeaturePyramid(maps, self.strides)
         queries = self.initial_queries(maps)
-        boxes = box_convert(self.init_proposal_boxes.weight, "cxcywh", "xyxy") * canvas.sides[:, None]
+        boxes = to_corners(self.init_proposal_boxes.weight) * canvas.sides[:, None]
         objects, outputs = queries, []
         for stage in self.stages:
             outputs.append(stage.run(pyramid, boxes, objects))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from querymask.common.layers import Recomputable
+from querymask.common.layers import Recomputable, SelfAttention
 from querymask.common.precision import full_precision, without_autocast
 from querymask.common.pyramid import FeaturePyramid
 
@@ -139,7 +139,7 @@ class RecurrentStage(Recomputable):
         if width % num_heads:
             raise ValueError(f"MODEL.ISTR.HIDDEN_DIM {width} must be a multiple of MODEL.ISTR.NUM_HEADS {num_heads}")
         self.pool_size = pool_size
-        self.self_attn = nn.MultiheadAttention(width, num_heads, dropout=dropout, batch_first=True)
+        self.self_attn = SelfAttention(width, num_heads, dropout)
         if attention == "dynamic":
             self.inst_interact: nn.Module = DynamicInteraction(width, dim_dynamic, pool_size, dynamic_layers)
         elif attention == "multi_head":
@@ -164,7 +164,7 @@ class RecurrentStage(Recomputable):
         # The first stage's queries are sums of maps that nothing has normalised: their products may exceed float16
         with without_autocast(features.device):
             queries = full_precision(features)
-            attended = self.self_attn(queries, queries, queries, need_weights=False)[0]
+            attended = self.self_attn(queries, queries)
         x = self.norm1(features + self.dropout(attended))
         interaction = self.inst_interact(x.flatten(0, 1), crops).view_as(x)
         x = self.norm2(x + self.dropout(interaction))

@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
 
-from querymask.common.boxes import generalized_iou
+from querymask.common.boxes import generalized_iou, to_centres, to_corners
 from querymask.common.matching import focal_class_cost, pad_targets
 from querymask.common.precision import full_precision
 from querymask.common.predictions import Assignment, Normalizers, Targets
@@ -34,7 +33,7 @@ class DETRCriterion(SetCriterion):
         labels = pad_targets(targets.labels, targets.counts)
         boxes = full_precision(found.boxes)[:, :, :, None]  # (N, B, Q, 1, 4)
         target_boxes = pad_targets(relative_cxcywh(targets, boxes), targets.counts)[None, :, None]  # (1, B, 1, T, 4)
-        giou = generalized_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(target_boxes, "cxcywh", "xyxy"))
+        giou = generalized_iou(to_corners(boxes), to_corners(target_boxes))
         return {
             "class cost": self.costs["class"] * focal_class_cost(found.logits, labels, self.focal_alpha),
             "L1 box cost": self.costs["bbox"] * (boxes - target_boxes).abs().sum(-1),
@@ -48,7 +47,7 @@ class DETRCriterion(SetCriterion):
         count = normalizers.targets
         boxes = assignment.select(full_precision(found.boxes))
         target_boxes = relative_cxcywh(targets, boxes)[assignment.target]
-        giou = generalized_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(target_boxes, "cxcywh", "xyxy"))
+        giou = generalized_iou(to_corners(boxes), to_corners(target_boxes))
         return {
             "loss_ce": focal_class_loss(found.logits, targets.labels, assignment, count, self.focal_alpha),
             "loss_bbox": assignment.sum_layers((boxes - target_boxes).abs().sum(-1)) / count,
@@ -58,7 +57,7 @@ class DETRCriterion(SetCriterion):
 
 def relative_cxcywh(targets: Targets, like: Tensor) -> Tensor:
     """(sum of counts, 4) cx, cy, w, h relative to the images without padding."""
-    return box_convert(targets.boxes.to(like.dtype), "xyxy", "cxcywh") / targets.sides(like.dtype)
+    return to_centres(targets.boxes.to(like.dtype)) / targets.sides(like.dtype)
 
 
 @torch.no_grad()

@@ -17,9 +17,8 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Instances
 from torch import Tensor, nn
-from torchvision.ops import box_convert
 
-from querymask.common.boxes import unrounded_boxes
+from querymask.common.boxes import to_corners, unrounded_boxes
 from querymask.common.deformable_transformer import DeformableTransformer, refine_box
 from querymask.common.detector import select_top_scores
 from querymask.common.images import Canvas, resize_padding
@@ -178,7 +177,7 @@ class DeformableDETR(SetDetector):
         scores, queries, classes = select_top_scores(
             full_precision(found.logits[layer, image]).sigmoid(), self.detections_per_image
         )
-        boxes = box_convert(found.boxes[layer, image, queries], "cxcywh", "xyxy")
+        boxes = to_corners(found.boxes[layer, image, queries])
         instances = Instances(size)
         sides = numbers_to_device([size[1], size[0]] * 2, boxes.dtype, boxes.device)
         instances.pred_boxes = unrounded_boxes(boxes * sides)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
 
+from querymask.common.boxes import to_corners
 from querymask.common.deformable_transformer import Proposals
 from querymask.common.precision import full_precision
 from querymask.common.predictions import Predictions, Targets
@@ -34,7 +34,7 @@ class DETRPredictions(Predictions):
 
     def pixel_boxes(self, image: Tensor, query: Tensor, layer: Tensor | int = -1) -> Tensor:
         """See :class:`Predictions`."""
-        boxes = box_convert(full_precision(self.boxes[layer, image, query]), "cxcywh", "xyxy")
+        boxes = to_corners(full_precision(self.boxes[layer, image, query]))
         assert self.canvas is not None
         return boxes * self.canvas.sides[image]
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from scipy.special import logit
 from torch.autograd import gradcheck
-from torchvision.ops import generalized_box_iou
+from torchvision.ops import box_convert, generalized_box_iou
 
-from querymask.common.boxes import generalized_iou, inverse_sigmoid
+from querymask.common.boxes import generalized_iou, inverse_sigmoid, to_centres, to_corners
 
 
 def random_boxes(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -24,6 +24,14 @@ def slow_generalized_iou(a: list[float], b: list[float]) -> float:
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection
     hull = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
     return intersection / union - (hull - union) / hull
+
+
+def test_forms_of_boxes() -> None:
+    corners = random_boxes(3, 5)
+    centres = to_centres(corners)
+    assert torch.equal(centres, box_convert(corners, "xyxy", "cxcywh"))
+    assert torch.equal(to_corners(centres), box_convert(centres, "cxcywh", "xyxy"))
+    assert torch.allclose(to_corners(centres), corners, rtol=0, atol=1e-15)
 
 
 def test_generalized_iou_of_all_pairs() -> None:

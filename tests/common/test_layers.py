@@ -1,10 +1,10 @@
-"""MLP and level projections against their formulas."""
+"""MLP, attention and level projections against their formulas."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from querymask.common.layers import MLP, LevelProjections
+from querymask.common.layers import MLP, LevelProjections, SelfAttention
 
 
 def test_mlp() -> None:
@@ -22,6 +22,31 @@ def test_mlp() -> None:
     assert torch.allclose(mlp(x), expected, atol=1e-4)
     assert (expected < 0).any(), "no ReLU after the last layer"
     assert len(MLP(4, 6, 3, num_layers=1).layers) == 1
+
+
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_self_attention(same: bool, dropout: float) -> None:
+    """PyTorch's in numbers, random ones too, and in gradients."""
+    torch.manual_seed(0)
+    attention = SelfAttention(12, 3, dropout).double()
+    expected = torch.nn.MultiheadAttention(12, 3, dropout, batch_first=True).double()
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter)
+    expected.load_state_dict(attention.state_dict())
+    query, value = torch.randn(2, 2, 5, 12, dtype=torch.float64)
+    value = query if same else value
+    torch.manual_seed(1)
+    output = attention(query, value)
+    torch.manual_seed(1)
+    wanted = expected(query, query, value, need_weights=False)[0]
+    assert torch.allclose(output, wanted, rtol=0, atol=1e-12) and output.shape == (2, 5, 12)
+    output.square().sum().backward()
+    wanted.square().sum().backward()
+    for parameter, other in zip(attention.parameters(), expected.parameters(), strict=True):
+        assert torch.allclose(parameter.grad, other.grad, rtol=1e-9, atol=1e-9)
+    attention.eval()
+    assert torch.equal(attention(query, value), attention(query, value))
 
 
 def test_level_projections() -> None:

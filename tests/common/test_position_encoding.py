@@ -24,10 +24,23 @@ def make_mask(valid: list[tuple[int, int]], height: int, width: int) -> torch.Te
     return mask
 
 
+def encode(mask: torch.Tensor, num_features: int, dtype: torch.dtype) -> torch.Tensor:
+    """(B, H, W, 2 * num_features) of one map."""
+    return sine_position_encoding([mask], num_features, dtype).unflatten(1, mask.shape[1:])
+
+
+def test_position_encoding_of_several_maps() -> None:
+    """One after the other, each as if it were alone."""
+    masks = [make_mask([(5, 7), (2, 4)], 5, 7), make_mask([(2, 3), (1, 2)], 2, 3)]
+    encoding = sine_position_encoding(masks, 6, torch.float64, shift=0.0)
+    alone = [sine_position_encoding([mask], 6, torch.float64, shift=0.0) for mask in masks]
+    assert torch.equal(encoding, torch.cat(alone, dim=1)) and encoding.shape == (2, 5 * 7 + 2 * 3, 12)
+
+
 def test_position_encoding() -> None:
     """(cell + 0.5) / valid size * 2 pi, first of y, then of x."""
     valid = [(5, 7), (3, 7), (2, 4)]
-    encoding = sine_position_encoding(make_mask(valid, 5, 7), 6, torch.float64)
+    encoding = encode(make_mask(valid, 5, 7), 6, torch.float64)
     assert encoding.shape == (3, 5, 7, 12) and encoding.dtype == torch.float64
     for b, (height, width) in enumerate(valid):
         for i in range(height):
@@ -39,17 +52,17 @@ def test_position_encoding() -> None:
 
 
 def test_position_encoding_does_not_depend_on_padding() -> None:
-    alone = sine_position_encoding(make_mask([(3, 4)], 3, 4), 8, torch.float64)
-    padded = sine_position_encoding(make_mask([(3, 4)], 6, 9), 8, torch.float64)
+    alone = encode(make_mask([(3, 4)], 3, 4), 8, torch.float64)
+    padded = encode(make_mask([(3, 4)], 6, 9), 8, torch.float64)
     assert torch.equal(padded[:, :3, :4], alone)
 
 
 def test_position_encoding_in_single_precision() -> None:
     """Near float64's on valid cells; finite also where there is nothing but padding."""
     mask = make_mask([(5, 7), (2, 4)], 5, 7)
-    single = sine_position_encoding(mask, 6, torch.float32)
+    single = encode(mask, 6, torch.float32)
     assert single.dtype == torch.float32 and torch.isfinite(single).all()
-    double = sine_position_encoding(mask, 6, torch.float64)
+    double = encode(mask, 6, torch.float64)
     assert (single - double)[~mask].abs().max() < 1e-5
 
 

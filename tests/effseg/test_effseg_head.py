@@ -56,11 +56,12 @@ def test_cells_read_one_map_finer_at_every_stage():
     regions = make_regions()
     assert pyramid.level_of(regions.boxes, LEVEL_RULE).tolist() == [0, 1, 0]
     big = Regions(torch.tensor([[-400.0, -400, 500, 500]]), torch.tensor([0]), torch.zeros(1, WIDTH), torch.tensor([0]))
-    assert pyramid.level_of(big.boxes, LEVEL_RULE).tolist() == [3]
+    levels = pyramid.level_of(big.boxes, LEVEL_RULE)
+    assert levels.tolist() == [3]
     sparse = SparseMap.from_dense(torch.zeros(1, WIDTH, 41, 41))
     centre = 20 * 41 + 20  # the pixel (50, 50)
-    sampled = [sample_cells(pyramid, IMAGE_SIZE, big, number, sparse)[centre, 0].item() for number in (1, 2, 3)]
-    assert sampled == pytest.approx([2, 1, 0])
+    sampled = [sample_cells(pyramid, IMAGE_SIZE, big, levels, number, sparse)[centre, 0] for number in (1, 2, 3)]
+    assert [value.item() for value in sampled] == pytest.approx([2, 1, 0])
 
 
 def test_position_encoding():

@@ -37,7 +37,7 @@ def make_targets(boxes: list[Tensor], label: int = 0) -> Targets:
 
 def test_anchors():
     """Their order, centres and sizes."""
-    anchors = make_anchors([(2, 3), (1, 2)], [3, 4], torch.float64, torch.device("cpu"))
+    anchors = make_anchors(((2, 3), (1, 2)), [3, 4], torch.zeros(0, dtype=torch.float64))
     assert anchors.shape == (9 * 8, 4)
     assert anchors[::9, :2].tolist() == [[4, 4], [12, 4], [20, 4], [4, 12], [12, 12], [20, 12], [8, 8], [24, 8]]
     width, height = anchors[:9, 2], anchors[:9, 3]
@@ -69,7 +69,7 @@ def test_ranks():
 
 def test_ranks_of_some_anchors_at_a_time(monkeypatch):
     """The overlaps are those of all pairs, sorted; no tensor is much larger than the pairs taken at once."""
-    anchors = make_anchors([(13, 17), (7, 9)], [3, 4], torch.float64, torch.device("cpu"))
+    anchors = make_anchors(((13, 17), (7, 9)), [3, 4], torch.zeros(0, dtype=torch.float64))
     generator = torch.Generator().manual_seed(0)
     low = torch.rand(30, 2, generator=generator, dtype=torch.float64) * 100
     boxes = torch.cat([low, low + 5 + torch.rand(30, 2, generator=generator, dtype=torch.float64) * 60], 1)

@@ -94,6 +94,27 @@ def test_numbers_and_indices_from_the_host_are_taken() -> None:
 @pytest.mark.parametrize(
     ("operator", "function"),
     [
+        ("_index_put_impl_", lambda x, at: x.view(1, 4).__setitem__((at - 3, at), 1)),
+        ("_index_put_impl_", lambda x, at: x.index_put_((at,), torch.tensor(1.0))),
+        ("_index_put_impl_", lambda x, at: x.index_put((at,), torch.tensor(1.0), accumulate=True)),
+        ("_index_put_impl_", lambda x, at: x.index_put_((x > 2,), torch.tensor(1.0), accumulate=True)),
+        ("where", lambda x, at: torch.where(x > 2, x, torch.tensor(1.0))),
+    ],
+)
+def test_numbers_that_are_copied_to_the_device(operator: str, function: Callable[..., object]) -> None:
+    x, at = torch.arange(4.0, device=GPU), torch.arange(3, 4, device=GPU)
+    assert ("upload", operator) in happenings(lambda: function(x, at))
+    for same in (
+        lambda: x.view(1, 4).index_put_((at - 3, at), x.new_ones(())),
+        lambda: x[None, 3:].__setitem__(0, 1),  # a fill
+        lambda: torch.where(x > 2, x, 1.0),
+    ):
+        assert not happenings(same)
+
+
+@pytest.mark.parametrize(
+    ("operator", "function"),
+    [
         ("_local_scalar_dense", lambda x: x.sum().item()),
         ("_local_scalar_dense", lambda x: bool((x > 0).any())),
         ("copy_", lambda x: x.cpu()),

@@ -211,6 +211,12 @@ std::string describe(const at::Tensor& t) {
   return c10::str(t.dtype().name(), " ", t.sizes(), " on ", t.device());
 }
 
+// The last number that became a tensor of the device. Kept, so that no other tensor gets its memory
+at::Tensor& last_number() {
+  static auto* number = new at::Tensor;
+  return *number;
+}
+
 struct Call { // what a kernel is asked for
   const c10::OperatorHandle& op;
   const Stack& arguments;
@@ -243,17 +249,31 @@ struct Call { // what a kernel is asked for
   }
 
   // A boolean mask becomes indices, whose number the host must know, unless it only has a number filled in
-  bool masks() const {
-    size_t indices = 0, masks = 0;
-    for (const auto& [t, position] : tensors)
-      if (position == 1) {
-        ++indices;
-        masks += t.is_cuda() && (t.scalar_type() == at::kBool || t.scalar_type() == at::kByte);
-      }
-    if (masks == 0 || arguments.size() < 3) return masks > 0;
+  bool masks() const { return has_mask() && !fills(); }
+
+  // What is put is a number of the host, as in `x[index, other] = 1`: it is copied first, unless filled in at a mask.
+  // torch 2.15 makes it a tensor of the device at once, but 2.11 one of the host
+  bool copies_value() const {
+    if (arguments.size() < 3 || !tensors[0].first.is_cuda() || fills()) return false;
+    const at::Tensor& values = arguments[2].toTensor();
+    return values.device().is_cpu() || (last_number().defined() && values.is_alias_of(last_number()));
+  }
+
+  bool has_mask() const {
+    return std::any_of(tensors.begin(), tensors.end(), [](auto& x) { return x.second == 1 && is_mask(x.first); });
+  }
+
+  // One mask, which a number of the host is put at
+  bool fills() const {
+    const auto indices = std::count_if(tensors.begin(), tensors.end(), [](auto& x) { return x.second == 1; });
+    if (!has_mask() || indices != 1 || arguments.size() < 3) return false;
     const at::Tensor& values = arguments[2].toTensor();
     const bool accumulates = arguments.size() > 3 && arguments[3].toBool();
-    return !(indices == 1 && values.numel() == 1 && values.device().is_cpu() && !accumulates);
+    return values.numel() == 1 && values.device().is_cpu() && !accumulates;
+  }
+
+  static bool is_mask(const at::Tensor& t) {
+    return t.is_cuda() && (t.scalar_type() == at::kBool || t.scalar_type() == at::kByte);
   }
 
   void report_transfers() const {
@@ -268,7 +288,11 @@ struct Call { // what a kernel is asked for
       for (const auto& [t, position] : tensors)
         if (position == 1 && t.device().is_cpu() && tensors[0].first.is_cuda() && t.numel() > 0)
           happens("upload", "index " + describe(t));
+      if (copies_value()) happens("upload", "value " + describe(arguments[2].toTensor()));
       if (masks()) happens("wait", "boolean index");
+    } else if (name == "aten::where") {
+      for (const auto& [t, position] : tensors)
+        if (t.device().is_cpu() && tensors[0].first.is_cuda()) happens("upload", describe(t));
     } else if (kWaiting.count(name) || (name == "aten::repeat_interleave" && arguments.back().isNone())) {
       happens("wait", tensors.empty() ? "" : describe(tensors[0].first));
     }
@@ -342,6 +366,7 @@ void kernel(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
     call.report_transfers();
   }
   Stack results = execute(op, arguments);
+  if (op.schema().name() == "aten::scalar_tensor") last_number() = results[0].toTensor();
   if (capturing) capturing->calls.push_back({op, arguments, results});
   stack->insert(stack->end(), results.begin(), results.end());
 }
@@ -398,8 +423,8 @@ void install(py::object on_event) {
     if (ours && op && op->hasKernelForDispatchKey(DispatchKey::CUDA) && op->hasComputedKernelForDispatchKey(DispatchKey::CPU))
       replace(name, c10::KernelFunction::makeFromBoxedFunction<&kernel>());
   }
-  // Not operators of CUDA, but they choose a kernel by the device
-  for (const char* name : {"aten::convolution", "aten::convolution_backward", "aten::copy_"})
+  // Not operators of CUDA, but they choose a kernel by the device, or are to be known
+  for (const char* name : {"aten::convolution", "aten::convolution_backward", "aten::copy_", "aten::scalar_tensor"})
     replace({name, ""}, c10::KernelFunction::makeFromBoxedFunction<&kernel>());
   for (const auto key : {DispatchKey::CUDA, DispatchKey::AutogradCUDA})
     replace(

@@ -410,7 +410,8 @@ def check_position(case: Mapping[str, Any], compare: Comparison) -> None:
         mask[:rows, :columns] = False
     ratios = valid_ratios([padding], torch.float64)
     points = encoder_reference_points(((height, width),), ratios)
-    compare.close("position", sine_position_encoding(padding, 128, torch.float64).permute(0, 3, 1, 2))
+    position = sine_position_encoding([padding], 128, torch.float64).unflatten(1, (height, width))
+    compare.close("position", position.permute(0, 3, 1, 2))
     compare.close("valid_ratio", ratios[:, 0])
     compare.close("encoder_reference_points", points[:, :, None] * ratios[:, None])
 

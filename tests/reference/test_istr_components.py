@@ -85,7 +85,7 @@ def test_istr_stage(name: str) -> None:
     crops = seen["inst_interact.input"][1].view(batch, queries, 7, 7, -1).permute(0, 1, 4, 2, 3)
     for key, value in {
         "roi": crops[:, :, ::16],
-        "attention": seen["self_attn"][0],
+        "attention": seen["self_attn"],
         "norm1": seen["norm1"],
         "interact": seen["inst_interact"].view(batch, queries, -1),
         "norm2": seen["norm2"],

@@ -458,8 +458,8 @@ def test_solq_position(name: str) -> None:
     mask = torch.ones(len(case["valid_sizes"]), case["map_height"], case["map_width"], dtype=torch.bool)
     for b, (height, width) in enumerate(case["valid_sizes"]):
         mask[b, :height, :width] = False
-    encoding = sine_position_encoding(mask, case["channels"] // 2, torch.float64).permute(0, 3, 1, 2)
-    assert_close(encoding, load_arrays("solq", case)["position"], "position")
+    encoding = sine_position_encoding([mask], case["channels"] // 2, torch.float64).unflatten(1, mask.shape[1:])
+    assert_close(encoding.permute(0, 3, 1, 2), load_arrays("solq", case)["position"], "position")
 
 
 def test_solq_resize_examples() -> None:

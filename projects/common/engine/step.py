@@ -108,7 +108,7 @@ class TrainingStep:
             losses = self.model(batch)
             if isinstance(losses, torch.Tensor):
                 losses = {"total_loss": losses}
-            total = sum(losses.values())
+            total = torch.stack(list(losses.values())).sum()
         if not self._scale_is_known:
             self._set_scale(initial_loss_scale(total))
         self.grad_scaler.scale(total / self.parts).backward()

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
 
-from querymask.common.deformable_attention import cell_centres
-from querymask.common.transfer import numbers_to_device
+from querymask.common.deformable_attention import SpatialShapes, of_tokens, token_centres
+from querymask.common.transfer import constants_to_device, kept, kept_numbers
 
 SIZES_PER_OCTAVE = 3
 ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height over width
@@ -22,28 +21,31 @@ MAX_LOG_SCALE = (
 )
 
 
-def make_anchors(
-    shapes: Sequence[tuple[int, int]], levels: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> Tensor:
+@kept
+def _cell_sizes(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(9, 2) widths and heights of one cell's anchors, in cells."""
+    octaves = torch.arange(SIZES_PER_OCTAVE, dtype=dtype, device=device) / SIZES_PER_OCTAVE
+    aspects = constants_to_device(ASPECT_RATIOS, dtype, device)
+    widths = BASE_SIDE * torch.exp2(octaves)[:, None] / aspects.sqrt()
+    return torch.stack([widths, aspects * widths], dim=-1).view(-1, 2)
+
+
+def make_anchors(shapes: SpatialShapes, levels: Sequence[int], like: Tensor) -> Tensor:
     """The anchors of all cells, not clipped, those on padding included.
 
     Args:
         shapes: (height, width) of each map.
         levels: l for each map, whose cells have sides of 2^l pixels.
-        dtype, device: of the result.
+        like: of the device and the type of the result, at least float32.
 
     Returns:
         (A, 4), A being the sum of H_l * W_l * 9.
     """
-    octaves = torch.arange(SIZES_PER_OCTAVE, dtype=dtype, device=device) / SIZES_PER_OCTAVE
-    aspects = numbers_to_device(ASPECT_RATIOS, dtype, device)
-    widths = BASE_SIDE * torch.exp2(octaves)[:, None] / aspects.sqrt()
-    sizes = torch.stack([widths, aspects * widths], dim=-1).view(-1, 2)  # of one cell's anchors, in cells
-    anchors = []
-    for shape, level in zip(shapes, levels, strict=True):
-        centres = cell_centres(shape, dtype, device)[:, None].expand(-1, len(sizes), -1)
-        anchors.append(2.0**level * torch.cat([centres, sizes.expand_as(centres)], dim=-1).flatten(0, 1))
-    return torch.cat(anchors)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    centres = token_centres(shapes, like=like, dtype=dtype)[:, None].expand(-1, ANCHORS_PER_CELL, -1)
+    sizes = _cell_sizes(like=like, dtype=dtype).expand_as(centres)
+    sides = kept_numbers(tuple((2.0**level,) for level in levels), like=like, dtype=dtype)
+    return (of_tokens(sides, shapes)[:, None] * torch.cat([centres, sizes], dim=-1)).flatten(0, 1)
 
 
 def apply_deltas(anchors: Tensor, deltas: Tensor) -> Tensor:
@@ -56,8 +58,8 @@ def apply_deltas(anchors: Tensor, deltas: Tensor) -> Tensor:
         (..., 4), not clipped.
     """
     centres = anchors[..., :2] + deltas[..., :2] * anchors[..., 2:]
-    sizes = anchors[..., 2:] * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp()
-    return box_convert(torch.cat([centres, sizes], dim=-1), "cxcywh", "xyxy")
+    halves = 0.5 * (anchors[..., 2:] * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp())
+    return torch.cat([centres - halves, centres + halves], dim=-1)
 
 
 def encode_deltas(anchors: Tensor, boxes: Tensor) -> Tensor:

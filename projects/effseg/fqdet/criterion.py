@@ -9,9 +9,9 @@ Letters: A anchors, T targets of an image, Q queries, K classes, F matched queri
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import box_convert, box_iou, sigmoid_focal_loss
+from torchvision.ops import box_iou, sigmoid_focal_loss
 
-from querymask.common.boxes import area
+from querymask.common.boxes import area, to_centres, to_corners
 from querymask.common.predictions import Assignment, LossTerm, Targets
 from querymask.effseg.fqdet.anchors import encode_deltas
 from querymask.effseg.fqdet.predictions import FQDetAssignment, FQDetPredictions
@@ -38,7 +38,7 @@ def rank_anchors(anchors: Tensor, boxes: Tensor, count: int = MATCHED_RANKS) -> 
     size = max(count, PAIRS_AT_ONCE // max(len(boxes), 1))
     values, indices = [], []
     for start in range(0, len(anchors), size):
-        overlaps = box_iou(boxes, box_convert(anchors[start : start + size], "cxcywh", "xyxy"))
+        overlaps = box_iou(boxes, to_corners(anchors[start : start + size]))
         best = overlaps.topk(min(count, overlaps.shape[1]), dim=1)
         values.append(best.values)
         indices.append(start + best.indices)
@@ -144,9 +144,9 @@ class FQDetCriterion:
         image, query = assignment.image, assignment.query
         wanted = torch.zeros_like(logits)
         wanted[..., -1] = 1
-        wanted[image, query, -1] = 0
+        wanted[..., -1].index_put_((image, query), wanted.new_zeros(()))  # older torch would wait for a plain 0 or 1
         if self.version == 1:
-            wanted[image, query, classes] = 1
+            wanted.index_put_((image, query, classes), wanted.new_ones(()))
             return sigmoid_focal_loss(logits, wanted).sum()
         wanted[image, query, classes] = paired_iou(predicted.detach(), targets.to(predicted))
         cross_entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
@@ -158,7 +158,7 @@ class FQDetCriterion:
         if self.version == 2:
             return extended_iou_loss(predicted, targets.to(predicted)).sum()
         anchors = found.query_anchors[assignment.image, assignment.query]
-        wanted = encode_deltas(anchors, box_convert(targets.to(anchors), "xyxy", "cxcywh"))
+        wanted = encode_deltas(anchors, to_centres(targets.to(anchors)))
         return (found.deltas[assignment.image, assignment.query] - wanted).abs().sum()
 
 

@@ -163,7 +163,7 @@ class FQDet(Detector):
             raise ValueError(f"FQDet is built for the levels {self.levels}, got {len(maps)} maps")
         shapes = tuple((feature.shape[2], feature.shape[3]) for feature in maps)
         tokens = flatten_levels(maps)
-        anchors = make_anchors(shapes, self.levels, torch.promote_types(tokens.dtype, torch.float32), tokens.device)
+        anchors = make_anchors(shapes, self.levels, tokens)
         if len(anchors) < self.num_queries:
             raise ValueError(
                 f"an image of {image_size[0]} x {image_size[1]} has {len(anchors)} anchors, fewer than the "

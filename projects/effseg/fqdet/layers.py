@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from querymask.common.deformable_attention import DeformableAttention
-from querymask.common.layers import Recomputable
+from querymask.common.layers import Recomputable, SelfAttention
 from querymask.common.losses import PRIOR_LOGIT
 from querymask.effseg.fqdet.anchors import ANCHORS_PER_CELL
 
@@ -91,18 +91,18 @@ class CrossAttention(nn.Module):
         return queries + self.attention(found, reference, tokens, shapes)
 
 
-class SelfAttention(nn.Module):
+class QueryAttention(nn.Module):
     """Adds what the queries of an image tell each other; pre-norm."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
+        self.attention = SelfAttention(width, num_heads)
 
     def forward(self, queries: Tensor, positions: Tensor | None) -> Tensor:
         value = self.norm(queries)
         key = value if positions is None else value + positions
-        return queries + self.attention(key, key, value, need_weights=False)[0]
+        return queries + self.attention(key, value)
 
 
 class FQDetLayer(Recomputable):
@@ -111,7 +111,7 @@ class FQDetLayer(Recomputable):
     def __init__(self, width: int, num_heads: int, num_levels: int, num_points: int, ffn_dim: int) -> None:
         super().__init__()
         self.cross_attention = CrossAttention(width, num_heads, num_levels, num_points)
-        self.self_attention = SelfAttention(width, num_heads)
+        self.self_attention = QueryAttention(width, num_heads)
         self.ffn = Residual(
             nn.Sequential(nn.LayerNorm(width), nn.Linear(width, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, width))
         )

@@ -138,7 +138,12 @@ class RefinementStage(Recomputable):
 
 
 def sample_cells(
-    pyramid: FeaturePyramid, image_size: tuple[int, int], regions: Regions, number: int, sparse: SparseMap
+    pyramid: FeaturePyramid,
+    image_size: tuple[int, int],
+    regions: Regions,
+    levels: Tensor,
+    number: int,
+    sparse: SparseMap,
 ) -> Tensor:
     """The backbone's features at the centres of the active cells: (N_A, C).
 
@@ -148,6 +153,7 @@ def sample_cells(
         pyramid: of the backbone's maps.
         image_size: (height, width) of the padded images.
         regions: those of the map.
+        levels: (n,) index of the map that stage 0 reads each of them from.
         number: of the stage, from 1 on.
         sparse: the map of the regions.
     """
@@ -156,7 +162,7 @@ def sample_cells(
     shares = (torch.stack([x, y], 1).to(boxes.dtype) + 0.5) / sparse.index_map.shape[2]
     corners, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
     points = corners.index_select(0, region) + shares * sides.index_select(0, region)
-    levels = (pyramid.level_of(boxes, LEVEL_RULE) - number).clamp(min=0)
+    levels = (levels - number).clamp(min=0)
     return pyramid.sample(points, regions.images[region], levels[region], image_size)
 
 
@@ -285,11 +291,12 @@ class EffSegHead(SegmentationHead):
             raise ValueError(f"EffSeg reads maps of the strides {list(STRIDES)}, got {pyramid.strides}")
         sparse = SparseMap.from_dense(self._dense_features(pyramid, regions))
         stages = [self._classify(0, sparse)]
+        levels = pyramid.level_of(regions.boxes, LEVEL_RULE)
         for number, refine in enumerate(self.stages, 1):
             if self.refinements is not None:
                 scores = self.choose(stages)
                 sparse = sparse.split_highest(scores, processes.share_of_highest(scores, self.refinements))
-            sparse = refine.run(sparse, partial(sample_cells, pyramid, image_size, regions, number))
+            sparse = refine.run(sparse, partial(sample_cells, pyramid, image_size, regions, levels, number))
             stages.append(self._classify(number, sparse))
         return stages
 

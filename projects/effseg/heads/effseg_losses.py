@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from querymask.common.precision import full_precision
 from querymask.common.processes import ALONE, Processes
 from querymask.common.sps import SparseMap
-from querymask.common.transfer import numbers_to_device
+from querymask.common.transfer import kept_numbers, numbers_to_device
 from querymask.effseg.regions import Regions, RegionTargets, target_at_centres, target_coverage
 
 COVERAGE_TOLERANCE = 1e-6
@@ -149,5 +149,5 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _weighted(sums: Sequence[Tensor], weights: Sequence[float], factors: Tensor) -> Tensor:
-    weighted = torch.stack([weight * value for weight, value in zip(weights, sums, strict=True)])
-    return (weighted * factors.to(weighted.dtype)).sum()
+    values = torch.stack(list(sums))
+    return (kept_numbers(tuple(weights), like=values) * values * factors.to(values.dtype)).sum()
