@@ -66,7 +66,8 @@ class SelfAttention(nn.MultiheadAttention):
             projected = (*F.linear(query, of_queries, bias).chunk(2, dim=-1), F.linear(value, of_values, value_bias))
         heads = [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected]
         attended = F.scaled_dot_product_attention(*heads, dropout_p=self.dropout if self.training else 0.0)
-        return self.out_proj(attended.transpose(1, 2).flatten(2))
+        # In memory queries come before images, as in PyTorch's: a dropout behind it draws its numbers in this order
+        return self.out_proj(attended.permute(2, 0, 1, 3).flatten(2)).transpose(0, 1)
 
 
 class MLP(nn.Module):

@@ -41,6 +41,7 @@ def test_self_attention(same: bool, dropout: float) -> None:
     torch.manual_seed(1)
     wanted = expected(query, query, value, need_weights=False)[0]
     assert torch.allclose(output, wanted, rtol=0, atol=1e-12) and output.shape == (2, 5, 12)
+    assert output.stride() == wanted.stride()  # in whose order dropout draws
     output.square().sum().backward()
     wanted.square().sum().backward()
     for parameter, other in zip(attention.parameters(), expected.parameters(), strict=True):
