@@ -7,10 +7,10 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
-import querymask
 from querymask.common.compat import detectron2_cfg
 from querymask.common.mask_branch import MASK_BRANCH_REGISTRY
 from querymask.common.meta_arch import mask_branch_name
+from querymask.config import get_cfg
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def check_unused_keys(cfg: CfgNode) -> None:
     Raises:
         ValueError: with every such key, its value, and what serves instead.
     """
-    defaults = dict(leaves(querymask.get_cfg()))
+    defaults = dict(leaves(get_cfg()))
     changed = {key: value for key, value in leaves(cfg) if key in defaults and not _same(value, defaults[key])}
     refused = dict(_never_read(cfg, changed))
     switched_off = {}
