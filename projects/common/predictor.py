@@ -166,6 +166,8 @@ def check_pixels(image: Any) -> None:
             return
         if not image.size:
             remedy = "It has no pixels"
+        elif image.ndim == 4:
+            remedy = "Give several images as a list"
         elif channels == 3:
             remedy = "Map its values to 0..255 as in training, and round: image.astype(np.uint8)"
         elif image.ndim == 2 or channels == 1:

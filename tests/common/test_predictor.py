@@ -153,6 +153,7 @@ def test_threads(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
         (np.zeros((4, 5, 7), np.uint8), r"not uint8 \[4, 5, 7\]\. Choose three channels"),
         (np.zeros((4, 5, 3), np.uint16), r"not uint16 \[4, 5, 3\]\. Map its values to 0\.\.255"),
         (np.zeros((4, 5, 3), np.float32), r"not float32 \[4, 5, 3\]\. Map its values"),
+        (np.zeros((2, 4, 5, 3), np.uint8), r"not uint8 \[2, 4, 5, 3\]\. Give several images as a list"),
         (np.zeros((0, 5, 3), np.uint8), r"not uint8 \[0, 5, 3\]\. It has no pixels"),
         (torch.zeros(4, 5, 3, dtype=torch.uint8), r"not Tensor\. Give a path, or the pixels as a NumPy array"),
         (Image.new("RGB", (4, 5)), r"not Image\. Give a path"),
