@@ -30,7 +30,8 @@ Refine = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def _feed_forward(layer: "EncoderLayer | DecoderLayer", x: torch.Tensor) -> torch.Tensor:
-    return layer.dropout(layer.linear2(layer.dropout(F.relu(layer.linear1(x)))))
+    # The same as dropout after ReLU, whose result is then what the second layer keeps, and nothing else is kept of it
+    return layer.dropout(layer.linear2(F.relu(layer.dropout(layer.linear1(x)))))
 
 
 class EncoderLayer(Recomputable):

@@ -73,7 +73,7 @@ class ConvolutionMaskHead(nn.Module):
         self.pool_size = pool_size
         modules: list[nn.Module] = []
         for _ in range(2):
-            modules += [nn.Conv2d(width, width, 4, stride=2, padding=1), nn.BatchNorm2d(width), nn.ELU()]
+            modules += [nn.Conv2d(width, width, 4, stride=2, padding=1), nn.BatchNorm2d(width), nn.ELU(inplace=True)]
         self.mask_module = nn.Sequential(*modules, nn.Conv2d(width, length, pool_size // 4))
         self.ret_roi_layer_1 = _double_convolution(width, 2 * CONTEXT_CHANNELS) if with_context else None
         self.ret_roi_layer_2 = _double_convolution(2 * CONTEXT_CHANNELS, CONTEXT_CHANNELS) if with_context else None
@@ -92,7 +92,7 @@ class ConvolutionMaskHead(nn.Module):
 def _double_convolution(in_channels: int, out_channels: int) -> nn.Sequential:
     modules: list[nn.Module] = []
     for channels in (in_channels, out_channels):
-        modules += [nn.Conv2d(channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels), nn.ELU()]
+        modules += [nn.Conv2d(channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels), nn.ELU(inplace=True)]
     return nn.Sequential(*modules)
 
 

@@ -38,10 +38,10 @@ def move_boxes(boxes: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:
 
 
 def head_layers(width: int, number: int) -> nn.Sequential:
-    """Linear layers without bias, each with LayerNorm and ELU."""
+    """Linear layers without bias, each with LayerNorm and ELU, in place: its input need not be kept."""
     modules: list[nn.Module] = []
     for _ in range(number):
-        modules += [nn.Linear(width, width, bias=False), nn.LayerNorm(width), nn.ELU()]
+        modules += [nn.Linear(width, width, bias=False), nn.LayerNorm(width), nn.ELU(inplace=True)]
     return nn.Sequential(*modules)
 
 
@@ -71,11 +71,12 @@ class DynamicInteraction(nn.Module):
         width = queries.shape[1]
         first, *second = self.dynamic_layer(queries).split(width * self.dim_dynamic, dim=1)
         x = crops.to(first.dtype)
-        x = F.elu(self.norm1(torch.bmm(x, first.view(-1, width, self.dim_dynamic))))
+        # In place, ELU keeps its result, which the next layer keeps anyway, and not its input as well
+        x = F.elu_(self.norm1(torch.bmm(x, first.view(-1, width, self.dim_dynamic))))
         if self.norm2 is not None:
             back = second[0].view(-1, self.dim_dynamic, width)
-            x = F.elu(self.norm2(torch.bmm(x.to(back.dtype), back)))
-        return F.elu(self.norm3(self.out_layer(x.flatten(1))))
+            x = F.elu_(self.norm2(torch.bmm(x.to(back.dtype), back)))
+        return F.elu_(self.norm3(self.out_layer(x.flatten(1))))
 
 
 class MultiHeadInteraction(nn.Module):
@@ -168,7 +169,7 @@ class RecurrentStage(Recomputable):
         x = self.norm1(features + self.dropout(attended))
         interaction = self.inst_interact(x.flatten(0, 1), crops).view_as(x)
         x = self.norm2(x + self.dropout(interaction))
-        x = self.norm3(x + self.dropout(self.linear2(self.dropout(F.elu(self.linear1(x))))))
+        x = self.norm3(x + self.dropout(self.linear2(self.dropout(F.elu_(self.linear1(x))))))
 
         logits = self.class_logits(self.cls_module(x))
         deltas = self.bboxes_delta(self.reg_module(x))

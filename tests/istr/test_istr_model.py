@@ -218,6 +218,28 @@ def slow_norm_and_elu(x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
     return torch.where(x > 0, x, x.exp() - 1)
 
 
+def test_what_dynamic_layers_keep() -> None:
+    """For the backward pass no more than weights of the query, products, norms' statistics and what is read next."""
+    width, inner, side, n = 8, 4, 3, 5
+    module = DynamicInteraction(width, inner, side)
+    queries, crops = torch.randn(n, width), torch.randn(n, side**2, width)
+    inputs = {t.untyped_storage().data_ptr() for t in (queries, crops, *module.parameters())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in inputs:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = module(queries, crops)
+    rows = n * side**2
+    weights, first, second, out = 2 * n * width * inner, 2 * rows * inner, 2 * rows * width, 2 * n * width
+    statistics = 2 * (rows + rows + n)
+    assert sum(storage.nbytes() for storage in kept.values()) == 4 * (weights + first + second + out + statistics)
+    assert result.shape == (n, width)
+
+
 def test_initialisation(make_cfg: MakeCfg) -> None:
     torch.manual_seed(0)
     model = build_model(make_cfg())

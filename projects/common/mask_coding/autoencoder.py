@@ -15,7 +15,7 @@ _CONTEXT_BLOCK = 6
 
 def _down(in_channels: int, out_channels: int) -> list[nn.Module]:
     convolution = nn.Conv2d(in_channels, out_channels, 4, stride=2, padding=1)
-    return [convolution, nn.BatchNorm2d(out_channels), nn.ELU()]
+    return [convolution, nn.BatchNorm2d(out_channels), nn.ELU(inplace=True)]
 
 
 def _up(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -23,7 +23,7 @@ def _up(in_channels: int, out_channels: int) -> nn.Sequential:
         nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
         nn.Conv2d(in_channels, out_channels, 3, padding=1),
         nn.BatchNorm2d(out_channels),
-        nn.ELU(),
+        nn.ELU(inplace=True),
     )
 
 
@@ -59,7 +59,7 @@ class AutoencoderMaskCoding(LearnedMaskCoding):
             nn.Unflatten(1, (length, 1, 1)),
             nn.ConvTranspose2d(length, 128, inner),
             nn.BatchNorm2d(128),
-            nn.ELU(),
+            nn.ELU(inplace=True),
             _up(128, 64),
             _up(64, CONTEXT_CHANNELS),
             _up(CONTEXT_CHANNELS, 16),
