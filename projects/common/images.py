@@ -73,4 +73,4 @@ def has_padding(images: ImageList) -> bool:
 
 def resize_padding(mask: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Nearest-neighbour resize of a padding mask (B, H, W)."""
-    return F.interpolate(mask[None].view(torch.uint8), size=tuple(size))[0].view(torch.bool)
+    return F.interpolate(mask[None].to(torch.uint8), size=tuple(size))[0].to(torch.bool)

@@ -13,7 +13,7 @@ from torch import Tensor
 from querymask.common.images import Canvas
 from querymask.common.masks import instance_masks
 from querymask.common.pyramid import FeaturePyramid
-from querymask.common.transfer import instances_to_device, kept_numbers, numbers_to_device
+from querymask.common.transfer import instances_to_device, numbers_to_device
 
 
 @dataclass
@@ -182,9 +182,9 @@ def loss_terms(name: str, values: Tensor, weight: float, num_layers: int) -> lis
 def weighted(terms: Iterable[LossTerm]) -> dict[str, Tensor]:
     """Losses by key, times their weights."""
     terms = list(terms)
-    values = torch.stack([term.value for term in terms])
-    weights = kept_numbers(tuple(term.weight for term in terms), like=values)
-    return {term.key: value for term, value in zip(terms, (values * weights).unbind(), strict=True)}
+    # One call; of each loss the gradient reaches what it depends on, and nothing else
+    values = torch._foreach_mul([term.value for term in terms], [term.weight for term in terms])
+    return {term.key: value for term, value in zip(terms, values, strict=True)}
 
 
 def unweighted(terms: Iterable[LossTerm]) -> dict[str, Tensor]:

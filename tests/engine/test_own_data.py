@@ -97,7 +97,8 @@ def test_from_a_folder_to_pictures(config: str, fruit: str, tmp_path: Path, cfg:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     assert demo.main([*arguments, "--input", str(picture)]) == 0
-    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["a.jpg", "val0.jpg"]
+    drawn = sorted(path.name for path in (tmp_path / "drawn").iterdir())
+    assert drawn == ["a.jpg", "detections.json", "images.json", "val0.jpg"]
 
 
 def test_what_the_command_line_says_counts(config: str, fruit: str) -> None:
