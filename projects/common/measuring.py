@@ -25,12 +25,7 @@ def median_time(run: Callable[[], object], device: str, repeat: int, warmup: int
     times = []
     for _ in range(repeat):
         if device == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
+            times.append(event_time(run))
         else:
             clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
             begin = clock()
@@ -51,15 +46,20 @@ def device_time(run: Callable[[], object], device: str, repeat: int, warmup: int
     flush = torch.empty(L2_BYTES, dtype=torch.uint8, device=device)
     times = []
     for _ in range(repeat):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
         torch.cuda._sleep(int(HIGHEST_CLOCK * (2 * host + 1e-4)))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
+        times.append(event_time(run))
     return statistics.median(times)
+
+
+def event_time(run: Callable[[], object]) -> float:
+    """Milliseconds of the GPU from what it was given before the run to the run's end."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 def calling_time(run: Callable[[], object], repeat: int) -> float:

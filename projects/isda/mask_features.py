@@ -1,7 +1,6 @@
 """The mask feature head: one map that all kernels of an image are applied to."""
 
 from collections.abc import Sequence
-from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -86,11 +85,11 @@ class MaskFeatureHead(nn.Module):
         levels = list(levels)
         if self.positions:
             levels[-1] = append_coordinates(levels[-1])
-        maps = []
+        total: torch.Tensor | None = None
         for x, branch, upsamplings in zip(levels, self.branches, self.upsamplings, strict=True):
             for unit in branch:
                 x = unit(x)
                 if upsamplings:
                     x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
-            maps.append(x)
-        return self.output(reduce(torch.add, maps))
+            total = x if total is None else total + x  # one map is kept, not all
+        return self.output(total)

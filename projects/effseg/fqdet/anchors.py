@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from querymask.common.boxes import to_corners
 from querymask.common.deformable_attention import SpatialShapes, of_tokens, token_centres
 from querymask.common.transfer import constants_to_device, kept, kept_numbers
 
@@ -58,8 +59,8 @@ def apply_deltas(anchors: Tensor, deltas: Tensor) -> Tensor:
         (..., 4), not clipped.
     """
     centres = anchors[..., :2] + deltas[..., :2] * anchors[..., 2:]
-    halves = 0.5 * (anchors[..., 2:] * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp())
-    return torch.cat([centres - halves, centres + halves], dim=-1)
+    sizes = anchors[..., 2:] * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp()
+    return to_corners(torch.cat([centres, sizes], dim=-1))
 
 
 def encode_deltas(anchors: Tensor, boxes: Tensor) -> Tensor:
