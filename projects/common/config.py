@@ -147,6 +147,26 @@ def add_common_config(cfg: CfgNode) -> None:
     # Train the mask branch alone, on the backbone and detector of MODEL.WEIGHTS
     cfg.MODEL.MASK_BRANCH.FREEZE_DETECTOR = False
 
+    # Panoptic segmentation: every pixel is of one segment or of none, where the other models find instances. Stuff is an
+    # object like a thing, one a class and image. The merge is that of EffSeg's release, whose thresholds these are; all
+    # must be exceeded
+    cfg.MODEL.PANOPTIC = CfgNode()
+    cfg.MODEL.PANOPTIC.ENABLED = False
+    # Classes 0 to NUM_THINGS - 1 are things, those after them are stuff, the parts of a class being one segment
+    cfg.MODEL.PANOPTIC.NUM_THINGS = 80
+    # Of a query's best class
+    cfg.MODEL.PANOPTIC.SCORE_THRESHOLD = 0.3
+    # Probability of a pixel of a query's own mask
+    cfg.MODEL.PANOPTIC.MASK_THRESHOLD = 0.5
+    # A query is left out whose own mask has this IoU with that of a query of higher score, whatever their classes
+    cfg.MODEL.PANOPTIC.NMS_THRESHOLD = 0.75
+    # A pixel goes to the query of the highest score times probability, if that probability exceeds this
+    cfg.MODEL.PANOPTIC.PIXEL_THRESHOLD = 0.35
+    # IoU of the pixels that a query gets with its own mask
+    cfg.MODEL.PANOPTIC.AGREEMENT_THRESHOLD = 0.6
+    # Number of pixels that a query gets, at the network's size
+    cfg.MODEL.PANOPTIC.AREA_THRESHOLD = 150
+
     # How masks become vectors, for the branches that predict these (VectorBranch, CodeBranch)
     cfg.MODEL.MASK_CODING = CfgNode()
     # "dct", "sparse", "autoencoder" (SMT), "flatten" (pixels), "flatten_logits"; principal components: "pca" of logits,
