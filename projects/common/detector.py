@@ -10,6 +10,7 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from querymask.common.images import Canvas
+from querymask.common.precision import full_precision
 from querymask.common.predictions import Assignment, LossTerm, Normalizers, Predictions, Targets
 from querymask.common.processes import TOGETHER, Processes
 
@@ -90,6 +91,20 @@ class Detector(nn.Module):
             ``scores``, ``pred_classes``, ``pred_queries`` and, with boxes, ``pred_boxes``; on the model's device or on
             the host.
         """
+
+    def class_scores(self, found: Predictions, image: int) -> Tensor:
+        """(Q, K) probabilities of the classes of an image's queries."""
+        return full_precision(found.logits[-1, image]).sigmoid()
+
+    def select_queries(self, found: Predictions, image: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The queries of an image that may be segments of a panoptic map, each with its best class.
+
+        Returns:
+            queries (n,), classes (n,) and scores (n,) in descending order, on the model's device.
+        """
+        scores, classes = self.class_scores(found, image).max(1)
+        order = scores.argsort(descending=True, stable=True)
+        return order, classes[order], scores[order]
 
     def finish(self, detections: Instances) -> Instances:
         """The detections that stay once they have masks, in their order."""

@@ -11,6 +11,7 @@ from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
 from querymask.common.detector import Detector
+from querymask.common.masks import Bands
 from querymask.common.predictions import Assignment, LossTerm, Normalizers, Predictions, Targets
 
 MASK_BRANCH_REGISTRY = Registry("MASK_BRANCH")
@@ -21,7 +22,8 @@ class MaskBranch(nn.Module):
     """Masks of a detector's queries.
 
     In training, in this order: ``forward`` once for all queries, ``encode`` the targets, ``costs`` for the matching,
-    ``losses`` of the assigned queries. At inference ``forward``, then ``add_masks`` for the chosen queries of an image.
+    ``losses`` of the assigned queries. At inference ``forward``, then ``add_masks`` for the chosen queries of an image,
+    or ``bands`` where the model is panoptic.
 
     Attributes:
         sections: of the config below ``MODEL`` that the branch reads.
@@ -87,4 +89,14 @@ class MaskBranch(nn.Module):
             made: of ``forward``.
             detections: of ``Detector.select``.
             layer: as there.
+        """
+
+    @abstractmethod
+    def bands(self, found: Predictions, made: Any, image: int, queries: Tensor, labels: Tensor) -> Bands:
+        """Probabilities of the masks of chosen queries of an image on the canvas, for panoptic segmentation.
+
+        Args:
+            made: of ``forward``.
+            queries: (n,) of the last layer, each once.
+            labels: (n,) their classes.
         """

@@ -1,5 +1,7 @@
 """Masks of instances: reading them, cutting them out at boxes, pasting them into images."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from detectron2.layers.mask_ops import paste_masks_in_image
@@ -8,6 +10,10 @@ from torchvision.ops import roi_align
 
 from querymask.common.precision import full_precision
 from querymask.common.transfer import PackedMasks, masks_to_device, numbers_to_device
+
+Bands = Callable[[torch.Tensor, int, int], torch.Tensor]
+"""Probabilities of the masks of an image: (numbers (k,) of masks, first row of the canvas, the one after the last) ->
+(k, rows, width). All canvases at once would be gigabytes."""
 
 
 def instance_masks(instances: Instances) -> torch.Tensor:
@@ -88,6 +94,76 @@ def paste_masks(maps: torch.Tensor, boxes: torch.Tensor, height: int, width: int
     anywhere = torch.cat([torch.zeros_like(limit), torch.ones_like(limit)])
     masks = paste_masks_in_image(maps, boxes.where(visible[:, None], anywhere), (height, width), threshold=threshold)
     return masks.logical_and_(visible[:, None, None])
+
+
+def paste_probabilities(
+    maps: torch.Tensor, boxes: torch.Tensor, rows: tuple[int, int], columns: tuple[int, int]
+) -> torch.Tensor:
+    """Probabilities at pixel centres of a part of the canvas: bilinear, zero outside of the map.
+
+    Each pixel's probability is wanted, of any part of the canvas, where :func:`paste_masks` gives masks of the whole.
+
+    Args:
+        maps: (n, S, S).
+        boxes: (n, 4) x0, y0, x1, y1 in pixels; may reach beyond the canvas. Empty ones and such that are not finite
+            give zeros.
+        rows, columns: first, and the one after the last.
+
+    Returns:
+        (n, rows, columns).
+    """
+    proper = boxes.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+    x, y = (
+        2 * (torch.arange(*span, device=boxes.device) + 0.5 - boxes[:, axis, None]) / sides[:, None] - 1
+        for axis, (span, sides) in enumerate(zip((columns, rows), (boxes[:, 2:] - boxes[:, :2]).unbind(1), strict=True))
+    )
+    # So far outside, positions need no precision, but must not overflow when they are rounded
+    x, y = (torch.where(proper[:, None], position, 2.0).clamp(-3, 3) for position in (x, y))
+    grid = torch.stack([x[:, None].expand(-1, y.shape[1], -1), y[:, :, None].expand(-1, -1, x.shape[1])], dim=-1)
+    return F.grid_sample(maps[:, None], grid, align_corners=False)[:, 0]
+
+
+def pasted_bands(maps: torch.Tensor, boxes: torch.Tensor, width: int) -> Bands:
+    """Bands of the canvas into which maps are pasted by :func:`paste_probabilities`.
+
+    Args:
+        maps: (n, S, S).
+        boxes: (n, 4) x0, y0, x1, y1 in pixels of the canvas.
+        width: of the canvas.
+    """
+    maps = full_precision(maps)
+    boxes = full_precision(boxes).to(maps.dtype)
+
+    def band(numbers: torch.Tensor, top: int, bottom: int) -> torch.Tensor:
+        own, places = maps[numbers], boxes[numbers]
+        if not uses_windows(places.device):
+            return paste_probabilities(own, places, (top, bottom), (0, width))
+        pasted = own.new_zeros(len(own), bottom - top, width)
+        for index, ((first, last), columns) in enumerate(box_windows(places, (bottom, width))):
+            rows = max(first, top), max(last, top)
+            part = paste_probabilities(own[index : index + 1], places[index : index + 1], rows, columns)
+            pasted[index, rows[0] - top : rows[1] - top, slice(*columns)] = part[0]
+        return pasted
+
+    return band
+
+
+def box_windows(boxes: torch.Tensor, canvas: tuple[int, int]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Rows and columns of the canvas, first and the one after the last, that hold each box and a pixel around it.
+
+    Args:
+        boxes: (n, 4) x0, y0, x1, y1 in pixels, whose values the host waits for.
+        canvas: height and width.
+    """
+    height, width = canvas
+    spans = torch.cat([boxes[:, :2].floor() - 1, boxes[:, 2:].ceil() + 1], dim=1).nan_to_num()
+    spans = spans.minimum(spans.new_tensor([width, height, width, height])).clamp(min=0)
+    return [((y0, max(y0, y1)), (x0, max(x0, x1))) for x0, y0, x1, y1 in spans.long().tolist()]
+
+
+def uses_windows(device: torch.device) -> bool:
+    """Whether reading boxes costs nothing, which on a GPU makes the host wait."""
+    return device.type == "cpu"
 
 
 def resize_masks(masks: torch.Tensor, height: int, width: int) -> torch.Tensor:

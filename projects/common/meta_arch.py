@@ -1,4 +1,6 @@
-"""A meta-architecture is a backbone, a detector and a mask branch: from Detectron2's inputs to losses or detections."""
+"""A meta-architecture is a backbone, a detector and a mask branch: from Detectron2's inputs to losses, detections or
+panoptic maps.
+"""
 
 import math
 import re
@@ -21,6 +23,7 @@ from querymask.common.detector import Detector
 from querymask.common.images import Canvas, batch_images
 from querymask.common.layers import recompute_layers
 from querymask.common.mask_branch import MASK_BRANCH_REGISTRY, MaskBranch
+from querymask.common.panoptic import PanopticRule, merge, panoptic_output
 from querymask.common.predictions import Assignment, Predictions, Targets, weighted
 from querymask.common.transfer import HostCopy
 
@@ -30,7 +33,8 @@ LOG_PERIOD = 20  # iterations between them
 
 
 class QuerySegmenter(nn.Module):
-    """Queries that become instances. Subclasses are the methods: each says which detector, and which masks are its own.
+    """Queries that become instances or segments. Subclasses are the methods: each says which detector, and which masks
+    are its own.
 
     Args:
         backbone: gives the maps that detector and mask branch read.
@@ -41,6 +45,7 @@ class QuerySegmenter(nn.Module):
         use_checkpoint: layers are computed again in the backward pass.
         graphs: what repeats the network in inference; None: it is run as it is.
         graph_divisibility: with graphs, height and width are multiples of it, too.
+        panoptic: how queries become a panoptic map; None: they become instances.
 
     Attributes:
         detector_type: of the method.
@@ -65,10 +70,12 @@ class QuerySegmenter(nn.Module):
         use_checkpoint: bool = False,
         graphs: CudaGraphs | None = None,
         graph_divisibility: int = 1,
+        panoptic: PanopticRule | None = None,
     ) -> None:
         super().__init__()
         self.graphs = graphs
         self.graph_divisibility = graph_divisibility
+        self.panoptic = panoptic
         self.backbone = backbone
         self.detector = detector
         self.mask_branch = mask_branch
@@ -107,6 +114,14 @@ class QuerySegmenter(nn.Module):
             raise ValueError(
                 f"{cls.detector_type.__name__} has no boxes, so without masks it finds nothing: choose a mask branch"
             )
+        panoptic = None
+        if cfg.MODEL.PANOPTIC.ENABLED:
+            if branch is None:
+                raise ValueError(
+                    "MODEL.PANOPTIC.ENABLED is True, but MODEL.MASK_BRANCH.NAME is none, and segments need masks: "
+                    "choose a mask branch"
+                )
+            panoptic = PanopticRule.from_config(cfg, detector.num_classes)
         if cfg.MODEL.MASK_BRANCH.FREEZE_DETECTOR and branch is None:
             raise ValueError(
                 "MODEL.MASK_BRANCH.FREEZE_DETECTOR leaves nothing to train where MODEL.MASK_BRANCH.NAME is none: set "
@@ -121,6 +136,7 @@ class QuerySegmenter(nn.Module):
             "freeze_detector": cfg.MODEL.MASK_BRANCH.FREEZE_DETECTOR,
             "use_checkpoint": cfg.MODEL.USE_CHECKPOINT,
             **graph_arguments(cfg, [detector] if branch is None else [detector, branch]),
+            "panoptic": panoptic,
         }
 
     @classmethod
@@ -133,8 +149,10 @@ class QuerySegmenter(nn.Module):
         """Where the model is."""
         return self.pixel_mean.device
 
-    def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Instances]]:
-        """Detectron2's contract: weighted losses in training, ``{"instances": Instances}`` per image otherwise."""
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
+        """Detectron2's contract: weighted losses in training; otherwise ``{"instances": Instances}`` per image, or
+        ``{"panoptic_seg": (ids, segments)}`` of :func:`panoptic_output`.
+        """
         images = self.preprocess(batched_inputs)
         found, made = self.predict(images) if self.training else self.predict_for_inference(images)
         if self.training:
@@ -144,6 +162,8 @@ class QuerySegmenter(nn.Module):
             (item.get("height", size[0]), item.get("width", size[1]))
             for item, size in zip(batched_inputs, images.image_sizes, strict=True)
         ]
+        if self.panoptic is not None:
+            return [{"panoptic_seg": output} for output in self.segment(found, made, sizes)]
         return [{"instances": instances} for instances in self.detect(found, made, sizes)]
 
     def preprocess(self, batched_inputs: Sequence[Mapping[str, Any]]) -> ImageList:
@@ -230,6 +250,19 @@ class QuerySegmenter(nn.Module):
             if self.mask_branch is None or not self.mask_branch.finishes:
                 detections = self.detector.finish(detections)
             results.append(detections)
+        return results
+
+    def segment(
+        self, found: Predictions, made: Any, sizes: Sequence[tuple[int, int]]
+    ) -> list[tuple[Tensor, list[dict[str, Any]]]]:
+        """The panoptic map and the segments of every image, as of :func:`panoptic_output`, at these sizes."""
+        assert self.mask_branch is not None and self.panoptic is not None and found.canvas is not None
+        results = []
+        for image, size in enumerate(sizes):
+            queries, labels, scores = self.detector.select_queries(found, image)
+            bands = self.mask_branch.bands(found, made, image, queries, labels)
+            segments = merge(labels, scores, bands, found.canvas.size, self.panoptic)
+            results.append(panoptic_output(segments, found.image_sizes[image], size, self.panoptic.num_things))
         return results
 
     def _log_statistics(self, found: Predictions, targets: Targets, assignment: Assignment) -> None:

@@ -6,10 +6,9 @@ Letters: n regions, S side of a mask; the canvas is the padded image.
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from querymask.common.masks import resize_masks
+from querymask.common.masks import box_windows, paste_probabilities, resize_masks, uses_windows
 from querymask.common.precision import full_precision
 from querymask.common.transfer import numbers_to_device
 
@@ -20,32 +19,6 @@ EXPORTS = ("any", "paste")
 foreground makes foreground (release), or from the probabilities, pasted anew (as Detectron2 does)."""
 PIXELS_AT_ONCE = 2**25
 """Of all canvases that are held at a time."""
-
-
-def paste_probabilities(maps: Tensor, boxes: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
-    """Probabilities at pixel centres of a part of the canvas: bilinear, zero outside of the map.
-
-    Each pixel's probability is wanted, of any part of the canvas, where :func:`querymask.common.masks.paste_masks`
-    gives masks of the whole.
-
-    Args:
-        maps: (n, S, S).
-        boxes: (n, 4) x0, y0, x1, y1 in pixels; may reach beyond the canvas. Empty ones and such that are not finite
-            give zeros.
-        rows, columns: first, and the one after the last.
-
-    Returns:
-        (n, rows, columns).
-    """
-    proper = boxes.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
-    x, y = (
-        2 * (torch.arange(*span, device=boxes.device) + 0.5 - boxes[:, axis, None]) / sides[:, None] - 1
-        for axis, (span, sides) in enumerate(zip((columns, rows), (boxes[:, 2:] - boxes[:, :2]).unbind(1), strict=True))
-    )
-    # So far outside, positions need no precision, but must not overflow when they are rounded
-    x, y = (torch.where(proper[:, None], position, 2.0).clamp(-3, 3) for position in (x, y))
-    grid = torch.stack([x[:, None].expand(-1, y.shape[1], -1), y[:, :, None].expand(-1, -1, x.shape[1])], dim=-1)
-    return F.grid_sample(maps[:, None], grid, align_corners=False)[:, 0]
 
 
 def foreground_certainty(pasted: Tensor) -> Tensor:
@@ -101,17 +74,10 @@ def _parts(boxes: Tensor, canvas: tuple[int, int]) -> Iterator[tuple[slice, tupl
     On a GPU they are many and have the whole canvas, on a CPU each is alone and has the surroundings of its box.
     """
     height, width = canvas
-    if not _uses_windows(boxes.device):
+    if not uses_windows(boxes.device):
         count = max(1, PIXELS_AT_ONCE // (height * width))
         for first in range(0, len(boxes), count):
             yield slice(first, first + count), (0, height), (0, width)
         return
-    spans = torch.cat([boxes[:, :2].floor() - 1, boxes[:, 2:].ceil() + 1], dim=1).nan_to_num()
-    spans = spans.minimum(spans.new_tensor([width, height, width, height])).clamp(min=0)
-    for index, (left, top, right, bottom) in enumerate(spans.long().tolist()):
-        yield slice(index, index + 1), (top, max(top, bottom)), (left, max(left, right))
-
-
-def _uses_windows(device: torch.device) -> bool:
-    """Whether reading boxes costs nothing, which on a GPU makes the host wait."""
-    return device.type == "cpu"
+    for index, (rows, columns) in enumerate(box_windows(boxes, canvas)):
+        yield slice(index, index + 1), rows, columns

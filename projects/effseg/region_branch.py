@@ -19,7 +19,7 @@ from torch import Tensor
 from querymask.common.detector import Detector
 from querymask.common.finer_levels import FinerLevels
 from querymask.common.mask_branch import MASK_BRANCH_REGISTRY, MaskBranch
-from querymask.common.masks import pad_masks
+from querymask.common.masks import Bands, pad_masks, pasted_bands
 from querymask.common.predictions import Assignment, LossTerm, Normalizers, Predictions, Targets
 from querymask.common.processes import Processes
 from querymask.common.pyramid import FeaturePyramid
@@ -161,10 +161,19 @@ class RegionBranch(MaskBranch):
             queries, region = detections.pred_queries.unique(return_inverse=True)
             labels = torch.zeros_like(queries)
         region, queries, labels = (to_device(x, found.hidden.device) for x in (region, queries, labels))
-        layer = -1 if layer is None else layer
-        images = torch.full_like(queries, image)
-        boxes, features = found.pixel_boxes(images, queries, layer), found.hidden[layer, image, queries]
-        return region, queries, Regions(boxes, torch.zeros_like(queries), features, labels)
+        return region, queries, self._regions(found, image, queries, labels, -1 if layer is None else layer)
+
+    @staticmethod
+    def _regions(found: Predictions, image: int, queries: Tensor, labels: Tensor, layer: int) -> Regions:
+        """Queries (n,) with classes (n,) as regions of the maps of their image alone."""
+        boxes = found.pixel_boxes(torch.full_like(queries, image), queries, layer)
+        return Regions(boxes, torch.zeros_like(queries), found.hidden[layer, image, queries], labels)
+
+    def bands(self, found: Predictions, made: FeaturePyramid, image: int, queries: Tensor, labels: Tensor) -> Bands:
+        """See :class:`MaskBranch`; all queries compete for refinement, also those that become no segment."""
+        canvas = found.canvas.size
+        regions = self._regions(found, image, queries, labels, -1)
+        return pasted_bands(self.head(made.of_image(image), canvas, regions), regions.boxes, canvas[1])
 
 
 def limit_pairs(pairs: Assignment, number: int, num_images: int, processes: Processes) -> Assignment:

@@ -24,13 +24,14 @@ from querymask.common.finer_levels import FinerLevels
 from querymask.common.layers import MLP
 from querymask.common.losses import dice_loss
 from querymask.common.mask_branch import MASK_BRANCH_REGISTRY, MaskBranch
+from querymask.common.masks import Bands
 from querymask.common.matching import pad_targets
 from querymask.common.precision import full_precision, without_autocast
 from querymask.common.predictions import Assignment, LossTerm, Normalizers, Predictions, Targets, loss_terms
 from querymask.common.processes import Processes
 from querymask.common.transfer import instances_to_device
 from querymask.isda.mask_features import MaskFeatureHead
-from querymask.isda.masks import apply_kernels, maskness, reduce_masks, resize_probabilities
+from querymask.isda.masks import apply_kernels, enlarged_bands, maskness, reduce_masks, resize_probabilities
 
 KERNEL_POSITIONS = ("logit", "point", "none")
 MASK_LOSSES = ("dice", "iou")
@@ -239,6 +240,11 @@ class KernelBranch(MaskBranch):
             self.mask_threshold,
         )
         return detections
+
+    def bands(self, found: Predictions, made: Kernels, image: int, queries: Tensor, labels: Tensor) -> Bands:
+        """See :class:`MaskBranch`."""
+        logits = apply_kernels(made.kernels[-1, image, queries], made.features[image])
+        return enlarged_bands(full_precision(logits).sigmoid(), self.mask_stride)
 
 
 def intersections(masks: Tensor, others: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from querymask.common.masks import Bands
+
 # Elements of the largest intermediate map while masks are resized: bounds the memory
 CHUNK_ELEMENTS = 2**24
 
@@ -63,6 +65,23 @@ def resize_probabilities(
             maps = F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
         torch.gt(maps[:, 0], threshold, out=masks[rows])
     return masks
+
+
+def enlarged_bands(probabilities: torch.Tensor, stride: int) -> Bands:
+    """Bands of the masks that bilinear interpolation enlarges to the padded image.
+
+    Args:
+        probabilities: (n, h, w).
+        stride: size of the padded image over that of the maps.
+    """
+
+    def band(numbers: torch.Tensor, top: int, bottom: int) -> torch.Tensor:
+        first = max(top // stride - 1, 0)  # a row above and one below are all that interpolation reads
+        maps = probabilities[numbers, None, first : -(-bottom // stride) + 1]
+        maps = F.interpolate(maps, scale_factor=stride, mode="bilinear", align_corners=False)[:, 0]
+        return maps[:, top - first * stride : bottom - first * stride]
+
+    return band
 
 
 def _chunks(probabilities: torch.Tensor, stride: int, size: tuple[int, int]) -> Iterator[slice]:

@@ -21,12 +21,12 @@ from querymask.common.losses import dice_loss
 from querymask.common.mask_branch import MASK_BRANCH_REGISTRY, MaskBranch
 from querymask.common.mask_coding import AutoencoderMaskCoding, MaskCoding, coding_from_config
 from querymask.common.mask_coding.targets import CodedTargets, encode_targets
-from querymask.common.masks import paste_masks
+from querymask.common.masks import Bands, paste_masks, pasted_bands
 from querymask.common.matching import pad_targets
 from querymask.common.precision import full_precision, without_autocast
 from querymask.common.predictions import Assignment, LossTerm, Normalizers, Predictions, Targets, loss_terms
 from querymask.common.transfer import instances_to_device
-from querymask.istr.crops import crop_at_predictions
+from querymask.istr.crops import clipped_boxes, crop_at_predictions
 from querymask.istr.mask_head import MaskCode, build_mask_head
 
 MASK_COSTS = ("cosine", "l1", "dice", "none")
@@ -270,6 +270,12 @@ class CodeBranch(MaskBranch):
             self.paste_threshold,
         )
         return detections
+
+    def bands(self, found: Predictions, made: Codes, image: int, queries: Tensor, labels: Tensor) -> Bands:
+        """See :class:`MaskBranch`; of codings without a limit, what is beyond 0 and 1 counts as these."""
+        images = torch.full_like(queries, image)
+        maps = self.codes(found, made, images, queries, -1).decode(self.coding).clamp(0, 1)
+        return pasted_bands(maps, clipped_boxes(found, images, queries, -1), found.canvas.size[1])
 
 
 def check_mask_cost(mask_cost: str, coding: MaskCoding) -> None:

@@ -189,6 +189,10 @@ class RecurrentBoxes(SetDetector):
         instances.pred_queries = queries[kept]
         return instances
 
+    def class_scores(self, found: RecurrentPredictions, image: int) -> Tensor:
+        """See :class:`Detector`."""
+        return self.scores(found)[image]
+
     def scores(self, found: RecurrentPredictions, stage: int | None = None) -> Tensor:
         """Scores (B, Q, classes) of one stage, or of the mean logits that count."""
         number = found.num_layers

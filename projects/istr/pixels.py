@@ -20,7 +20,7 @@ from torchvision.ops import clip_boxes_to_image
 from querymask.common.detector import Detector
 from querymask.common.layers import MaskLayers
 from querymask.common.mask_branch import MASK_BRANCH_REGISTRY, MaskBranch
-from querymask.common.masks import paste_masks
+from querymask.common.masks import Bands, paste_masks, pasted_bands
 from querymask.common.precision import full_precision
 from querymask.common.predictions import Assignment, LossTerm, Normalizers, Predictions, Targets, loss_terms
 from querymask.common.transfer import instances_to_device
@@ -115,3 +115,9 @@ class PixelBranch(MaskBranch):
         boxes = clip_boxes_to_image(detections.pred_boxes.tensor, detections.image_size)
         detections.pred_masks = paste_masks(maps, boxes, *detections.image_size, threshold=0.5)
         return detections
+
+    def bands(self, found: Predictions, made: None, image: int, queries: Tensor, labels: Tensor) -> Bands:
+        """See :class:`MaskBranch`."""
+        images = torch.full_like(queries, image)
+        maps = self.logits(found, images, queries, -1, labels).sigmoid()
+        return pasted_bands(maps, clipped_boxes(found, images, queries, -1), found.canvas.size[1])

@@ -25,7 +25,7 @@ from torchvision.ops import sigmoid_focal_loss
 from querymask.common.detector import Detector
 from querymask.common.losses import dice_loss
 from querymask.common.mask_branch import MASK_BRANCH_REGISTRY, MaskBranch
-from querymask.common.masks import pad_masks
+from querymask.common.masks import Bands, pad_masks
 from querymask.common.precision import full_precision
 from querymask.common.predictions import Assignment, LossTerm, Normalizers, Predictions, Targets
 from querymask.solq.detector import DeformableDETR
@@ -33,6 +33,8 @@ from querymask.solq.predictions import DETRPredictions
 
 NUM_SKIPS = 3
 _GROUPS = 8
+QUERIES_AT_ONCE = 16
+"""Of those of a panoptic map, of which there are more than of detections."""
 _NARROWEST = 16  # the last convolution has the width divided by this
 
 
@@ -233,7 +235,7 @@ class SQRBranch(MaskBranch):
     ) -> torch.Tensor:
         """(n,) and (n,) indices -> (n, H, W) logits at the size of the padded batch."""
         maps = full_precision(self.coarse_logits(found.hidden[-1][image, query], context, image))
-        return F.interpolate(maps[:, None], size=found.canvas.size, mode="bilinear", align_corners=False)[:, 0]
+        return enlarge(maps, found.canvas.size)
 
     def encode(self, targets: Targets, found: Predictions) -> torch.Tensor:
         """(sum of counts, H, W) bool on the padded canvas."""
@@ -269,6 +271,29 @@ class SQRBranch(MaskBranch):
             masks &= inside_boxes(detections.pred_boxes.tensor, *size)
         detections.pred_masks = masks
         return detections
+
+    def bands(
+        self, found: Predictions, made: MaskContext, image: int, queries: torch.Tensor, labels: torch.Tensor
+    ) -> Bands:
+        """See :class:`MaskBranch`; inside of the boxes where masks are cut off at them."""
+        images, hidden = torch.full_like(queries, image), found.hidden[-1, image, queries]
+        parts = zip(hidden.split(QUERIES_AT_ONCE), images.split(QUERIES_AT_ONCE))
+        maps = full_precision(torch.cat([self.coarse_logits(own, made, own_images) for own, own_images in parts]))
+        boxes = found.pixel_boxes(images, queries)
+
+        def band(numbers: torch.Tensor, top: int, bottom: int) -> torch.Tensor:
+            parts = [enlarge(maps[rows], found.canvas.size)[:, top:bottom] for rows in numbers.split(QUERIES_AT_ONCE)]
+            probabilities = torch.cat(parts).sigmoid()
+            if self.crop_masks:
+                probabilities *= inside_boxes(boxes[numbers], *found.canvas.size)[:, top:bottom]
+            return probabilities
+
+        return band
+
+
+def enlarge(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(n, h', w') -> (n, *size), bilinear."""
+    return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
 def inside_boxes(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ from querymask.common.losses import dice_loss
 from querymask.common.mask_branch import MASK_BRANCH_REGISTRY, MaskBranch
 from querymask.common.mask_coding import AutoencoderMaskCoding, MaskCoding, binarize_at_half_range, coding_from_config
 from querymask.common.mask_coding.targets import CodedTargets, encode_targets
-from querymask.common.masks import paste_masks
+from querymask.common.masks import Bands, paste_masks, pasted_bands
 from querymask.common.precision import full_precision
 from querymask.common.predictions import Assignment, LossTerm, Normalizers, Predictions, Targets, loss_terms
 from querymask.common.transfer import instances_to_device
@@ -179,14 +179,20 @@ class VectorBranch(MaskBranch):
         self, found: Predictions, made: None, image: int, detections: Instances, layer: int | None = None
     ) -> Instances:
         """See :class:`MaskBranch`."""
-        device = found.hidden.device
-        detections = instances_to_device(detections, device)
-        layer = -1 if layer is None else layer
-        head = self.head(layer - found.num_layers if layer >= 0 else layer)
-        hidden = found.hidden[layer, image, detections.pred_queries]
-        maps = self.coding.decode(full_precision(head(hidden)))
-        if self.binarize_before_paste:
-            maps = binarize_at_half_range(maps)
+        detections = instances_to_device(detections, found.hidden.device)
+        maps = self._maps(found, image, detections.pred_queries, -1 if layer is None else layer)
         boxes = detections.pred_boxes.tensor
         detections.pred_masks = paste_masks(maps, boxes, *detections.image_size, threshold=0.5)
         return detections
+
+    def bands(self, found: Predictions, made: None, image: int, queries: Tensor, labels: Tensor) -> Bands:
+        """See :class:`MaskBranch`; of codings without a limit, what is beyond 0 and 1 counts as these."""
+        boxes = found.pixel_boxes(torch.full_like(queries, image), queries)
+        maps = self._maps(found, image, queries, -1).to(boxes.dtype).clamp(0, 1)
+        return pasted_bands(maps, boxes, found.canvas.size[1])
+
+    def _maps(self, found: Predictions, image: int, queries: Tensor, layer: int) -> Tensor:
+        """(n, S, S) soft or bool masks of queries (n,) of an image."""
+        head = self.head(layer - found.num_layers if layer >= 0 else layer)
+        maps = self.coding.decode(full_precision(head(found.hidden[layer, image, queries])))
+        return binarize_at_half_range(maps) if self.binarize_before_paste else maps

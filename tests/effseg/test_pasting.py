@@ -60,7 +60,7 @@ def test_parts_make_the_whole(monkeypatch: pytest.MonkeyPatch, pixels: int | Non
     maps, boxes = make_maps()
     if pixels is not None:
         monkeypatch.setattr(pasting, "PIXELS_AT_ONCE", pixels)
-        monkeypatch.setattr(pasting, "_uses_windows", lambda device: False)
+        monkeypatch.setattr(pasting, "uses_windows", lambda device: False)
     masks, certainty = paste_and_resize(maps, boxes, CANVAS, (8, 10), (13, 20))
     pasted = paste_probabilities(maps, boxes, (0, CANVAS[0]), (0, CANVAS[1]))
     torch.testing.assert_close(certainty, foreground_certainty(pasted))

@@ -20,9 +20,15 @@ def make_input(case: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Te
 
 def official_state(case: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The weights of a case's checkpoint by their official names, with the case's overrides."""
-    manifest = load_manifest("effseg", case["checkpoint_file"])
+    return fixed_weights(load_manifest("effseg", case["checkpoint_file"]), case["overrides"])
+
+
+def fixed_weights(
+    manifest: Mapping[str, list[int]], overrides: Mapping[str, Mapping[str, float]]
+) -> dict[str, np.ndarray]:
+    """Weights by name for the keys and shapes of a checkpoint, some of them multiplied or added to."""
     state = {key: fixture().weight(key, shape) for key, shape in manifest.items()}
-    for operation, entries in case["overrides"].items():
+    for operation, entries in overrides.items():
         for key, number in entries.items():
             assert operation in ("multiply", "add"), f"unknown override: {operation}"
             state[key] = state[key] * number if operation == "multiply" else state[key] + number

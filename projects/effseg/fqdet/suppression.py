@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
-CANDIDATES = 1000  # pairs of query and class that enter NMS
+CANDIDATES = 1000  # pairs of query and class, or queries, that enter NMS
 MAX_EXTENT = 2.0**20  # pixels over which boxes may be spread for one NMS of all classes
 
 
