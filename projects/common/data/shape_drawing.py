@@ -165,7 +165,7 @@ def plain_background(rng: np.random.Generator, height: int, width: int) -> tuple
 class _Canvas:
     """A picture in the making with its map of labels (0: background, k: the k-th object)."""
 
-    def __init__(self, rng: np.random.Generator, background: Background) -> None:
+    def __init__(self, rng: np.random.Generator, background: Background = plain_background) -> None:
         self.rng = rng
         self.height, self.width = (int(side) for side in rng.integers(SIDE_RANGE[0], SIDE_RANGE[1] + 1, 2))
         self.image, self.background = background(rng, self.height, self.width)

@@ -7,6 +7,8 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from querymask.common.evaluation.panoptic import KIND, PanopticClasses
+
 logger = logging.getLogger(__name__)
 
 NUM_CLASSES_KEYS = {
@@ -45,6 +47,33 @@ def check_num_classes(cfg: CfgNode, dataset_names: Iterable[str]) -> None:
             logger.warning(f"the classes of {name}, {classes}, are not those of {first}, {first_classes}")
         elif classes:
             first, first_classes = name, classes
+
+
+def check_panoptic(cfg: CfgNode, dataset_names: Iterable[str]) -> None:
+    """Compare ``MODEL.PANOPTIC`` with the kind of each data set and with its things.
+
+    Raises:
+        ValueError: only one of model and data set is panoptic, the number of things differs, or a key has no meaning
+            for panoptic maps.
+    """
+    panoptic = cfg.MODEL.PANOPTIC
+    for name in dataset_names:
+        dataset_classes(name)
+        metadata = MetadataCatalog.get(name)
+        if (metadata.get("evaluator_type") == KIND) != panoptic.ENABLED:
+            kind, other = ("", "MODEL.PANOPTIC.ENABLED True") if not panoptic.ENABLED else ("not ", "a panoptic one")
+            raise ValueError(
+                f"MODEL.PANOPTIC.ENABLED is {panoptic.ENABLED}, but the data set {name} is {kind}panoptic: set {other}, "
+                "or choose another data set with DATASETS.TRAIN and DATASETS.TEST"
+            )
+        if panoptic.ENABLED and (number := PanopticClasses(name).num_things) != panoptic.NUM_THINGS:
+            raise ValueError(
+                f"MODEL.PANOPTIC.NUM_THINGS is {panoptic.NUM_THINGS}, but {number} classes of the data set {name} are "
+                f"things. Set MODEL.PANOPTIC.NUM_THINGS {number}, or choose another data set"
+            )
+    for key, value, off in (("TEST.SLICE.SIZE", cfg.TEST.SLICE.SIZE, 0), ("INPUT.COPY_PASTE", cfg.INPUT.COPY_PASTE, 0)):
+        if panoptic.ENABLED and value:
+            raise ValueError(f"{key} is for instances, and MODEL.PANOPTIC.ENABLED is True: set {key} {off}")
 
 
 def dataset_classes(name: str) -> list[str]:

@@ -39,8 +39,8 @@ def check_evaluation_keys(cfg: CfgNode) -> None:
             raise ValueError(f"TEST.BEST_METRIC is {metric}, which is not computed: set TEST.LOSS True")
     elif metric and (len(parts) < 2 or not parts[-1].startswith(TASKS.get(parts[-2], ()))):
         raise ValueError(
-            f"TEST.BEST_METRIC is {metric!r}: give a metric of the evaluation, as segm/AP, bbox/AP50, "
-            f"boundary/AP or panoptic_seg/PQ (behind the data set's name and / where DATASETS.TEST has several), or {VALIDATION_LOSS}"
+            f"TEST.BEST_METRIC is {metric!r}: give a metric of the evaluation, as segm/AP, bbox/AP50, boundary/AP or "
+            f"panoptic_seg/PQ (behind the data set's name and / where DATASETS.TEST has several), or {VALIDATION_LOSS}"
         )
     if cfg.TEST.PATIENCE and not (metric and cfg.TEST.EVAL_PERIOD):
         raise ValueError(

@@ -31,7 +31,7 @@ from querymask.common.data.training_set import read_training_set
 from querymask.common.engine import hooks, resuming
 from querymask.common.engine.averaging import WeightAverage, restore_weights
 from querymask.common.engine.checkpointer import StrictCheckpointer
-from querymask.common.engine.checks import check_num_classes, dataset_classes
+from querymask.common.engine.checks import check_num_classes, check_panoptic, dataset_classes
 from querymask.common.engine.class_names import check_class_names, choose_class_names
 from querymask.common.engine.evaluating import EarlyStop, EvaluationHook, check_evaluation_keys
 from querymask.common.engine.sampling import TrainLoader
@@ -63,6 +63,7 @@ class Trainer(DefaultTrainer):
         choose_seed(cfg)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         PathManager.mkdirs(cfg.OUTPUT_DIR)
+        check_panoptic(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
         check_num_classes(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
         choose_class_names(cfg)
         for name in [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]:  # other differences were told by check_num_classes
@@ -223,6 +224,7 @@ class Trainer(DefaultTrainer):
     def evaluate(cls, cfg: CfgNode, resume: bool = False) -> OrderedDict:
         """Build a model, load ``MODEL.WEIGHTS`` (the last checkpoint in ``OUTPUT_DIR`` if ``resume``), and test it."""
         check_unused_keys(cfg)
+        check_panoptic(cfg, cfg.DATASETS.TEST)
         check_num_classes(cfg, cfg.DATASETS.TEST)
         model = cls.build_model(cfg)
         checkpointer = StrictCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, complete=True)

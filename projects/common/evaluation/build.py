@@ -46,8 +46,9 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         evaluator = CityscapesInstanceEvaluator(dataset_name)
     else:
         raise ValueError(
-            f"data set {dataset_name} has evaluator_type {kind!r}; known are coco, lvis, coco_panoptic_seg and "
-            "cityscapes_instance. Set it with MetadataCatalog.get(name).set(evaluator_type=...), or override Trainer.build_evaluator"
+            f"data set {dataset_name} has evaluator_type {kind!r}; known are coco, lvis, {KIND} and "
+            "cityscapes_instance. Set it with MetadataCatalog.get(name).set(evaluator_type=...), or override "
+            "Trainer.build_evaluator"
         )
     if cfg.VIS_NUM_IMAGES < 1:
         return evaluator

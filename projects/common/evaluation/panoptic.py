@@ -93,7 +93,11 @@ class PanopticEvaluator(DatasetEvaluator):
             self._results.append(self._written(entry, ids, segments))
 
     def add_result(self, image_id: Any, name: str, segments: Sequence[Mapping[str, Any]], source: str) -> None:
-        """:meth:`add` of a result: its PNG file, and its segments with ids of categories; ``source`` is for messages."""
+        """:meth:`add` of a result: of its PNG file, and its segments with ids of categories.
+
+        Args:
+            source: for messages.
+        """
         entry = self._entry(image_id)
         classes = {key: index for index, key in self._classes.category_ids.items()}
         for segment in segments:

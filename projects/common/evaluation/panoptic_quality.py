@@ -94,8 +94,8 @@ def quality(counts: np.ndarray, class_names: Sequence[str], num_things: int) -> 
     """Scores in percent from the counts of all images, (C, 4).
 
     Returns:
-        PQ, SQ and RQ over all classes, PQ_th, ... over things (the first ``num_things`` classes), PQ_st, ... over stuff,
-        and PQ-name, ... of each class. NaN where no class occurs.
+        PQ, SQ and RQ over all classes, PQ_th, ... over things (the first ``num_things`` classes), PQ_st, ... over
+        stuff, and PQ-name, ... of each class. NaN where no class occurs.
     """
     matches = counts[:, TP]
     size = matches + (counts[:, FP] + counts[:, FN]) / 2
