@@ -7,12 +7,16 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import datasets as detectron2_datasets
 from detectron2.data.datasets import coco as detectron2_coco
+from detectron2.data.datasets import coco_panoptic as detectron2_coco_panoptic
 
-from querymask.common.data.annotations import load_coco_json
+from querymask.common.data.annotations import load_coco_json, load_coco_panoptic_json
 from querymask.common.data.shapes import (
     CATEGORIES,
+    PANOPTIC_CATEGORIES,
     SPLIT_SIZES,
+    STUFF_CATEGORIES,
     make_shapes,
+    panoptic_folder,
     shapes_folder,
 )
 
@@ -48,6 +52,33 @@ def register_shapes(name: str, root: str | os.PathLike, split: str, num_images: 
     )
 
 
+def register_shapes_panoptic(name: str, root: str | os.PathLike, split: str, num_images: int | None = None) -> None:
+    """Register a split of the panoptic form of the built-in data set. See :func:`register_shapes`."""
+    json_file = shapes_folder(root, panoptic=True) / f"{split}.json"
+    image_root, panoptic_root = json_file.with_suffix(""), panoptic_folder(json_file)
+    classes = {category["id"]: index for index, category in enumerate(PANOPTIC_CATEGORIES)}
+    names = [category["name"] for category in PANOPTIC_CATEGORIES]
+    metadata = {
+        "thing_classes": names,
+        "stuff_classes": names,
+        "thing_dataset_id_to_contiguous_id": {category["id"]: classes[category["id"]] for category in CATEGORIES},
+        "stuff_dataset_id_to_contiguous_id": {category["id"]: classes[category["id"]] for category in STUFF_CATEGORIES},
+    }
+
+    def load() -> list[dict[str, Any]]:
+        make_shapes(root, split, num_images, panoptic=True)
+        return load_coco_panoptic_json(str(json_file), str(image_root), str(panoptic_root), metadata)
+
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(
+        panoptic_json=str(json_file),
+        panoptic_root=str(panoptic_root),
+        image_root=str(image_root),
+        evaluator_type="coco_panoptic_seg",
+        **metadata,
+    )
+
+
 def register_balloon(name: str, root: str | os.PathLike, split: str) -> None:
     """Register a split ("train" or "val") of the balloon data set, expected in COCO format in ``root``/balloon."""
     json_file = Path(root) / "balloon" / f"{split}.json"
@@ -76,6 +107,8 @@ def register_all(root: str | os.PathLike) -> None:
     for split in SPLIT_SIZES:
         if f"shapes_{split}" not in taken:
             register_shapes(f"shapes_{split}", root, split)
+        if f"shapes_panoptic_{split}" not in taken:
+            register_shapes_panoptic(f"shapes_panoptic_{split}", root, split)
         if f"balloon_{split}" not in taken:
             register_balloon(f"balloon_{split}", root, split)
 
@@ -83,9 +116,11 @@ def register_all(root: str | os.PathLike) -> None:
 def install() -> None:
     """What ``import querymask`` does to Detectron2's data sets, once.
 
-    What ``register_coco_instances`` registers, Detectron2's own COCO sets included, is read by the reader that checks.
-    ``shapes_train``, ``shapes_val``, ``balloon_train`` and ``balloon_val`` are registered in the folder that
-    DETECTRON2_DATASETS names by now.
+    What ``register_coco_instances`` and ``register_coco_panoptic`` register, Detectron2's own COCO sets included, is
+    read by the reader that checks.
+    ``shapes_train``, ``shapes_val``, ``shapes_panoptic_train``, ``shapes_panoptic_val``, ``balloon_train`` and
+    ``balloon_val`` are registered in the folder that DETECTRON2_DATASETS names by now.
     """
     detectron2_coco.load_coco_json = detectron2_datasets.load_coco_json = load_coco_json
+    detectron2_coco_panoptic.load_coco_panoptic_json = load_coco_panoptic_json
     register_all(datasets_root())

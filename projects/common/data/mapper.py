@@ -14,6 +14,7 @@ from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
 from querymask.common.data.annotations import Findings, ImageInfo, clean_record
 from querymask.common.data.augmentation import build_augmentations
 from querymask.common.data.image_files import ImageFileError, ImageReader
+from querymask.common.data.segment_maps import annotations_with_masks
 from querymask.common.data.segmentation import decode_segmentation
 from querymask.common.meta_arch import uses_masks
 
@@ -30,6 +31,9 @@ class InstanceMapper:
     shrunk to what a crop leaves of the mask (DETR). Masks are rasterised at the image's own resolution, then augmented
     with nearest-neighbour sampling. Images without instances stay: keep DATALOADER.FILTER_EMPTY_ANNOTATIONS False
     for them to arrive here.
+
+    An entry of a panoptic data set gives a target for each segment that is no crowd, thing or stuff, whose mask is that
+    of the PNG file.
     """
 
     @configurable
@@ -99,7 +103,7 @@ class InstanceMapper:
             SizeMismatchError: it has another size than the entry says; a ValueError.
             ValueError: an annotation does not fit the image, the model or the task.
         """
-        output = {key: value for key, value in dataset_dict.items() if key != "annotations"}
+        output = {k: value for k, value in dataset_dict.items() if k not in ("annotations", "segments_info")}
         image, orientation = self._read_image(dataset_dict)
         self._check_size(dataset_dict, image.shape[:2], orientation)
         output["height"], output["width"] = image.shape[:2]
@@ -207,9 +211,10 @@ class InstanceMapper:
         name = _name(dataset_dict)
         findings = Findings(name)
         image = ImageInfo(name, *size)
+        annotations = annotations_with_masks(dataset_dict) if self.use_masks else dataset_dict["annotations"]
         clean = [
             clean_record(annotation, image, f"annotation {number}", findings)
-            for number, annotation in enumerate(dataset_dict["annotations"])
+            for number, annotation in enumerate(annotations)
         ]
         if (lines := findings.lines()) and not self._told:
             self._told = True

@@ -6,6 +6,7 @@ while objects are placed. Lengths are in pixels; pixel i covers [i, i + 1), as i
 """
 
 import colorsys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
@@ -29,6 +30,9 @@ CENTRE_MARGIN = 0.3
 MIN_VISIBLE = 0.4
 # Distance in RGB (0..1) between the colours of an object and those of the background
 MIN_CONTRAST = 0.4
+
+Background = Callable[[np.random.Generator, int, int], tuple[np.ndarray, list[np.ndarray]]]
+"""Draws a background of (height, width): float32 [H, W, 3] in 0..1, and the colours in it."""
 
 _SUPERSAMPLING = 4
 _SHADOW_REACH = 4
@@ -151,16 +155,20 @@ def _polygon_area(corners: np.ndarray) -> float:
     return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
 
 
+def plain_background(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """A ``Background`` of one texture."""
+    first = _random_colour(rng, (0.05, 0.5), (0.2, 0.95))
+    second = np.clip(first + rng.uniform(-0.22, 0.22, 3).astype(np.float32), 0, 1)
+    return np.ascontiguousarray(_mix(_pattern(rng, height, width), [first, second])), [first, second]
+
+
 class _Canvas:
     """A picture in the making with its map of labels (0: background, k: the k-th object)."""
 
-    def __init__(self, rng: np.random.Generator) -> None:
+    def __init__(self, rng: np.random.Generator, background: Background) -> None:
         self.rng = rng
         self.height, self.width = (int(side) for side in rng.integers(SIDE_RANGE[0], SIDE_RANGE[1] + 1, 2))
-        first = _random_colour(rng, (0.05, 0.5), (0.2, 0.95))
-        second = np.clip(first + rng.uniform(-0.22, 0.22, 3).astype(np.float32), 0, 1)
-        self.background = [first, second]
-        self.image = np.ascontiguousarray(_mix(_pattern(rng, self.height, self.width), self.background))
+        self.image, self.background = background(rng, self.height, self.width)
         self.labels = np.zeros((self.height, self.width), dtype=np.int64)
         # Per label: pixels when it was painted, pixels still visible, and the outline if it says the same as the mask
         self.painted = [0]
@@ -240,16 +248,19 @@ class _Canvas:
         return np.clip(self.image * light[..., None] + grain, 0, 255).astype(np.uint8)
 
 
-def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, list[SceneObject]]:
+def draw_scene(
+    rng: np.random.Generator, background: Background = plain_background
+) -> tuple[np.ndarray, list[SceneObject]]:
     """Draw one picture.
 
     Args:
         rng: the only source of randomness; the same state gives the same scene.
+        background: what is behind the objects.
 
     Returns:
         The image, uint8 [H, W, 3] RGB, and its objects from back to front. Every object of the picture is among them.
     """
-    canvas = _Canvas(rng)
+    canvas = _Canvas(rng, background)
     classes: list[int] = []
     crowds: list[bool] = []
     if rng.random() >= EMPTY_PROBABILITY:

@@ -1,9 +1,12 @@
 """The built-in data set ``shapes``: made on first use as JPEG files and a COCO JSON, then read like any other.
 
-The folder has the generator's version in its name, so a changed generator makes a new data set beside the old one::
+Its panoptic form has other pictures, with stuff behind the shapes, and a PNG file of the segments of each. The folders
+have the generator's version in their names, so a changed generator makes a new data set beside the old one::
 
-    shapes/v1/train.json  shapes/v1/train/000000.jpg ...
-    shapes/v1/val.json    shapes/v1/val/000000.jpg ...
+    shapes/v1/train.json             shapes/v1/train/000000.jpg ...
+    shapes/v1/val.json               shapes/v1/val/000000.jpg ...
+    shapes_panoptic/v1/train.json    shapes_panoptic/v1/train/000000.jpg ...
+                                     shapes_panoptic/v1/panoptic_train/000000.png ...
 
 Image i of a split depends on (version, split, i) alone. Work is done in parts that are recorded when they are complete,
 so an interrupted run continues where it stopped; a lock lets only one process work; every file appears under its name
@@ -23,7 +26,9 @@ import pycocotools.mask as mask_util
 from iopath.common.file_io import file_lock
 from tqdm import tqdm
 
+from querymask.common.data.segment_maps import encode_segment_map
 from querymask.common.data.shape_drawing import CLASS_NAMES, SceneObject, draw_scene
+from querymask.common.data.stuff_drawing import STUFF_NAMES, draw_panoptic_scene
 
 # To be raised with every change that alters pictures or annotations
 VERSION = 1
@@ -31,6 +36,11 @@ SPLIT_SIZES = {"train": 6000, "val": 400}
 # Not contiguous, as COCO's are not
 CATEGORY_IDS = (1, 2, 4, 5, 7, 9)
 CATEGORIES = [{"id": i, "name": name, "supercategory": "shape"} for i, name in zip(CATEGORY_IDS, CLASS_NAMES)]
+STUFF_IDS = (11, 12, 14, 17, 20)
+STUFF_CATEGORIES = [
+    {"id": i, "name": name, "supercategory": "ground", "isthing": 0} for i, name in zip(STUFF_IDS, STUFF_NAMES)
+]
+PANOPTIC_CATEGORIES = [{**category, "isthing": 1} for category in CATEGORIES] + STUFF_CATEGORIES
 
 _PART_SIZE = 200
 _JPEG_QUALITY = 90
@@ -38,55 +48,65 @@ _JPEG_QUALITY = 90
 logger = logging.getLogger(__name__)
 
 
-def shapes_folder(root: str | os.PathLike) -> Path:
+def shapes_folder(root: str | os.PathLike, panoptic: bool = False) -> Path:
     """The folder of the current version under the folder of all data sets."""
-    return Path(root) / "shapes" / f"v{VERSION}"
+    return Path(root) / ("shapes_panoptic" if panoptic else "shapes") / f"v{VERSION}"
 
 
-def make_shapes(root: str | os.PathLike, split: str, num_images: int | None = None) -> Path:
+def make_shapes(root: str | os.PathLike, split: str, num_images: int | None = None, panoptic: bool = False) -> Path:
     """Make a split of the data set unless it is there already.
 
     Args:
         root: the folder of all data sets.
         split: "train" or "val".
         num_images: another number of images than ``SPLIT_SIZES[split]``.
+        panoptic: of the panoptic form, which has PNG files in the folder ``panoptic_SPLIT`` beside the JSON, too.
 
     Returns:
         The path of the COCO JSON.
     """
     num_images = SPLIT_SIZES[split] if num_images is None else num_images
-    folder = shapes_folder(root)
+    folder = shapes_folder(root, panoptic)
     json_file = folder / f"{split}.json"
-    if _is_complete(json_file, num_images):
+    if _is_complete(json_file, num_images, panoptic):
         return json_file
     folder.mkdir(parents=True, exist_ok=True)
     with file_lock(str(json_file)):
-        if not _is_complete(json_file, num_images):  # another process may have made it meanwhile
-            _generate(json_file, split, num_images)
+        if not _is_complete(json_file, num_images, panoptic):  # another process may have made it meanwhile
+            _generate(json_file, split, num_images, panoptic)
     return json_file
 
 
-def _is_complete(json_file: Path, num_images: int) -> bool:
-    image_folder = json_file.with_suffix("")
-    if not json_file.exists() or not image_folder.is_dir():
+def panoptic_folder(json_file: Path) -> Path:
+    """The folder of the PNG files of a split."""
+    return json_file.with_name(f"panoptic_{json_file.stem}")
+
+
+def _is_complete(json_file: Path, num_images: int, panoptic: bool) -> bool:
+    folders = {json_file.with_suffix(""): ".jpg"} | ({panoptic_folder(json_file): ".png"} if panoptic else {})
+    if not json_file.exists() or not all(folder.is_dir() for folder in folders):
         return False
-    return {_image_name(index) for index in range(num_images)} <= set(os.listdir(image_folder))
+    return all(
+        {_file_name(index, ending) for index in range(num_images)} <= set(os.listdir(folder))
+        for folder, ending in folders.items()
+    )
 
 
-def _image_name(index: int) -> str:
-    return f"{index:06d}.jpg"
+def _file_name(index: int, ending: str) -> str:
+    return f"{index:06d}{ending}"
 
 
-def _generate(json_file: Path, split: str, num_images: int) -> None:
+def _generate(json_file: Path, split: str, num_images: int, panoptic: bool) -> None:
     image_folder = json_file.with_suffix("")
     parts_folder = json_file.parent / f"{split}.parts"
-    image_folder.mkdir(exist_ok=True)
-    parts_folder.mkdir(exist_ok=True)
+    for folder in (image_folder, parts_folder, *([panoptic_folder(json_file)] if panoptic else [])):
+        folder.mkdir(exist_ok=True)
+    make_image = _make_panoptic_image if panoptic else _make_image
     starts = range(0, num_images, _PART_SIZE)
     part_files = [parts_folder / f"{start:06d}-{min(start + _PART_SIZE, num_images):06d}.json" for start in starts]
     with tqdm(
         total=num_images,
-        desc=f"Making shapes_{split} in {json_file.parent}",
+        desc=f"Making the {split} images of {json_file.parent}",
         unit="image",
         mininterval=1.0,
     ) as progress:
@@ -95,7 +115,7 @@ def _generate(json_file: Path, split: str, num_images: int) -> None:
             if not part_file.exists():
                 part: dict[str, list] = {"images": [], "annotations": []}
                 for index in range(start, stop):
-                    image, annotations = _make_image(split, index, image_folder)
+                    image, annotations = make_image(split, index, image_folder)
                     part["images"].append(image)
                     part["annotations"].extend(annotations)
                     progress.update()
@@ -110,7 +130,7 @@ def _generate(json_file: Path, split: str, num_images: int) -> None:
     dataset: dict[str, Any] = {
         "info": info,
         "licenses": [],
-        "categories": CATEGORIES,
+        "categories": PANOPTIC_CATEGORIES if panoptic else CATEGORIES,
         "images": [],
         "annotations": [],
     }
@@ -126,15 +146,42 @@ def _generate(json_file: Path, split: str, num_images: int) -> None:
 
 def _make_image(split: str, index: int, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Draw and write one image; returns its entry in the JSON and those of its annotations (without ids)."""
-    rng = np.random.default_rng([VERSION, list(SPLIT_SIZES).index(split), index])
-    image, objects = draw_scene(rng)
-    file_name = _image_name(index)
+    image, objects = draw_scene(_generator(split, index))
+    entry = _write_image(image, index, folder)
+    return entry, [{"image_id": entry["id"], **_annotation(o, entry["height"], entry["width"])} for o in objects]
+
+
+def _make_panoptic_image(split: str, index: int, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The same with stuff: the one annotation has the segments, whose pixels are in a PNG file."""
+    image, objects, stuff = draw_panoptic_scene(_generator(split, index))
+    entry = _write_image(image, index, folder)
+    things = [(CATEGORIES[o.class_index], o.mask, o.is_crowd) for o in objects]
+    regions = [(category, stuff == i, False) for i, category in enumerate(STUFF_CATEGORIES) if (stuff == i).any()]
+    ids = np.zeros(stuff.shape, dtype=np.int32)
+    segments = []
+    for number, (category, mask, is_crowd) in enumerate(things + regions, start=1):
+        segment_id = number * 1234567 % 2**24  # all three bytes count
+        ids[mask] = segment_id
+        box = mask_util.toBbox(mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))).astype(int).tolist()
+        area = int(np.count_nonzero(mask))
+        segment = {"id": segment_id, "category_id": category["id"], "iscrowd": int(is_crowd)}
+        segments.append({**segment, "bbox": box, "area": area})
+    file_name = _file_name(index, ".png")
+    _write(panoptic_folder(folder) / file_name, encode_segment_map(ids))
+    return entry, [{"image_id": entry["id"], "file_name": file_name, "segments_info": segments}]
+
+
+def _generator(split: str, index: int) -> np.random.Generator:
+    return np.random.default_rng([VERSION, list(SPLIT_SIZES).index(split), index])
+
+
+def _write_image(image: np.ndarray, index: int, folder: Path) -> dict[str, Any]:
+    """Write a picture, uint8 [H, W, 3] RGB; returns its entry in the JSON."""
+    file_name = _file_name(index, ".jpg")
     _, data = cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
     _write(folder / file_name, data.tobytes())
     height, width = image.shape[:2]
-    image_id = index + 1
-    entry = {"id": image_id, "file_name": file_name, "height": height, "width": width}
-    return entry, [{"image_id": image_id, **_annotation(o, height, width)} for o in objects]
+    return {"id": index + 1, "file_name": file_name, "height": height, "width": width}
 
 
 def _annotation(scene_object: SceneObject, height: int, width: int) -> dict[str, Any]:

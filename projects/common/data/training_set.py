@@ -110,7 +110,7 @@ def _require_annotations(name: str, entries: Entries, alone: bool) -> None:
 
 def _require_masks(name: str, entries: Entries) -> None:
     instances = [(entry, a) for entry in entries for a in _instances(entry)]
-    lacking = [entry for entry, annotation in instances if "segmentation" not in annotation]
+    lacking = [entry for entry, a in instances if "segmentation" not in a and "pan_seg_file_name" not in entry]
     if lacking:
         raise AnnotationError(
             f"data set {name}: {len(lacking)} of {len(instances)} annotations, first in {lacking[0]['file_name']} "

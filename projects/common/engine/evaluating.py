@@ -17,7 +17,9 @@ from detectron2.utils.file_io import PathManager
 logger = logging.getLogger(__name__)
 
 VALIDATION_LOSS = "validation/total_loss"
-TASKS = ("bbox", "segm", "boundary")
+TASKS = {"bbox": ("AP",), "segm": ("AP",), "boundary": ("AP",)}
+TASKS |= dict.fromkeys(("panoptic_seg", "panoptic_boundary"), ("PQ", "SQ", "RQ"))
+"""Of an evaluation, and how their metrics begin."""
 
 
 class EarlyStop(BaseException):
@@ -35,10 +37,10 @@ def check_evaluation_keys(cfg: CfgNode) -> None:
     if metric == VALIDATION_LOSS:
         if not cfg.TEST.LOSS:
             raise ValueError(f"TEST.BEST_METRIC is {metric}, which is not computed: set TEST.LOSS True")
-    elif metric and (len(parts) < 2 or parts[-2] not in TASKS or not parts[-1].startswith("AP")):
+    elif metric and (len(parts) < 2 or not parts[-1].startswith(TASKS.get(parts[-2], ()))):
         raise ValueError(
-            f"TEST.BEST_METRIC is {metric!r}: give a metric of the evaluation, as segm/AP, bbox/AP50 or "
-            f"boundary/AP (behind the data set's name and / where DATASETS.TEST has several), or {VALIDATION_LOSS}"
+            f"TEST.BEST_METRIC is {metric!r}: give a metric of the evaluation, as segm/AP, bbox/AP50, "
+            f"boundary/AP or panoptic_seg/PQ (behind the data set's name and / where DATASETS.TEST has several), or {VALIDATION_LOSS}"
         )
     if cfg.TEST.PATIENCE and not (metric and cfg.TEST.EVAL_PERIOD):
         raise ValueError(

@@ -10,6 +10,7 @@ from detectron2.evaluation import CityscapesInstanceEvaluator, DatasetEvaluator,
 
 from querymask.common.data.image_files import ImageReader
 from querymask.common.evaluation.coco import InstanceEvaluator
+from querymask.common.evaluation.panoptic import KIND, PanopticEvaluator
 from querymask.common.evaluation.pictures import PictureWriter
 from querymask.common.fonts import set_font
 from querymask.common.transfer import instances_to_host
@@ -32,6 +33,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
             cfg.TEST.DETECTIONS_PER_IMAGE,
             {} if cfg.TEST.SLICE.SIZE else num_queries(cfg),  # every slice has its own
         )
+    elif kind == KIND:
+        return _panoptic_evaluator(cfg, dataset_name, output_dir)
     elif kind == "cityscapes_instance":
         for key, value, off in (("BOUNDARY_AP", cfg.TEST.BOUNDARY_AP, False), ("SLICE.SIZE", cfg.TEST.SLICE.SIZE, 0)):
             if value:
@@ -43,8 +46,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         evaluator = CityscapesInstanceEvaluator(dataset_name)
     else:
         raise ValueError(
-            f"data set {dataset_name} has evaluator_type {kind!r}; known are coco, lvis and cityscapes_instance. Set "
-            "it with MetadataCatalog.get(name).set(evaluator_type=...), or override Trainer.build_evaluator"
+            f"data set {dataset_name} has evaluator_type {kind!r}; known are coco, lvis, coco_panoptic_seg and "
+            "cityscapes_instance. Set it with MetadataCatalog.get(name).set(evaluator_type=...), or override Trainer.build_evaluator"
         )
     if cfg.VIS_NUM_IMAGES < 1:
         return evaluator
@@ -53,6 +56,10 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     reader = ImageReader.from_config(cfg)
     pictures = PictureWriter(dataset_name, folder, cfg.VIS_NUM_IMAGES, cfg.VIS_SCORE_THRESHOLD, reader)
     return HostEvaluators([evaluator, pictures])
+
+
+def _panoptic_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluator:
+    return PanopticEvaluator(dataset_name, output_dir, cfg.TEST.BOUNDARY_AP)
 
 
 class HostEvaluators(DatasetEvaluators):

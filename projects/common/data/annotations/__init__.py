@@ -3,6 +3,12 @@
 from querymask.common.data.annotations.dictionaries import clean_entries, clean_record, read_dataset
 from querymask.common.data.annotations.findings import AnnotationError, Findings
 from querymask.common.data.annotations.images import ImageInfo
+from querymask.common.data.annotations.panoptic import (
+    clean_panoptic,
+    load_coco_panoptic_json,
+    number_classes,
+    panoptic_entries,
+)
 from querymask.common.data.annotations.reader import clean_coco, coco_entries, load_coco_json, read_coco, read_json
 
 __all__ = [
@@ -11,9 +17,13 @@ __all__ = [
     "ImageInfo",
     "clean_coco",
     "clean_entries",
+    "clean_panoptic",
     "clean_record",
     "coco_entries",
     "load_coco_json",
+    "load_coco_panoptic_json",
+    "number_classes",
+    "panoptic_entries",
     "read_coco",
     "read_dataset",
     "read_json",

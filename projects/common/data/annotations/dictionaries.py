@@ -12,6 +12,7 @@ from detectron2.structures import BoxMode
 from querymask.common.data.annotations.findings import Findings, show
 from querymask.common.data.annotations.images import ImageInfo, file_size, kind_of, read_id
 from querymask.common.data.annotations.objects import clean_object, refuse_relative
+from querymask.common.data.annotations.segments import clean_segment_records
 
 _MOST_CLASSES = 100_000
 """Of a data set without names of its classes."""
@@ -33,11 +34,20 @@ def read_dataset(name: str) -> list[dict[str, Any]]:
     if name not in DatasetCatalog:
         raise KeyError(f"there is no data set {name!r}; registered are {', '.join(sorted(DatasetCatalog.keys()))}")
     entries = DatasetCatalog.get(name)
-    return clean_entries(entries, f"data set {name}", MetadataCatalog.get(name).get("thing_classes"))
+    metadata = MetadataCatalog.get(name)
+    num_things = len(metadata.get("thing_dataset_id_to_contiguous_id") or ())
+    return clean_entries(entries, f"data set {name}", metadata.get("thing_classes"), num_things)
 
 
-def clean_entries(entries: Any, source: str, class_names: Iterable[str] | None = None) -> list[dict[str, Any]]:
-    """``read_dataset`` of what is read already; ``entries`` stay as they are."""
+def clean_entries(
+    entries: Any, source: str, class_names: Iterable[str] | None = None, num_things: int = 0
+) -> list[dict[str, Any]]:
+    """``read_dataset`` of what is read already; ``entries`` stay as they are.
+
+    Args:
+        class_names: None where they are not known.
+        num_things: of a panoptic data set, whose first classes they are; the others are stuff.
+    """
     if isinstance(entries, CheckedEntries):
         return entries
     findings = Findings(source)
@@ -77,8 +87,11 @@ def clean_entries(entries: Any, source: str, class_names: Iterable[str] | None =
                 )
             findings.mend("height or width missing, taken from the file", where)
         clean["height"], clean["width"] = size
-        if entry.get("annotations") is not None:
-            info = ImageInfo(str(name), *size)
+        info = ImageInfo(str(name), *size)
+        if "pan_seg_file_name" in entry:
+            records = clean_segment_records(entry.get("segments_info"), info, class_names or (), num_things, findings)
+            clean["annotations"] = clean["segments_info"] = records
+        elif entry.get("annotations") is not None:
             clean["annotations"] = _clean_records(entry["annotations"], info, count, findings)
         else:
             clean.pop("annotations", None)
