@@ -55,10 +55,15 @@ class SlicedModel(nn.Module):
         """What ``TEST.SLICE`` says.
 
         Raises:
-            ValueError: the overlap leaves nothing by which slices could be merged, or no slices.
+            ValueError: the overlap leaves nothing by which slices could be merged, or no slices; the model is panoptic.
             ImportError: sahi is not installed.
         """
         size, overlap = cfg.TEST.SLICE.SIZE, cfg.TEST.SLICE.OVERLAP
+        if cfg.MODEL.PANOPTIC.ENABLED:
+            raise ValueError(
+                f"TEST.SLICE.SIZE is {size}, but the panoptic maps of slices are not merged to one of the image: set "
+                "TEST.SLICE.SIZE 0, or MODEL.PANOPTIC.ENABLED False for instances"
+            )
         if not 1 <= size * overlap < size:
             raise ValueError(
                 f"TEST.SLICE.OVERLAP is {overlap} of slices of TEST.SLICE.SIZE {size} pixels: set it so that "

@@ -34,6 +34,8 @@ MOVED = (
     (r"^neck\.", "detector.neck."),
 )
 """Names in checkpoints from before the parts had names, and those of today."""
+PANOPTIC_CLASSES = 133
+"""Of COCO's panoptic annotations: 80 things, 53 of stuff."""
 _HEADS = r"^heads\.gvd\."
 
 # The release's NormActLinear and NormActConv, stored as `norm` and `lin` or `conv`, are entries 0 and 2 of a Sequential
@@ -104,8 +106,8 @@ def convert(
 
     Args:
         state: the release's tensors by key, of any segmentation head on FQDet or FQDetV2, or of the detector alone.
-        class_ids: not used: published heads have one row for each of COCO's 80 classes, in the model's order, and a
-            last one for "no object".
+        class_ids: not used: published heads have one row for each of COCO's 80 classes, of panoptic ones for each of
+            the 133, in the model's order, and a last one for "no object".
         drop_classes: leave out the class head and the other layers that depend on the number of classes, for training
             on another data set.
         detector_only: leave the segmentation head out (``MODEL.MASK_BRANCH.NAME none``).
@@ -176,6 +178,11 @@ def _num_classes(state: State) -> int:
     return len(last) - 1
 
 
+def _is_panoptic(state: State) -> bool:
+    """Nothing else in a file tells."""
+    return _num_classes(state) == PANOPTIC_CLASSES
+
+
 def describe(state: State) -> str:
     """What a file of the release holds, in a line."""
     found = settings(state)
@@ -191,6 +198,7 @@ def describe(state: State) -> str:
         f"R{found['MODEL.RESNETS.DEPTH']}",
         f"{found['MODEL.EFFSEG.DEC_LAYERS']} layers",
         f"{_num_classes(state)} classes",
+        *(["panoptic"] if _is_panoptic(state) else []),
     ]
     return f"{head} ({', '.join(parts)})"
 
@@ -208,6 +216,8 @@ def _release_settings(state: State, options: Options) -> dict[str, Any]:
         found = without_masks(found)
     if not options.drop_classes:
         found["MODEL.EFFSEG.NUM_CLASSES"] = _num_classes(state)
+        if not options.detector_only:
+            found["MODEL.PANOPTIC.ENABLED"] = _is_panoptic(state)
     return found
 
 

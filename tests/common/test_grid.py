@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from querymask.common.evaluation import InstanceEvaluator
 from querymask.common.mask_branch import MASK_BRANCH_REGISTRY
+from querymask.common.panoptic import PanopticRule
 
 MakeBatch = Callable[..., list[dict[str, Any]]]
 
@@ -210,6 +211,8 @@ def test_pair(batch: list[dict[str, Any]], dataset: str, detector: str, branch: 
         assert sum(learns) > 0.8 * len(learns)
     with torch.no_grad():
         outputs = model.eval()(batch)
+    if branch != "none":
+        check_panoptic_maps(model, batch)
     evaluator = InstanceEvaluator(dataset, None)
     evaluator.reset()
     evaluator.process(batch, outputs)
@@ -230,6 +233,34 @@ def test_pair(batch: list[dict[str, Any]], dataset: str, detector: str, branch: 
         program = torch.export.export(network, inputs, strict=False)
         for ours, theirs in zip(expected, program.module()(*inputs), strict=True):
             torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4 * max(ours.double().abs().max().item(), 1))
+
+
+def check_panoptic_maps(model: nn.Module, batch: list[dict[str, Any]]) -> None:
+    """Whatever detects instances also makes panoptic maps, here with thresholds that leave what there is."""
+    model.panoptic = PanopticRule(num_things=3, score=0, mask=0.5, nms=1, pixel=0, agreement=0, area=0)
+    with torch.no_grad():
+        found, made = model.predict(model.preprocess(batch))
+        outputs = model(batch)
+    model.panoptic = None
+    for image, (output, item) in enumerate(zip(outputs, batch, strict=True)):
+        assert set(output) == {"panoptic_seg"}
+        ids, segments = output["panoptic_seg"]
+        assert ids.shape == (item["height"], item["width"]) and ids.dtype == torch.int32
+        assert set(ids.unique().tolist()) - {0} == {segment["id"] for segment in segments}
+        labels = [segment["category_id"] for segment in segments]
+        stuff = [label for label in labels if label >= 3]
+        assert labels[len(labels) - len(stuff) :] == sorted(set(stuff))
+        assert [segment["isthing"] for segment in segments] == [label < 3 for label in labels]
+
+        queries, labels, scores = model.detector.select_queries(found, image)
+        assert len(queries) == len(queries.unique()) and (scores.diff() <= 0).all()
+        bands = model.mask_branch.bands(found, made, image, queries, labels)
+        numbers, (height, width) = torch.arange(len(queries)), found.canvas.size
+        whole = bands(numbers, 0, height)
+        assert whole.shape == (len(queries), height, width) and whole.min() >= 0 and whole.max() <= 1
+        parts = [bands(numbers, top, min(top + 7, height)) for top in range(0, height, 7)]
+        torch.testing.assert_close(torch.cat(parts, 1), whole)
+        torch.testing.assert_close(bands(numbers[1::2], 3, 9), whole[1::2, 3:9])
 
 
 @pytest.mark.parametrize(("detector", "branch"), REFUSED)
@@ -261,6 +292,21 @@ def test_frozen_detector(detector: str, branch: str) -> None:
         name for name, p in joint.named_parameters() if p.requires_grad and name.startswith("mask_branch.")
     }
     assert trained
+
+
+def test_panoptic_needs_masks_and_enough_classes() -> None:
+    cfg = pair_cfg("SOLQ", "none")
+    cfg.MODEL.PANOPTIC.ENABLED = True
+    with pytest.raises(ValueError, match=r"MODEL\.PANOPTIC\.ENABLED is True, but MODEL\.MASK_BRANCH\.NAME is none"):
+        build_model(cfg)
+    cfg = pair_cfg("SOLQ", "DCT vectors")
+    cfg.MODEL.PANOPTIC.ENABLED = True
+    with pytest.raises(ValueError, match=r"NUM_THINGS is 80, but the model has 5 classes"):
+        build_model(cfg)
+    cfg.MODEL.PANOPTIC.NUM_THINGS = 3
+    cfg.MODEL.PANOPTIC.PIXEL_THRESHOLD = 35.0
+    with pytest.raises(ValueError, match=r"MODEL\.PANOPTIC\.PIXEL_THRESHOLD is 35\.0: set it between 0 and 1"):
+        build_model(cfg)
 
 
 def test_unknown_branch() -> None:

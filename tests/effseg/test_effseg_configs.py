@@ -17,7 +17,7 @@ from querymask.effseg.region_branch import PointRendBranch
 from querymask.model_zoo import find_leaves
 
 LEAVES = {leaf.name: leaf for leaf in find_leaves() if leaf.method == "effseg" and not leaf.name.startswith("pairs/")}
-SHAPES = {name for name in LEAVES if name.endswith("_shapes")}  # on other data than COCO, with a schedule of their own
+SHAPES = {name for name in LEAVES if "_shapes" in name}  # on other data than COCO, with a schedule of their own
 HEADS = {
     "EffSegBranch": 4_208_872,
     "MaskRCNNBranch": 2_906_192,
@@ -131,7 +131,8 @@ def test_published_schedule(name: str) -> None:
     if clip.ENABLED:
         assert (clip.CLIP_TYPE, clip.CLIP_VALUE) == ("full_model", 0.1)
     assert not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and not solver.AMP.ENABLED
-    assert cfg.DATASETS.TRAIN == ("coco_2017_train",) and cfg.DATASETS.TEST == ("coco_2017_val",)
+    suffix = "_panoptic" if name.startswith("panoptic/") else ""
+    assert cfg.DATASETS.TRAIN == (f"coco_2017_train{suffix}",) and cfg.DATASETS.TEST == (f"coco_2017_val{suffix}",)
     assert cfg.INPUT.DETR_CROP.ENABLED and list(cfg.INPUT.MIN_SIZE_TRAIN) == list(range(480, 801, 32))
     assert (cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) == (1333, 800, 1333)
     assert cfg.MODEL.WEIGHTS.endswith("torchvision/R-50.pkl")
@@ -144,7 +145,9 @@ def test_detectors() -> None:
     for name in set(LEAVES) - SHAPES:
         cfg, v2 = LEAVES[name].config(), "_v2_" in name
         effseg, head = cfg.MODEL.EFFSEG, cfg.MODEL.MASK_BRANCH.EFFSEG
-        assert (effseg.VERSION, effseg.NUM_QUERIES, effseg.NMS_THRESHOLD) == ((2, 600, 0.65) if v2 else (1, 300, 0.5))
+        assert (effseg.VERSION, effseg.NUM_QUERIES) == ((2, 600) if v2 else (1, 300))
+        if not name.startswith("panoptic/"):
+            assert effseg.NMS_THRESHOLD == (0.65 if v2 else 0.5)
         assert head.REFINEMENTS == 10_000 and list(head.DILATIONS) == [1, 3, 5]
 
 
@@ -204,9 +207,34 @@ def test_rows_differ_in_their_setting_alone() -> None:
         assert_differs(f"effseg_{choice}_shapes", "effseg_shapes", "CHOOSE_BY", choice)
 
 
+def test_panoptic_models_differ_from_those_of_instances_in_classes_and_thresholds_alone() -> None:
+    names = {name for name in LEAVES if name.startswith("panoptic/")} - SHAPES
+    heads = ("mask_rcnn", "pointrend", "refine_mask", "effseg")
+    first = "panoptic/effseg_v2_r50_panoptic_first_thresholds"
+    assert names == {f"panoptic/{head}_v2_r50_panoptic" for head in heads} | {first}
+    for name in names:
+        cfg = LEAVES[name].config()
+        base = LEAVES[name.removeprefix("panoptic/").partition("_panoptic")[0]].config()
+        panoptic, is_first = cfg.MODEL.PANOPTIC, name == first
+        assert panoptic.ENABLED and (panoptic.NUM_THINGS, cfg.MODEL.EFFSEG.NUM_CLASSES) == (80, 133)
+        assert (
+            cfg.MODEL.EFFSEG.NMS_THRESHOLD,
+            panoptic.SCORE_THRESHOLD,
+            panoptic.MASK_THRESHOLD,
+            panoptic.NMS_THRESHOLD,
+            panoptic.PIXEL_THRESHOLD,
+            panoptic.AGREEMENT_THRESHOLD,
+            panoptic.AREA_THRESHOLD,
+        ) == ((0.6, 0.3, 0.5, 0.9, 0.3, 0.6, 200) if is_first else (0.5, 0.3, 0.5, 0.75, 0.35, 0.6, 150))
+        base.MODEL.PANOPTIC = panoptic
+        for key in ("NUM_CLASSES", "NMS_THRESHOLD"):
+            base.MODEL.EFFSEG[key] = cfg.MODEL.EFFSEG[key]
+        assert (cfg.MODEL, cfg.SOLVER, cfg.INPUT) == (base.MODEL, base.SOLVER, base.INPUT)
+
+
 def test_size_of_pointrend_masks() -> None:
     """As the paper's text has it; the release's are twice as large."""
-    for name in (name for name in LEAVES if name.startswith("pointrend_")):
+    for name in (name for name in LEAVES if "pointrend_" in name):
         with torch.device("meta"):
             head = PointRendBranch.build_head(LEAVES[name].config(), 256, 80)
         assert head.mask_size == (224 if "_v2_" in name else 112), name

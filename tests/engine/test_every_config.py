@@ -3,6 +3,7 @@
 Those that are one method's make a training step in its own tests (``test_*configs.py``), the pairs here.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from mask_bases import give_basis
-from tiny_configs import LEAVES, NUM_CLASSES, tiny_config
+from tiny_configs import LEAVES, NUM_CLASSES, NUM_THINGS, tiny_config
 from torch import nn
 
 from querymask.common.evaluation import InstanceEvaluator
@@ -87,11 +88,27 @@ def test_training_step(name: str, make_batch: Callable[..., list[dict[str, Any]]
     assert any(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 
+def check_panoptic_map(model: nn.Module, inputs: list[dict[str, Any]]) -> None:
+    """Segments of all labels, which tile a part of the image; scores of random weights are below the thresholds."""
+    model.panoptic = dataclasses.replace(model.panoptic, score=0.0, agreement=0.0, area=0)
+    with torch.no_grad():
+        ((ids, segments),) = (output["panoptic_seg"] for output in model(inputs))
+    assert ids.shape == (HEIGHT, WIDTH) and ids.dtype == torch.int32 and segments
+    assert set(ids.unique().tolist()) - {0} == {segment["id"] for segment in segments}
+    for segment in segments:
+        assert segment["isthing"] is (segment["category_id"] < NUM_THINGS) and 0 < segment["score"] <= 1
+    stuff = [segment["category_id"] for segment in segments if not segment["isthing"]]
+    assert stuff == sorted(set(stuff)) and max(stuff, default=0) < NUM_CLASSES
+
+
 @pytest.mark.parametrize("name", LEAVES)
 def test_detect_evaluate(
     name: str, ground_truth: list[dict[str, Any]], make_batch: Callable[..., list[dict[str, Any]]], tmp_path: Path
 ) -> None:
     cfg, model = built(name)
+    if cfg.MODEL.PANOPTIC.ENABLED:
+        check_panoptic_map(model.eval(), make_batch([0], [(HEIGHT, WIDTH)]))
+        return
     evaluator = InstanceEvaluator(DATASET, str(tmp_path))
     evaluator.reset()
     model.eval()

@@ -2,18 +2,23 @@
 implementation.
 """
 
+import dataclasses
+import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from cases import assert_close, load_arrays, load_cases, load_document, load_manifest
+from cases import assert_close, load_arrays, load_cases, load_document, load_manifest, reference_dir
 from effseg_inputs import fixed_weights, make_input, paste
 from torch import Tensor, nn
 
-from querymask.common.checkpoint import Drop, apply_rules
+from querymask.common.checkpoint import Drop, Options, apply_rules, fit_to_model, recognise
+from querymask.common.flops import count_parameters
 from querymask.common.masks import Bands, pasted_bands
+from querymask.common.measured_models import build_on_meta
 from querymask.common.panoptic import (
     VOID,
     PanopticRule,
@@ -32,6 +37,7 @@ from querymask.effseg.fqdet.criterion import FQDetCriterion
 from querymask.effseg.heads.checkpoint_effseg import EFFSEG_HEAD_RULES
 from querymask.effseg.heads.effseg import EffSegHead
 from querymask.effseg.regions import STRIDES, Regions
+from querymask.model_zoo import get_value, read_config
 
 MERGES = load_cases("panoptic", "panoptic merge")
 HEADS = load_cases("panoptic", "EffSeg head, panoptic")
@@ -177,6 +183,59 @@ def test_head(name: str) -> None:
         case.compared.add(key)
         case.compare_steps(image, chosen, labels, scores, bands)
     case.finish()
+
+
+# ---- Published files ----------------------------------------------------------------------------------------------
+
+SEGMENTATION_HEAD = "heads.gvd.heads.2."
+CONFIGS = Path(__file__).parents[2] / "projects" / "effseg" / "configs" / "panoptic"
+# Entry of checkpoint_heads.json, None for checkpoint.json -> config, what the head is called, trained parameters
+PUBLISHED = {
+    None: ("effseg_v2_r50_panoptic", "EffSeg", 41_840_475),
+    "mrcnn": ("mask_rcnn_v2_r50_panoptic", "Mask R-CNN++", 40_551_416),
+    "pointrend": ("pointrend_v2_r50_panoptic", "PointRend++", 40_902_806),
+    "refinemask": ("refine_mask_v2_r50_panoptic", "RefineMask++", 44_236_096),
+}
+
+
+def manifests() -> dict[str | None, dict[str, list[int]]]:
+    """Keys and shapes of the published files; a baseline's head stands in the place of EffSeg's."""
+    folder = reference_dir() / "panoptic"
+    if not (folder / "checkpoint.json").exists():
+        return {}
+    whole = load_manifest("panoptic", "checkpoint.json")
+    detector = {key: shape for key, shape in whole.items() if not key.startswith(SEGMENTATION_HEAD)}
+    heads = load_manifest("panoptic", "checkpoint_heads.json") if (folder / "checkpoint_heads.json").exists() else {}
+    return {None: whole, **{name: detector | head for name, head in heads.items()}}
+
+
+@pytest.mark.parametrize("entry", manifests())
+def test_published_file_fits_its_config(entry: str | None) -> None:
+    name, title, size = PUBLISHED[entry]
+    state = {
+        key: torch.tensor(zlib.crc32(key.encode()) / 2**32).expand(tuple(shape))
+        for key, shape in manifests()[entry].items()
+    }
+    cfg = read_config(CONFIGS / f"{name}.yaml")
+    format = recognise(state)
+    assert format.describe(state) == f"{title} on FQDetV2 (R50, 6 layers, 133 classes, panoptic)"
+    options = Options(class_ids=None, drop_classes=False, detector_only=False, model_keys=())
+    wanted = format.settings(state, options)
+    assert wanted["MODEL.PANOPTIC.ENABLED"] is True and wanted["MODEL.EFFSEG.NUM_CLASSES"] == 133
+    assert {key: get_value(cfg, key) for key in wanted} == wanted
+    model = build_on_meta(cfg)
+    assert count_parameters(model)[""].trainable == size
+    fitted, report = fit_to_model(
+        *format.convert(state, options), {key: value.shape for key, value in model.state_dict().items()}
+    )
+    assert report.fits, report.details(*report.MISFITS)
+    assert {line.source for line in report.of("dropped")} == {"backbone.in_norm_mean", "backbone.in_norm_std"}
+    for line in report.of("used", "renamed"):  # every tensor keeps its value
+        assert fitted[line.target].flatten()[0] == state[line.source].flatten()[0], line
+
+    # For other data or boxes alone it is a file like others
+    for part in ({"drop_classes": True}, {"detector_only": True}):
+        assert "MODEL.PANOPTIC.ENABLED" not in format.settings(state, dataclasses.replace(options, **part))
 
 
 def test_settings_that_are_not_known() -> None:

@@ -9,6 +9,7 @@ from querymask.model_zoo import find_leaves
 
 LEAVES = {f"{leaf.method}/{leaf.name}": leaf for leaf in find_leaves()}
 NUM_CLASSES = 5
+NUM_THINGS = 3
 # A multiple of 16: oneDNN of torch 2.15 writes beyond its memory in the backward pass of a 1x1 convolution of stride 2
 # that reads 8 channels in the channels-last layout, for three images and two threads.
 BACKBONES: dict[str, Any] = {
@@ -91,6 +92,8 @@ def tiny_config(name: str) -> CfgNode:
     cfg = leaf.config()
     for key, value in {**BACKBONES, **REDUCED[leaf.method]}.items():
         cfg.merge_from_list([key, value])
+    if cfg.MODEL.PANOPTIC.ENABLED:
+        cfg.MODEL.PANOPTIC.NUM_THINGS = NUM_THINGS
     if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN" and cfg.MODEL.ROI_MASK_HEAD.get("POINT_HEAD_ON"):
         cfg.merge_from_list(["MODEL.POINT_HEAD.NUM_CLASSES", NUM_CLASSES, "MODEL.ROI_MASK_HEAD.FC_DIM", 32])
     if leaf.method == "solq" and cfg.MODEL.MASK_BRANCH.NAME == "SQRBranch":  # the least that its mask head can have

@@ -72,8 +72,8 @@ INSTEAD = {
     "MODEL.ROI_MASK_HEAD": "the keys of mask branches are in MODEL.MASK_BRANCH",
     "MODEL.POINT_HEAD": "use MODEL.MASK_BRANCH.NAME PointRendBranch, whose keys are in MODEL.MASK_BRANCH.POINTREND",
     "MODEL.ROI_KEYPOINT_HEAD": "there are no keypoints in this project",
-    "MODEL.SEM_SEG_HEAD": "the project segments instances only",
-    "MODEL.PANOPTIC_FPN": "the project segments instances only",
+    "MODEL.SEM_SEG_HEAD": "stuff is found like things, with MODEL.PANOPTIC.ENABLED",
+    "MODEL.PANOPTIC_FPN": "use MODEL.PANOPTIC",
     "MODEL.RETINANET": "the keys of the heads are in MODEL.{section}",
     "MODEL.RETINANET.NUM_CLASSES": "use MODEL.{section}.NUM_CLASSES",
     "MODEL.RETINANET.SCORE_THRESH_TEST": "results are the TEST.DETECTIONS_PER_IMAGE best detections with their scores",
@@ -111,6 +111,16 @@ WORDS = {
     },
 }
 """Words of INSTEAD that depend on the method."""
+
+PANOPTIC_UNUSED = (
+    "TEST.DETECTIONS_PER_IMAGE",
+    "MODEL.MASK_BRANCH.CODE.PASTE_THRESHOLD",
+    "MODEL.MASK_BRANCH.KERNEL.MASKNESS",
+    "MODEL.MASK_BRANCH.KERNEL.MASKNESS_THRESHOLD",
+    "MODEL.MASK_BRANCH.KERNEL.MASK_THRESHOLD",
+    "MODEL.MASK_BRANCH.REGION.EXPORT",
+)
+"""What makes instances of queries, and no segments."""
 
 BASIC_RESNET = ("DEPTH", "NORM", "STEM_OUT_CHANNELS", "RES2_OUT_CHANNELS", "OUT_FEATURES")
 
@@ -197,6 +207,13 @@ def _conditions(cfg: CfgNode) -> Iterator[tuple[str, str, bool]]:
         yield "TEST.CUDA_GRAPHS", "only SOLQ, ISDA and ISTR read it", True
     elif not cfg.TEST.CUDA_GRAPHS.ENABLED:
         yield "TEST.CUDA_GRAPHS", "TEST.CUDA_GRAPHS.ENABLED is False", False
+    if cfg.MODEL.META_ARCHITECTURE not in METHODS:
+        yield "MODEL.PANOPTIC", f"only {', '.join(METHODS)} read it", True
+    elif not cfg.MODEL.PANOPTIC.ENABLED:
+        yield "MODEL.PANOPTIC", "MODEL.PANOPTIC.ENABLED is False", False
+    else:
+        for key in PANOPTIC_UNUSED:
+            yield key, "MODEL.PANOPTIC.ENABLED is True, whose thresholds count", False
     if inputs.LSJ.ENABLED:
         for key in ("MIN_SIZE_TRAIN", "MIN_SIZE_TRAIN_SAMPLING", "MAX_SIZE_TRAIN"):
             yield f"INPUT.{key}", "INPUT.LSJ.ENABLED is True", False
