@@ -1,9 +1,11 @@
-"""AP of boxes, masks and boundaries from a result file, without the model that made it.
+"""AP of boxes, masks and boundaries, or panoptic quality, from a result file, without the model that made it.
 
     python tools/evaluate_results.py RESULTS.json --dataset coco_2017_val
     python tools/evaluate_results.py RESULTS.json --annotations instances_val2017.json --lvis lvis_v1_val.json
+    python tools/evaluate_results.py predictions.json --dataset coco_2017_val_panoptic
 
-A result file is what evaluation writes as inference/coco_instances_results.json: COCO's result format, of any code.
+A result file is what evaluation writes as inference/coco_instances_results.json: COCO's result format, of any code; or
+of a panoptic model inference/predictions.json, with the PNG files in a folder of the same name beside it.
 With --lvis, masks are evaluated against LVIS's annotations of the same images, too: AP* and APB* of PointRend and
 EffSeg. See querymask.common.evaluation.lvis for the rules.
 """
@@ -21,6 +23,7 @@ from querymask.common.data.annotations import read_coco
 from querymask.common.data.folders import register_folder
 from querymask.common.engine.checks import dataset_classes
 from querymask.common.evaluation import lvis, scores
+from querymask.common.evaluation.panoptic import is_panoptic_result
 from querymask.common.evaluation.report import results_table
 from querymask.common.evaluation.results import evaluate_results, fit_results, read_results, register_annotations
 from querymask.common.evaluation.truth import dataset_truth, index
@@ -52,9 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.annotations:
             name = register_annotations(args.annotations)
         else:
-            name = args.dataset or register_folder(args.data).evaluated
+            name = args.dataset or register_folder(args.data, is_panoptic_result(args.results)).evaluated
             dataset_classes(name)  # an error for a name that is not registered
         found = evaluate_results(args.results, name, not args.no_boundary, args.max_detections or scores.MAX_DETECTIONS)
+        if args.lvis and is_panoptic_result(args.results):
+            parser.error("--lvis is for instances, and the results are panoptic")
         if args.lvis:
             content = dataset_truth(name)
             results = fit_results(read_results(args.results), content, name, args.results)

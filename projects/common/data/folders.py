@@ -6,6 +6,10 @@
     plain       {train,val,test}.json                          {train,val,test}/
     Roboflow    {train,valid,test}/_annotations.coco.json      images beside it
     one file    one JSON file, here or in annotations/         images beside it or in images/
+
+and for panoptic models, with the PNG files in a folder of the JSON file's name beside it or here::
+
+    panoptic    panoptic_{train,val,test}*.json, here or in annotations/    as COCO's or the plain layout
 """
 
 import hashlib
@@ -19,7 +23,15 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from querymask.common.data.annotations import AnnotationError, clean_coco, coco_entries, read_json
+from querymask.common.data.annotations import (
+    AnnotationError,
+    clean_coco,
+    clean_panoptic,
+    coco_entries,
+    number_classes,
+    panoptic_entries,
+    read_json,
+)
 from querymask.common.data.annotations.dictionaries import CheckedEntries
 from querymask.common.data.annotations.reader import Content
 from querymask.common.data.image_files import find_file
@@ -33,14 +45,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Part:
-    """An annotation file, and the folders in which its images may be."""
+    """An annotation file, the folders in which its images may be, and that of its PNG files if it is panoptic."""
 
     json_file: Path
     image_folders: tuple[Path, ...]
+    panoptic_folder: Path | None = None
 
 
 class DataFolder:
     """The data sets of a folder. Nothing is read before it is needed, then all parts at once.
+
+    Args:
+        panoptic: read its panoptic annotations, and no others.
 
     Attributes:
         path: absolute.
@@ -51,11 +67,12 @@ class DataFolder:
         FileNotFoundError: there is no such folder.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, panoptic: bool = False) -> None:
+        self.panoptic = panoptic
         self.path = Path(path).expanduser().absolute()
         if not self.path.is_dir():
             raise FileNotFoundError(f"{path}: there is no such folder. Give the folder of a data set")
-        self._layout, self._parts = find_layout(self.path)
+        self._layout, self._parts = find_layout(self.path, panoptic)
         kept = tuple(self._parts) if len(self._parts) > 1 else PARTS[:2]
         self.names = {part: f"{self.path.name}_{part}" for part in kept}
 
@@ -69,6 +86,11 @@ class DataFolder:
         """Names of the classes."""
         return [name for name, _ in self._read[0].values()]
 
+    @property
+    def num_things(self) -> int:
+        """How many of the classes are things: all, or the first ones of a panoptic folder."""
+        return len(self._read[2])
+
     def entries(self, part: str) -> list[dict[str, Any]]:
         """Detectron2's dictionaries of a part, checked."""
         return self._read[1][part]
@@ -81,33 +103,45 @@ class DataFolder:
             if name in MetadataCatalog.list():
                 MetadataCatalog.remove(name)
             DatasetCatalog.register(name, self._loader(part, name))
-            MetadataCatalog.get(name).set(folder=str(self.path), evaluator_type="coco")
+            kind = "coco_panoptic_seg" if self.panoptic else "coco"
+            MetadataCatalog.get(name).set(folder=str(self.path), evaluator_type=kind)
 
     def _loader(self, part: str, name: str) -> Callable[[], list[dict[str, Any]]]:
         def load() -> list[dict[str, Any]]:
             entries = self.entries(part)
-            ids = {key: index for key, (_, index) in self._read[0].items()}
-            MetadataCatalog.get(name).set(thing_classes=self.classes, thing_dataset_id_to_contiguous_id=ids)
+            classes, _, things = self._read
+            ids = {key: index for key, (_, index) in classes.items() if key in things}
+            stuff = {key: index for key, (_, index) in classes.items() if key not in things}
+            metadata = MetadataCatalog.get(name)
+            metadata.set(thing_classes=self.classes, thing_dataset_id_to_contiguous_id=ids)
+            if self.panoptic:
+                metadata.set(stuff_classes=self.classes, stuff_dataset_id_to_contiguous_id=stuff)
             return entries
 
         return load
 
     @cached_property
-    def _read(self) -> tuple[dict[int | str, tuple[str, int]], dict[str, list[dict[str, Any]]]]:
-        """The name and the number of each category id, and the dictionaries of each part."""
+    def _read(self) -> tuple[dict[int | str, tuple[str, int]], dict[str, list[dict[str, Any]]], set[int | str]]:
+        """The name and the number of each category id, the dictionaries of each part, and the ids of things."""
         contents, roots = {}, {}
         for part, files in self._parts.items():
             raw = read_json(files.json_file, "an annotation file in COCO's format")
             roots[part] = _image_folder(files, raw)
-            contents[part] = clean_coco(raw, str(files.json_file), roots[part])
+            clean = clean_panoptic if self.panoptic else clean_coco
+            contents[part] = clean(raw, str(files.json_file), roots[part])
             if not contents[part]["images"]:
                 raise AnnotationError(f"{files.json_file}: it has no images. Take it away, or give them to it.")
         names = self._categories(contents)
-        classes = {key: (name, index) for index, (key, name) in enumerate(names.items())}
-        numbers = {key: index for key, (_, index) in classes.items()}
+        things = self._things(contents) if self.panoptic else set(names)
+        numbers = number_classes([{"id": key, "isthing": key in things} for key in names])
+        classes = {key: (names[key], index) for key, index in numbers.items()}
         entries = {}
         for part, content in contents.items():
             file = str(self._parts[part].json_file)
+            folder = self._parts[part].panoptic_folder
+            if folder is not None:
+                entries[part] = panoptic_entries(content, file, str(roots[part]), str(folder), numbers)
+                continue
             entries[part] = coco_entries(content, file, str(roots[part]), numbers, ("area",))
             if not content.get("annotations"):
                 logger.warning(f"{file}: its {len(entries[part])} images have no annotations")
@@ -117,9 +151,22 @@ class DataFolder:
         if len(entries) == 1:
             entries = self._split(*entries.values(), *roots.values())
         counts = ", ".join(f"{len(found)} images in {self.names[part]}" for part, found in entries.items())
-        shown = ", ".join([*names.values()][:12])
+        shown = ", ".join([name for name, _ in classes.values()][:12])
         logger.info(f"{self.path} ({self._layout}): {counts}; {len(names)} classes: {shown}")
-        return classes, entries
+        return classes, entries, things
+
+    def _things(self, contents: dict[str, Content]) -> set[int | str]:
+        """Ids of categories that are things, in all parts."""
+        found: dict[int | str, bool] = {}
+        for part, content in contents.items():
+            for category in content["categories"]:
+                key, isthing = category["id"], bool(category["isthing"])
+                if found.setdefault(key, isthing) != isthing:
+                    raise AnnotationError(
+                        f"{self._parts[part].json_file}: category {key!r}, {category['name']}, is a thing in one file "
+                        f"of {self.path} and stuff in another. Write the same 'isthing' in all of them."
+                    )
+        return {key for key, isthing in found.items() if isthing}
 
     def _categories(self, contents: dict[str, Content]) -> dict[int | str, str]:
         """Names by id, in the order of the ids, of all parts together."""
@@ -160,9 +207,9 @@ class DataFolder:
         return parts
 
 
-def register_folder(path: str | Path) -> DataFolder:
+def register_folder(path: str | Path, panoptic: bool = False) -> DataFolder:
     """The data sets of a folder, registered; those of the last folder of this name are replaced."""
-    folder = DataFolder(path)
+    folder = DataFolder(path, panoptic)
     folder.register()
     return folder
 
@@ -180,13 +227,24 @@ def choose_kept_out(names: Iterable[str]) -> set[str]:
     return {name for photograph in order[:number] for name in versions[photograph]}
 
 
-def find_layout(folder: Path) -> tuple[str, dict[str, Part]]:
+def find_layout(folder: Path, panoptic: bool = False) -> tuple[str, dict[str, Part]]:
     """What layout a folder has, in words, and its parts; a single part is called ``train``.
+
+    Args:
+        panoptic: of its panoptic annotations.
 
     Raises:
         AnnotationError: none, several, or nothing to train on.
     """
-    found = {name: parts for name, find in _LAYOUTS.items() if (parts := find(folder))}
+    if panoptic:
+        found = {"panoptic": parts} if (parts := _panoptic(folder)) else {}
+        if not found:
+            raise AnnotationError(
+                f"{folder}: there are no panoptic annotations in it. Expected are panoptic_train*.json, there or in "
+                "annotations/, with the PNG files in a folder of the same name beside it."
+            )
+    else:
+        found = {name: parts for name, find in _LAYOUTS.items() if (parts := find(folder))}
     if not found and (parts := _single(folder)):
         return "one annotation file", {"train": parts}
     if not found:
@@ -224,6 +282,24 @@ def _plain(folder: Path) -> dict[str, Part]:
         for part in PARTS
         if (file := folder / f"{part}.json").is_file()
     }
+
+
+def _panoptic(folder: Path) -> dict[str, Part]:
+    parts = {}
+    for part in PARTS:
+        files = sorted(f for place in (folder, folder / "annotations") for f in place.glob(f"panoptic_{part}*.json"))
+        if len(files) > 1:
+            raise AnnotationError(f"{folder}: {_shown(folder, files)} are several files of one part. Keep one.")
+        for file in files:
+            names = dict.fromkeys((file.stem.removeprefix("panoptic_"), part))
+            images = [place / name for name in names for place in (folder, folder / "images")]
+            places = (file.with_suffix(""), folder / file.stem)
+            pngs = next((place for place in places if place.is_dir()), None)
+            if pngs is None:
+                tried = ", ".join(map(str, dict.fromkeys(places)))
+                raise AnnotationError(f"{file}: there is no folder {tried} with its PNG files. Put them there.")
+            parts[part] = Part(file, (*images, folder / "images", folder), pngs)
+    return parts
 
 
 def _roboflow(folder: Path) -> dict[str, Part]:

@@ -61,10 +61,10 @@ def check_panoptic(cfg: CfgNode, dataset_names: Iterable[str]) -> None:
         dataset_classes(name)
         metadata = MetadataCatalog.get(name)
         if (metadata.get("evaluator_type") == KIND) != panoptic.ENABLED:
-            kind, other = ("", "MODEL.PANOPTIC.ENABLED True") if not panoptic.ENABLED else ("not ", "a panoptic one")
             raise ValueError(
-                f"MODEL.PANOPTIC.ENABLED is {panoptic.ENABLED}, but the data set {name} is {kind}panoptic: set {other}, "
-                "or choose another data set with DATASETS.TRAIN and DATASETS.TEST"
+                f"MODEL.PANOPTIC.ENABLED is {panoptic.ENABLED}, but the data set {name} is "
+                f"{'not ' if panoptic.ENABLED else ''}panoptic: set MODEL.PANOPTIC.ENABLED {not panoptic.ENABLED}, or "
+                "choose another data set with DATASETS.TRAIN and DATASETS.TEST"
             )
         if panoptic.ENABLED and (number := PanopticClasses(name).num_things) != panoptic.NUM_THINGS:
             raise ValueError(

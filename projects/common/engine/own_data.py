@@ -26,7 +26,7 @@ def use_folder(cfg: CfgNode, path: str | os.PathLike[str], reference: CfgNode, g
     Raises:
         AnnotationError, FileNotFoundError: the folder cannot be used.
     """
-    folder = register_folder(path)
+    folder = register_folder(path, cfg.MODEL.PANOPTIC.ENABLED)
     values: dict[str, Any] = {
         "DATASETS.FOLDER": str(folder.path),
         "DATASETS.TRAIN": (folder.names["train"],),
@@ -35,6 +35,8 @@ def use_folder(cfg: CfgNode, path: str | os.PathLike[str], reference: CfgNode, g
     }
     if key := num_classes_key(cfg):
         values[key] = len(folder.classes)
+    if cfg.MODEL.PANOPTIC.ENABLED:
+        values["MODEL.PANOPTIC.NUM_THINGS"] = folder.num_things
     for key, value in values.items():
         if key not in given:
             cfg.merge_from_list([key, value])
@@ -50,7 +52,7 @@ def register_configured(cfg: CfgNode) -> None:
     if not path or MetadataCatalog.get(f"{os.path.basename(path)}_train").get("folder") == path:
         return
     if os.path.isdir(path):
-        register_folder(path)
+        register_folder(path, cfg.MODEL.PANOPTIC.ENABLED)
     else:
         logger.warning(f"DATASETS.FOLDER {path} is not there: its data sets are not known. Name the folder with --data")
 

@@ -201,11 +201,7 @@ def evaluate_panoptic_results(path: str | Path, dataset_name: str, boundary: boo
 
     Raises:
         AnnotationError: the file has no results of the data set.
-        ValueError: the data set is not panoptic.
     """
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-    if kind != KIND:
-        raise ValueError(f"{path} has panoptic results, and {dataset_name} has evaluator_type {kind!r}, not {KIND!r}")
     evaluator = PanopticEvaluator(dataset_name, None, boundary, distributed=False)
     content = read_json(path, "the predictions.json of a panoptic evaluation")
     annotations = content.get("annotations") if isinstance(content, Mapping) else None
@@ -216,6 +212,12 @@ def evaluate_panoptic_results(path: str | Path, dataset_name: str, boundary: boo
         image_id, name, segments = _read_result(annotation, where)
         evaluator.add_result(image_id, str(Path(path).with_suffix("") / name), segments, where)
     return evaluator.evaluate()
+
+
+def is_panoptic_result(path: str | Path) -> bool:
+    """Whether a result file is an object, as panoptic ones are; detections are a list."""
+    with open(path, encoding="utf-8-sig") as file:
+        return file.read(256).lstrip().startswith("{")
 
 
 def _read_result(annotation: Any, where: str) -> tuple[int | str, str, list[dict[str, Any]]]:

@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_panoptic
 
-from querymask.common.data.annotations import AnnotationError, read_coco, read_json
+from querymask.common.data.annotations import AnnotationError, clean_coco, clean_panoptic, number_classes, read_json
 from querymask.common.data.annotations.boxes import read_box
 from querymask.common.data.annotations.findings import Findings, show
 from querymask.common.data.annotations.images import read_id
 from querymask.common.data.segmentation import clean_segmentation, encode_segmentation
 from querymask.common.evaluation.class_file import compare_class_file
 from querymask.common.evaluation.coco import InstanceEvaluator, Scores
+from querymask.common.evaluation.panoptic import KIND, evaluate_panoptic_results
 from querymask.common.evaluation.result_boxes import check_boxes
 from querymask.common.evaluation.scores import MAX_DETECTIONS
 
@@ -154,9 +156,15 @@ def _number(value: Any) -> float | None:
 
 
 def register_annotations(path: str | os.PathLike) -> str:
-    """Make a COCO annotation file known to evaluators, without its images; returns the name to call it by."""
+    """Make a COCO annotation file known to evaluators, without its images; returns the name to call it by.
+
+    A panoptic file has its PNG files in the folder beside it of the same name, without the ending.
+    """
     name = str(path)
-    categories = read_coco(path)["categories"]
+    raw = read_json(path, "an annotation file in COCO's format")
+    if _is_panoptic(raw):
+        return _register_panoptic(name, raw)
+    categories = clean_coco(raw, name)["categories"]
     MetadataCatalog.get(name).set(
         json_file=name,
         evaluator_type="coco",
@@ -166,19 +174,46 @@ def register_annotations(path: str | os.PathLike) -> str:
     return name
 
 
+def _is_panoptic(content: Any) -> bool:
+    """Whether the images of an annotation file have lists of segments."""
+    annotations = content.get("annotations") if isinstance(content, Mapping) else None
+    return isinstance(annotations, list) and any("segments_info" in a for a in annotations if isinstance(a, Mapping))
+
+
+def _register_panoptic(name: str, raw: Any) -> str:
+    content = clean_panoptic(raw, name)
+    classes = number_classes(content["categories"])
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    things = {category["id"] for category in content["categories"] if category["isthing"]}
+    metadata = {
+        "thing_classes": [names[key] for key in classes],
+        "stuff_classes": [names[key] for key in classes],
+        "thing_dataset_id_to_contiguous_id": {key: index for key, index in classes.items() if key in things},
+        "stuff_dataset_id_to_contiguous_id": {key: index for key, index in classes.items() if key not in things},
+    }
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    register_coco_panoptic(name, metadata, "", os.path.splitext(name)[0], name)
+    return name
+
+
 def evaluate_results(
     path: str | Path, dataset_name: str, boundary: bool = False, max_detections: int = MAX_DETECTIONS
 ) -> Scores:
-    """Scores of a result file on a data set of COCO's or LVIS's kind; nothing is written.
+    """Scores of a result file on a data set of COCO's or LVIS's kind, or panoptic; nothing is written.
 
     Raises:
         AnnotationError: the file has no results of the data set.
-        ValueError: the data set has another evaluation than COCO's or LVIS's.
+        ValueError: the data set has another evaluation.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+    if kind == KIND:
+        compare_class_file(path, dataset_name)
+        return evaluate_panoptic_results(path, dataset_name, boundary)
     if kind not in ("coco", "lvis"):
         raise ValueError(
-            f"{dataset_name} has evaluator_type {kind!r}: only data sets of type coco or lvis take result files"
+            f"{dataset_name} has evaluator_type {kind!r}: only data sets of type coco, lvis or {KIND} take result files"
         )
     results = read_results(path)
     compare_class_file(path, dataset_name)
