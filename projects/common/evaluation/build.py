@@ -10,7 +10,7 @@ from detectron2.evaluation import CityscapesInstanceEvaluator, DatasetEvaluator,
 
 from querymask.common.data.image_files import ImageReader
 from querymask.common.evaluation.coco import InstanceEvaluator
-from querymask.common.evaluation.panoptic import KIND, PanopticEvaluator
+from querymask.common.evaluation.panoptic import KIND, ApiPanopticEvaluator, PanopticEvaluator
 from querymask.common.evaluation.pictures import PictureWriter
 from querymask.common.fonts import set_font
 from querymask.common.transfer import instances_to_host
@@ -60,6 +60,10 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
 
 
 def _panoptic_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> DatasetEvaluator:
+    """Detectron2's where the package panopticapi is installed, unless there is no file for it or it lacks a metric."""
+    has_files = MetadataCatalog.get(dataset_name).get("panoptic_json") is not None
+    if has_files and not cfg.TEST.BOUNDARY_AP and importlib.util.find_spec("panopticapi") is not None:
+        return ApiPanopticEvaluator(dataset_name, output_dir)
     return PanopticEvaluator(dataset_name, output_dir, cfg.TEST.BOUNDARY_AP)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import COCOPanopticEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 
 from querymask.common.data.annotations import AnnotationError, read_dataset, read_json
@@ -162,6 +162,32 @@ class PanopticEvaluator(DatasetEvaluator):
             )
             scores[task] = quality(total, names, num_things)
         return scores
+
+
+class ApiPanopticEvaluator(COCOPanopticEvaluator):
+    """Detectron2's evaluator, by the package panopticapi, which leaves PNG files of the results beside its JSON file.
+
+    Args:
+        dataset_name: with an annotation file; every image of it needs a prediction.
+        output_dir: where results are written.
+    """
+
+    def __init__(self, dataset_name: str, output_dir: str) -> None:
+        super().__init__(dataset_name, output_dir)
+        PanopticClasses(dataset_name)
+
+    def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
+        """Take maps; Detectron2 writes into the segments that it is given."""
+        maps = ((output["panoptic_seg"][0], list(map(dict, output["panoptic_seg"][1]))) for output in outputs)
+        super().process(inputs, [{"panoptic_seg": one} for one in maps])
+
+    def evaluate(self) -> Scores | None:
+        """Scores in percent of all classes, things and stuff; None in other processes than the main one."""
+        folder = Path(self._output_dir, Path(RESULTS_FILE).stem)
+        folder.mkdir(parents=True, exist_ok=True)
+        for prediction in self._predictions:
+            (folder / prediction["file_name"]).write_bytes(prediction["png_string"])
+        return super().evaluate()
 
 
 class PanopticClasses:
