@@ -63,9 +63,11 @@ def model_categories(cfg: CfgNode, names: Sequence[str]) -> list[dict[str, Any]]
     number = len(names) if names or key is None else get_key(cfg, key)
     ids = dict(enumerate(range(1, number + 1)))
     for dataset in cfg.DATASETS.TEST[:1]:
-        known = MetadataCatalog.get(dataset).get("thing_dataset_id_to_contiguous_id") or {}
-        if sorted(known.values()) == list(range(number)):
-            ids = {index: category for category, index in known.items()}
+        metadata = MetadataCatalog.get(dataset)
+        things = metadata.get("thing_dataset_id_to_contiguous_id") or {}
+        for known in (things, things | (metadata.get("stuff_dataset_id_to_contiguous_id") or {})):  # of panoptic sets
+            if sorted(known.values()) == list(range(number)):
+                ids = {index: category for category, index in known.items()}
     return [{"id": ids[i], "name": names[i] if names else f"class {i}"} for i in range(number)]
 
 

@@ -1,6 +1,6 @@
 """What a model finds in an image, and the forms in which other programs read it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from detectron2.structures import Boxes, Instances
 
 from querymask.common.data.segmentation import encode_masks
 from querymask.common.run_length_masks import RunLengthMasks
+from querymask.common.transfer import HostCopy
 
 if TYPE_CHECKING:
     import supervision
@@ -44,7 +45,6 @@ class Detections:
     def from_instances(cls, instances: Instances, class_names: Sequence[str]) -> "Detections":
         """Detectron2's detections, on the CPU, by descending score."""
         labels = instances.pred_classes.numpy()
-        names = [str(class_names[i]) if i < len(class_names) else f"class {i}" for i in labels.tolist()]
         masks = instances.pred_masks if instances.has("pred_masks") else None
         if isinstance(masks, torch.Tensor):
             masks = masks.numpy().astype(bool, copy=False)
@@ -52,7 +52,7 @@ class Detections:
             size=tuple(instances.image_size),
             scores=instances.scores.numpy(),
             labels=labels,
-            names=names,
+            names=_names_of(labels, class_names),
             boxes=instances.pred_boxes.tensor.numpy() if instances.has("pred_boxes") else None,
             masks=masks,
         )
@@ -149,6 +149,58 @@ class Detections:
                 values = mask.astype(np.uint8) * 255
                 mask = cv2.resize(values, (width, height), interpolation=cv2.INTER_LINEAR) >= 128
             yield mask
+
+
+@dataclass(frozen=True)
+class PanopticDetections(Detections):
+    """The segments of an image, of which no two have a pixel in common; the highest score first, and without boxes.
+
+    Attributes:
+        things: (n,) bool, whether a segment is a thing; stuff has one segment a class.
+        ids: (H, W) int32, the panoptic map: number of each pixel's segment, 1 for the first one; 0: void.
+    """
+
+    things: np.ndarray
+    ids: np.ndarray
+
+    @classmethod
+    def from_output(
+        cls,
+        output: tuple[torch.Tensor, Sequence[Mapping[str, Any]]],
+        class_names: Sequence[str],
+        score_threshold: float = 0.0,
+    ) -> "PanopticDetections":
+        """Detectron2's ``panoptic_seg``; segments of a lower score become void."""
+        ids, segments = HostCopy(output[0]).read().numpy(), output[1]
+        chosen = [segment for segment in segments if segment["score"] >= score_threshold]
+        chosen.sort(key=lambda segment: -segment["score"])
+        numbers = np.zeros(1 + max((segment["id"] for segment in segments), default=0), np.int32)
+        numbers[[segment["id"] for segment in chosen]] = np.arange(1, 1 + len(chosen))
+        ids = numbers[ids]
+        labels = np.array([segment["category_id"] for segment in chosen], np.int64)
+        return cls(
+            size=ids.shape,
+            scores=np.array([segment["score"] for segment in chosen], np.float32),
+            labels=labels,
+            names=_names_of(labels, class_names),
+            boxes=None,
+            masks=ids == np.arange(1, 1 + len(chosen))[:, None, None],
+            things=np.array([segment["isthing"] for segment in chosen], bool),
+            ids=ids,
+        )
+
+    def label_image(self, size: tuple[int, int] | None = None) -> np.ndarray:
+        """The panoptic map as uint16 of another ``size`` (height, width)."""
+        ids = self.ids.astype(np.uint16)
+        return ids if size is None else cv2.resize(ids, size[::-1], interpolation=cv2.INTER_NEAREST)
+
+    def _masks_of(self, height: int, width: int) -> Iterator[np.ndarray]:
+        ids = self.label_image((height, width))
+        return (ids == number for number in range(1, 1 + len(self)))
+
+
+def _names_of(labels: np.ndarray, class_names: Sequence[str]) -> list[str]:
+    return [str(class_names[i]) if i < len(class_names) else f"class {i}" for i in labels.tolist()]
 
 
 def _boxes_of(masks: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from detectron2.modeling import build_model
 from querymask.common.data.augmentation import build_augmentations
 from querymask.common.data.image_files import ImageReader
 from querymask.common.data.read_ahead import read_ahead
-from querymask.common.detections import Detections
+from querymask.common.detections import Detections, PanopticDetections
 from querymask.common.engine.checkpointer import StrictCheckpointer
 from querymask.common.engine.checks import get_key, num_classes_key
 from querymask.common.engine.class_names import shown
@@ -76,6 +76,8 @@ class Predictor:
         self, images: Image | Sequence[Image], score_threshold: float = 0.0, batch_size: int = 1
     ) -> Detections | list[Detections]:
         """Detections of an image, or a list of those of several; ``stream`` does not hold all of them in memory.
+
+        Those of a panoptic model are :class:`PanopticDetections`.
 
         Args:
             images: a path, or pixels as uint8 [H, W, 3] RGB (of OpenCV's: ``image[:, :, ::-1]``); or a list of these.
@@ -143,12 +145,17 @@ class Predictor:
     def detect(self, inputs: list[dict[str, Any]], score_threshold: float = 0.0) -> list[Detections]:
         """Detections with at least this score, of inputs that ``prepare`` made, as one batch."""
         with self._lock:  # a CUDA graph overwrites what its last call gave
-            found = []
+            found: list[Detections] = []
             for item, output in zip(inputs, self.model(inputs)):
+                if "panoptic_seg" in output:
+                    segments = output["panoptic_seg"]
+                    found.append(PanopticDetections.from_output(segments, self.class_names, score_threshold))
+                    continue
                 scores, order = output["instances"].scores.sort(descending=True, stable=True)
                 instances = instances_to_host(output["instances"][order[scores >= score_threshold]])
-                found.append(resize(instances, item["height"], item["width"]) if self._sliced else instances)
-        return [Detections.from_instances(instances, self.class_names) for instances in found]
+                instances = resize(instances, item["height"], item["width"]) if self._sliced else instances
+                found.append(Detections.from_instances(instances, self.class_names))
+        return found
 
 
 def check_pixels(image: Any) -> None:

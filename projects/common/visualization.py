@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw
 
 from querymask.common import fonts
 from querymask.common.data.image_files import ImageReader
+from querymask.common.data.segment_maps import annotations_with_masks
 from querymask.common.data.segmentation import decode_segmentation
 from querymask.common.run_length_masks import RunLengthMasks
 
@@ -147,7 +148,7 @@ def comparison(
     panels = [draw_instances(image, instances, class_names, score_threshold)]
     titles = [f"{shown} predictions" + (f", score ≥ {score_threshold:g}" if score_threshold > 0 else "")]
     if "annotations" in dataset_dict:
-        annotations = dataset_dict["annotations"]
+        annotations = annotations_with_masks(dataset_dict)
         panels.insert(0, draw_instances(image, annotations, class_names))
         titles.insert(0, f"ground truth, {len(annotations)} instances")
     return contact_sheet(panels, columns=2, titles=titles)

@@ -9,7 +9,8 @@ from querymask.effseg.region_branch import RegionBranch
 
 
 def force_detections(model: EffSeg, detections: int, queries: int) -> int | None:
-    """Have EffSeg detect a fixed number of pairs of query and class, of as many queries as said.
+    """Have EffSeg detect a fixed number of pairs of query and class, of as many queries as said; for a panoptic map,
+    these queries, each with one class.
 
     Random weights would otherwise decide how many queries the pairs are of, on which EffSeg's cost depends.
 
@@ -33,7 +34,12 @@ def force_detections(model: EffSeg, detections: int, queries: int) -> int | None
         instances.pred_boxes = Boxes(found.boxes[image, instances.pred_queries])
         return instances
 
+    def select_queries(found: FQDetPredictions, image: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        chosen = select(found, image, (1, 1))[:queries]
+        return chosen.pred_queries, chosen.pred_classes, chosen.scores
+
     model.detector.select = select  # type: ignore[method-assign]
+    model.detector.select_queries = select_queries  # type: ignore[method-assign]
     if not isinstance(model.mask_branch, RegionBranch):
         return None
-    return detections if model.mask_branch.head.per_class else queries
+    return detections if model.mask_branch.head.per_class and model.panoptic is None else queries

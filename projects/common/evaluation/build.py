@@ -13,7 +13,7 @@ from querymask.common.evaluation.coco import InstanceEvaluator
 from querymask.common.evaluation.panoptic import KIND, ApiPanopticEvaluator, PanopticEvaluator
 from querymask.common.evaluation.pictures import PictureWriter
 from querymask.common.fonts import set_font
-from querymask.common.transfer import instances_to_host
+from querymask.common.transfer import HostCopy, instances_to_host
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
@@ -34,7 +34,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
             {} if cfg.TEST.SLICE.SIZE else num_queries(cfg),  # every slice has its own
         )
     elif kind == KIND:
-        return _panoptic_evaluator(cfg, dataset_name, output_dir)
+        evaluator = _panoptic_evaluator(cfg, dataset_name, output_dir)
     elif kind == "cityscapes_instance":
         for key, value, off in (("BOUNDARY_AP", cfg.TEST.BOUNDARY_AP, False), ("SLICE.SIZE", cfg.TEST.SLICE.SIZE, 0)):
             if value:
@@ -71,8 +71,14 @@ class HostEvaluators(DatasetEvaluators):
     """Evaluators of the same predictions, which are copied to the host once."""
 
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
-        outputs = [{**output, "instances": instances_to_host(output["instances"])} for output in outputs]
-        super().process(inputs, outputs)
+        super().process(inputs, list(map(_on_host, outputs)))
+
+
+def _on_host(output: dict) -> dict:
+    if "panoptic_seg" in output:
+        ids, segments = output["panoptic_seg"]
+        return {**output, "panoptic_seg": (HostCopy(ids).read(), segments)}
+    return {**output, "instances": instances_to_host(output["instances"])}
 
 
 def results_folder(cfg: CfgNode, dataset_name: str) -> str:

@@ -10,6 +10,7 @@ from detectron2.utils import comm
 
 from querymask.common.data.annotations import read_dataset
 from querymask.common.data.image_files import ImageReader
+from querymask.common.detections import PanopticDetections
 from querymask.common.visualization import PictureNames
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,10 @@ class PictureWriter(DatasetEvaluator):
 
         if self._records is None:  # the model's inputs have no annotations
             self._records = {entry["image_id"]: entry for entry in read_dataset(self._dataset_name)}
-        instances = output["instances"].to("cpu")
+        if "panoptic_seg" in output:
+            instances = PanopticDetections.from_output(output["panoptic_seg"], ()).to_instances()
+        else:
+            instances = output["instances"].to("cpu")
         path = os.path.join(self._folder, self._names(record["file_name"]))
         metadata = MetadataCatalog.get(self._dataset_name)
         entry = self._records[record["image_id"]]
