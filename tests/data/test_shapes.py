@@ -3,6 +3,7 @@ import multiprocessing
 import shutil
 from collections import Counter
 
+import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
@@ -12,6 +13,7 @@ from pycocotools.coco import COCO
 from querymask.common.data import shapes
 from querymask.common.data.shape_drawing import CLASS_NAMES, MIN_VISIBLE, SIDE_RANGE, _Canvas, draw_scene
 from querymask.common.data.shapes import make_shapes
+from querymask.common.data.stuff_drawing import STUFF_NAMES, draw_panoptic_scene
 
 NUM_IMAGES = 80
 
@@ -255,3 +257,54 @@ def test_uncompressed_run_lengths(fill):
         mask[0, 0] = fill != "zeros"
     rle = mask_util.frPyObjects({"size": [7, 5], "counts": shapes._run_lengths(mask)}, 7, 5)
     np.testing.assert_array_equal(mask_util.decode(rle).astype(bool), mask)
+
+
+def test_panoptic_form(tmp_path):
+    """Segments are where the picture shows them, cover it but for scraps, and are what the JSON says."""
+    json_file = make_shapes(tmp_path, "train", 60, panoptic=True)
+    assert json_file == tmp_path / "shapes_panoptic" / "v1" / "train.json"
+    document = json.loads(json_file.read_bytes())
+    names = {category["id"]: category["name"] for category in document["categories"]}
+    stuff = {category["id"] for category in document["categories"] if not category["isthing"]}
+    assert [names[i] for i in sorted(set(names) - stuff)] == list(CLASS_NAMES)
+    seen, parts, bands = Counter(), Counter(), Counter()
+    for image, annotation in zip(document["images"], document["annotations"], strict=True):
+        assert annotation["image_id"] == image["id"]
+        with Image.open(json_file.parent / "panoptic_train" / annotation["file_name"]) as file:
+            assert file.mode == "RGB"
+            ids = np.asarray(file).astype(int) @ [1, 256, 65536]
+        assert ids.shape == (image["height"], image["width"]) and (ids == 0).mean() < 0.05
+        assert set(np.unique(ids)) - {0} == {segment["id"] for segment in annotation["segments_info"]}
+        for segment in annotation["segments_info"]:
+            ys, xs = np.nonzero(ids == segment["id"])
+            assert segment["bbox"] == [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]
+            assert segment["area"] == len(xs)
+            seen[names[segment["category_id"]]] += 1
+            if segment["category_id"] in stuff:
+                count, _ = cv2.connectedComponents((ids == segment["id"]).astype(np.uint8))
+                parts["several" if count > 2 else "one"] += 1
+        shown = [s["category_id"] for s in annotation["segments_info"] if s["category_id"] in stuff]
+        assert len(set(shown)) == len(shown)
+        bands[len(shown)] += 1
+    assert set(seen) == set(names.values()) and min(parts.values()) > 5 and len(bands) >= 3
+
+
+def test_stuff_is_told_by_its_colour():
+    """The mean colours of the classes of stuff are apart, whatever the light: a network can learn them."""
+    colours = {}
+    for seed in range(40):
+        image, _, stuff = draw_panoptic_scene(np.random.default_rng(seed))
+        for index in np.unique(stuff[stuff >= 0]):
+            colours.setdefault(index, []).append(image[stuff == index].mean(axis=0))
+    means = np.array([np.mean(colours[index], axis=0) for index in range(len(STUFF_NAMES))])
+    distances = np.linalg.norm(means[:, None] - means[None], axis=-1)
+    assert distances[~np.eye(len(means), dtype=bool)].min() > 40
+
+
+def test_lost_panoptic_files_are_made_again(tmp_path):
+    json_file = make_shapes(tmp_path, "val", 8, panoptic=True)
+    path = json_file.parent / "panoptic_val" / "000003.png"
+    before = path.read_bytes()
+    path.unlink()
+    make_shapes(tmp_path, "val", 8, panoptic=True)
+    assert path.read_bytes() == before
