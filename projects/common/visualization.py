@@ -150,7 +150,8 @@ def comparison(
     if "annotations" in dataset_dict:
         annotations = annotations_with_masks(dataset_dict)
         panels.insert(0, draw_instances(image, annotations, class_names))
-        titles.insert(0, f"ground truth, {len(annotations)} instances")
+        what = "segments" if "pan_seg_file_name" in dataset_dict else "instances"
+        titles.insert(0, f"ground truth, {len(annotations)} {what}")
     return contact_sheet(panels, columns=2, titles=titles)
 
 

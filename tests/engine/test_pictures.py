@@ -6,14 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import panoptic_files
 import pytest
+import torch
+from data_folders import restored_catalog
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_panoptic
 from PIL import Image
 
 from querymask.common import visualization
 from querymask.common.engine import Trainer, default_setup
 from querymask.common.evaluation import pictures
+from querymask.common.evaluation.build import build_evaluator
 
 
 @pytest.fixture
@@ -132,3 +137,38 @@ def test_a_font_that_is_none_stops_the_run_at_its_start(cfg: CfgNode) -> None:
     cfg.VIS_FONT = "gone.ttf"
     with pytest.raises(ValueError, match="VIS_FONT is 'gone.ttf', which is no font"):
         default_setup(cfg, None)
+
+
+def test_panoptic_maps_beside_their_ground_truth(tmp_path: Path, cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn on the left is the PNG file, on the right the prediction, which is the same here."""
+    metadata = {
+        "thing_classes": ["dog", "cat", "sky", "grass"],
+        "stuff_classes": ["dog", "cat", "sky", "grass"],
+        "thing_dataset_id_to_contiguous_id": {3: 0, 5: 1},
+        "stuff_dataset_id_to_contiguous_id": {2: 2, 9: 3},
+    }
+    path = panoptic_files.write_panoptic(tmp_path)
+    with restored_catalog():
+        register_coco_panoptic("drawn", metadata, str(tmp_path / "val"), str(path.with_suffix("")), str(path))
+        cfg.DATASETS.TEST, cfg.VIS_NUM_IMAGES, cfg.VIS_SCORE_THRESHOLD = ("drawn",), 1, 0.5
+        cfg.OUTPUT_DIR = str(tmp_path / "run")
+        lines = warnings(monkeypatch)
+        evaluator = build_evaluator(cfg, "drawn")
+        evaluator.reset()
+        entries = DatasetCatalog.get("drawn")
+        ids = torch.from_numpy(panoptic_files.segment_map())
+        segments = [
+            {"id": key, "category_id": label, "isthing": label < 2, "score": 0.4 if label == 0 else 0.9}
+            for key, label in zip(panoptic_files.IDS, (2, 0, 1, 3), strict=True)
+        ]
+        evaluator.process(entries, [{"panoptic_seg": (ids, segments)} for _ in entries])
+        scores = evaluator.evaluate()
+    assert scores["panoptic_seg"]["PQ"] == pytest.approx(100) and written(cfg) == ["a.png"]
+    assert [line for line in lines if "pictures of predictions" in line]
+    with Image.open(tmp_path / "run" / "predictions" / "a.png") as picture:
+        drawn = np.asarray(picture.convert("RGB")).astype(int)
+    shift = (drawn.shape[1] - 12) // 2  # of the panels, behind a margin of 12
+    differs = np.abs(drawn[60:200, 12:shift] - drawn[60:200, 12 + shift : 2 * shift]).max(axis=2) > 60
+    # The dog's score is too low to be drawn; in the sky its place is 20 to 30 of 60 pixels
+    columns = np.flatnonzero(differs.mean(axis=0) > 0.2) / differs.shape[1]
+    assert 0.3 < columns.min() < 0.37 and 0.47 < columns.max() < 0.53

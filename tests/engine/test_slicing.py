@@ -234,8 +234,11 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch, large: CfgNode) -> Non
         large.TEST.SLICE.OVERLAP = overlap
         with pytest.raises(ValueError, match=f"TEST.SLICE.OVERLAP is {overlap} of slices of TEST.SLICE.SIZE 128"):
             SlicedModel.from_config(large, BrightParts())
+    large.TEST.SLICE.OVERLAP, large.MODEL.PANOPTIC.ENABLED = 0.2, True
+    with pytest.raises(ValueError, match=r"panoptic maps of slices are not merged .* set TEST\.SLICE\.SIZE 0"):
+        SlicedModel.from_config(large, BrightParts())
+    large.MODEL.PANOPTIC.ENABLED = False
     monkeypatch.setitem(sys.modules, "sahi.slicing", None)  # as if it were not installed
-    large.TEST.SLICE.OVERLAP = 0.2
     with pytest.raises(ImportError, match=r"pip install querymask\[sahi\]"):
         Trainer.test(large, BrightParts())
 

@@ -376,6 +376,52 @@ def test_detections_and_label_images(
         assert labels.mode == "I;16" and np.array_equal(np.asarray(labels), np.where(left, 1, 2 * upper))
 
 
+class Halved(nn.Module):
+    """Finds a thing on the left and stuff in the upper part of what is left."""
+
+    def forward(self, inputs: list[dict]) -> list[dict]:
+        ids = torch.zeros(inputs[0]["height"], inputs[0]["width"], dtype=torch.int32)
+        ids[: len(ids) // 2] = 2
+        ids[:, : ids.shape[1] // 2] = 1
+        segments = [
+            {"id": 1, "category_id": 1, "isthing": True, "score": 0.5},
+            {"id": 2, "category_id": 7, "isthing": False, "score": 0.9},
+        ]
+        return [{"panoptic_seg": (ids, segments)}]
+
+
+@pytest.mark.parametrize(("width", "height"), [(60, 40), (2000, 1000)])
+def test_panoptic_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, height: int) -> None:
+    """Segments are drawn, written as run lengths, and counted in label images, like instances; they are disjoint."""
+    file, output = picture(tmp_path / "a.png", width, height), tmp_path / "out"
+    config = ROOT / "projects" / "effseg" / "configs" / "panoptic" / "effseg_shapes_panoptic.yaml"
+    monkeypatch.setattr(predictor_module, "build_model", lambda cfg: Halved())
+    arguments = ["--config-file", str(config), "--input", str(file), "--output", str(output), "--label-images"]
+    options = ["--opts", "MODEL.WEIGHTS", ""]
+    assert demo.main([*arguments, *options]) == 0
+    found = read_back(output / JSON[1], output / JSON[0])
+    stuff, thing = found.loadAnns([1, 2])
+    assert (stuff["score"], thing["score"]) == (pytest.approx(0.9), 0.5) and "segmentation" in stuff
+    names = MetadataCatalog.get("shapes_panoptic_val").thing_classes
+    assert [found.cats[a["category_id"]]["name"] for a in (stuff, thing)] == [names[7], names[1]]
+    left, upper = np.zeros((2, height, width), bool)
+    left[:, : width // 2] = True
+    upper[: height // 2, width // 2 :] = True
+    assert np.array_equal(found.annToMask(thing), left) and np.array_equal(found.annToMask(stuff), upper)
+    with Image.open(output / "labels" / "a.png") as labels:
+        assert np.array_equal(np.asarray(labels), 2 * left + upper)
+    with Image.open(output / "a.jpg") as drawn:
+        plain = np.asarray(Image.open(file).resize(drawn.size)).astype(int)
+        changed = np.abs(np.asarray(drawn).astype(int) - plain).mean(axis=2)
+    half = changed.shape[0] // 2, changed.shape[1] // 2
+    assert changed[half[0] + 40 :, half[1] + 40 :].mean() < 0.7 * changed[half[0] + 40 :, : half[1] - 40].mean()
+
+    # Of a higher score, stuff alone
+    assert demo.main([*arguments, "--confidence-threshold", "0.7", *options]) == 0
+    with Image.open(output / "labels" / "a.png") as labels:
+        assert np.array_equal(np.asarray(labels), 1 * upper)
+
+
 class Squares(nn.Module):
     """Finds what ``coco_files.squares`` annotates."""
 
