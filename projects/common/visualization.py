@@ -34,6 +34,9 @@ LONGER_SIDE_RANGE = (512, 1280)
 # Lists of (iteration, value) by name
 Metrics = dict[str, list[tuple[int, float]]]
 
+# How metrics are drawn in curves
+_METRIC_LINES = {"AP": "-", "AP50": "--", "PQ": "-", "PQ_th": "--", "PQ_st": ":"}
+
 _MASK_OPACITY = 0.45
 _CROWD_COLOUR = (150, 150, 150)
 _MARGIN = 12
@@ -199,7 +202,7 @@ def plot_curves(metrics_file: str | Path, path: str | Path) -> None:
 
 
 def draw_curves(metrics_file: str | Path) -> Figure:
-    """Losses and AP over iterations from a run's ``metrics.json`` (as Detectron2 writes it).
+    """Losses and AP, or PQ, over iterations from a run's ``metrics.json`` (as Detectron2 writes it).
 
     Losses of inner decoder layers (those with a numbered ending) are left out; they are in the total.
     """
@@ -213,7 +216,7 @@ def draw_curves(metrics_file: str | Path) -> Figure:
     precisions = {
         name: points
         for name, points in series.items()
-        if name.rsplit("/", 1)[-1] in ("AP", "AP50") and any(np.isfinite(value) for _, value in points)
+        if name.rsplit("/", 1)[-1] in _METRIC_LINES and any(np.isfinite(value) for _, value in points)
     }
     if not losses and not precisions:
         raise ValueError(f"{metrics_file} has neither losses nor AP. Is it the metrics.json of a training run?")
@@ -414,14 +417,14 @@ def _plot_losses(axes: Axes, losses: Metrics) -> None:
 
 
 def _plot_precisions(axes: Axes, precisions: Metrics) -> None:
-    """One colour for each task (boxes, masks), AP50 dashed."""
+    """One colour for each task (boxes, masks, segments), AP50 and PQ of things dashed, of stuff dotted."""
     tasks = sorted({name.rpartition("/")[0] for name in precisions})
     for name, points in sorted(precisions.items()):
         task, _, kind = name.rpartition("/")
-        style = {"color": _plot_colour(tasks.index(task)), "linestyle": "-" if kind == "AP" else "--"}
+        style = {"color": _plot_colour(tasks.index(task)), "linestyle": _METRIC_LINES[kind]}
         axes.plot(*zip(*points), marker="o", markersize=4, label=name.replace("/", " "), **style)
     axes.set_ylim(bottom=0)
-    axes.set_ylabel("AP")
+    axes.set_ylabel(" or ".join(sorted({name.rpartition("/")[2][:2] for name in precisions})))
 
 
 def _plot_colour(number: int) -> tuple[float, ...]:

@@ -273,6 +273,9 @@ def test_curves(tmp_path, monkeypatch):
     file.write_text("\n".join(metrics_lines()[:-1]))
     plot_curves(file, path)
     assert Image.open(path).width < 0.6 * both.width
+    file.write_text('{"iteration": 1, "panoptic_seg/PQ": 50.0, "panoptic_seg/PQ_th": 40.0, "panoptic_seg/RQ": 1.0}')
+    plot_curves(file, path)
+    assert drawn["precisions"] == ["panoptic_seg/PQ", "panoptic_seg/PQ_th"]
     file.write_text('{"iteration": 1, "lr": 0.1}')
     with pytest.raises(ValueError, match="neither losses nor AP"):
         plot_curves(file, path)

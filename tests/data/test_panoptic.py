@@ -19,8 +19,10 @@ from PIL import Image
 from querymask.common.data.annotations import AnnotationError, read_dataset
 from querymask.common.data.folders import register_folder
 from querymask.common.data.mapper import InstanceMapper
+from querymask.common.data.mask_crops import MaskCrops
 from querymask.common.data.segment_maps import encode_segment_map, entry_segment_map, read_segment_map
 from querymask.common.data.training_set import read_training_set
+from querymask.common.evaluation.truth import dataset_truth
 
 METADATA = {
     "thing_classes": ["dog", "cat", "sky", "grass"],
@@ -265,3 +267,17 @@ def test_refused_folders(tmp_path: Path) -> None:
     path.write_text(json.dumps(document))
     with pytest.raises(AnnotationError, match="category 2, sky, is a thing in one file of .* and stuff in another"):
         register_folder(own, panoptic=True).classes  # noqa: B018
+
+
+def test_masks_for_a_coding(tmp_path: Path) -> None:
+    """Cut out of the PNG files, crowds excepted."""
+    crops = MaskCrops([register(write_panoptic(tmp_path))], 20)
+    assert len(crops) == 6
+    sky, dog = segment_map() == IDS[0], segment_map() == IDS[1]
+    assert crops[0].float().mean() == pytest.approx(sky[:20].mean(), abs=0.05)
+    np.testing.assert_array_equal(crops[1][:, ::2].numpy(), dog[10:30, 20:30])
+
+
+def test_what_is_about_instances_refuses_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a panoptic data set, and this is about instances"):
+        dataset_truth(register(write_panoptic(tmp_path)))

@@ -9,7 +9,7 @@ from detectron2.data import datasets as detectron2_datasets
 from detectron2.data.datasets import coco as detectron2_coco
 from detectron2.data.datasets import coco_panoptic as detectron2_coco_panoptic
 
-from querymask.common.data.annotations import load_coco_json, load_coco_panoptic_json
+from querymask.common.data.annotations import EVALUATOR_TYPE, load_coco_json, load_coco_panoptic_json
 from querymask.common.data.shapes import (
     CATEGORIES,
     PANOPTIC_CATEGORIES,
@@ -74,7 +74,7 @@ def register_shapes_panoptic(name: str, root: str | os.PathLike, split: str, num
         panoptic_json=str(json_file),
         panoptic_root=str(panoptic_root),
         image_root=str(image_root),
-        evaluator_type="coco_panoptic_seg",
+        evaluator_type=EVALUATOR_TYPE,
         **metadata,
     )
 

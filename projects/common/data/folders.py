@@ -24,6 +24,7 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from querymask.common.data.annotations import (
+    EVALUATOR_TYPE,
     AnnotationError,
     clean_coco,
     clean_panoptic,
@@ -103,7 +104,7 @@ class DataFolder:
             if name in MetadataCatalog.list():
                 MetadataCatalog.remove(name)
             DatasetCatalog.register(name, self._loader(part, name))
-            kind = "coco_panoptic_seg" if self.panoptic else "coco"
+            kind = EVALUATOR_TYPE if self.panoptic else "coco"
             MetadataCatalog.get(name).set(folder=str(self.path), evaluator_type=kind)
 
     def _loader(self, part: str, name: str) -> Callable[[], list[dict[str, Any]]]:

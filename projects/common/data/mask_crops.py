@@ -1,4 +1,6 @@
-"""The masks of data sets cut out at their boxes, for what learns a mask coding. No image is read."""
+"""The masks of data sets cut out at their boxes, for what learns a mask coding. No image is read, but the
+PNG files of panoptic data sets.
+"""
 
 from collections.abc import Sequence
 
@@ -7,6 +9,7 @@ from detectron2.structures import BoxMode
 from torch.utils.data import Dataset
 
 from querymask.common.data.annotations import read_dataset
+from querymask.common.data.segment_maps import entry_segment_map
 from querymask.common.data.segmentation import crop_polygons, decode_segmentation
 from querymask.common.masks import crop_masks
 
@@ -33,8 +36,8 @@ class MaskCrops(Dataset):
         for name in names:
             for image in read_dataset(name):
                 for annotation in image.get("annotations", ()):
-                    if not annotation["iscrowd"] and "segmentation" in annotation:
-                        self.entries.append((annotation, image["height"], image["width"]))
+                    if not annotation["iscrowd"] and ("segmentation" in annotation or "pan_seg_file_name" in image):
+                        self.entries.append((annotation, image))
         if limit:
             self.entries = self.entries[:limit]
         if not self.entries:
@@ -45,10 +48,13 @@ class MaskCrops(Dataset):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """(size, size) bool."""
-        annotation, height, width = self.entries[index]
+        annotation, image = self.entries[index]
         box = BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS)
-        segmentation = annotation["segmentation"]
-        if isinstance(segmentation, list):
-            return torch.from_numpy(crop_polygons(segmentation, box, self.size))
-        mask = torch.from_numpy(decode_segmentation(segmentation, height, width)).to(torch.bool)
+        if "pan_seg_file_name" in image:
+            bitmask = entry_segment_map(image) == annotation["id"]
+        elif isinstance(annotation["segmentation"], list):
+            return torch.from_numpy(crop_polygons(annotation["segmentation"], box, self.size))
+        else:
+            bitmask = decode_segmentation(annotation["segmentation"], image["height"], image["width"])
+        mask = torch.from_numpy(bitmask).to(torch.bool)
         return crop_masks(mask[None], torch.tensor([box], dtype=torch.float64), self.size)[0]

@@ -7,7 +7,8 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from querymask.common.evaluation.panoptic import KIND, PanopticClasses
+from querymask.common.data.annotations import is_panoptic
+from querymask.common.evaluation.panoptic import PanopticClasses
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +60,7 @@ def check_panoptic(cfg: CfgNode, dataset_names: Iterable[str]) -> None:
     panoptic = cfg.MODEL.PANOPTIC
     for name in dataset_names:
         dataset_classes(name)
-        metadata = MetadataCatalog.get(name)
-        if (metadata.get("evaluator_type") == KIND) != panoptic.ENABLED:
+        if is_panoptic(name) != panoptic.ENABLED:
             raise ValueError(
                 f"MODEL.PANOPTIC.ENABLED is {panoptic.ENABLED}, but the data set {name} is "
                 f"{'not ' if panoptic.ENABLED else ''}panoptic: set MODEL.PANOPTIC.ENABLED {not panoptic.ENABLED}, or "

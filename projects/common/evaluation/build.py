@@ -8,9 +8,10 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import CityscapesInstanceEvaluator, DatasetEvaluator, DatasetEvaluators
 
+from querymask.common.data.annotations import EVALUATOR_TYPE, is_panoptic
 from querymask.common.data.image_files import ImageReader
 from querymask.common.evaluation.coco import InstanceEvaluator
-from querymask.common.evaluation.panoptic import KIND, ApiPanopticEvaluator, PanopticEvaluator
+from querymask.common.evaluation.panoptic import ApiPanopticEvaluator, PanopticEvaluator
 from querymask.common.evaluation.pictures import PictureWriter
 from querymask.common.fonts import set_font
 from querymask.common.transfer import HostCopy, instances_to_host
@@ -33,7 +34,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
             cfg.TEST.DETECTIONS_PER_IMAGE,
             {} if cfg.TEST.SLICE.SIZE else num_queries(cfg),  # every slice has its own
         )
-    elif kind == KIND:
+    elif is_panoptic(dataset_name):
         evaluator = _panoptic_evaluator(cfg, dataset_name, output_dir)
     elif kind == "cityscapes_instance":
         for key, value, off in (("BOUNDARY_AP", cfg.TEST.BOUNDARY_AP, False), ("SLICE.SIZE", cfg.TEST.SLICE.SIZE, 0)):
@@ -46,7 +47,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         evaluator = CityscapesInstanceEvaluator(dataset_name)
     else:
         raise ValueError(
-            f"data set {dataset_name} has evaluator_type {kind!r}; known are coco, lvis, {KIND} and "
+            f"data set {dataset_name} has evaluator_type {kind!r}; known are coco, lvis, {EVALUATOR_TYPE} and "
             "cityscapes_instance. Set it with MetadataCatalog.get(name).set(evaluator_type=...), or override "
             "Trainer.build_evaluator"
         )

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from detectron2.data import MetadataCatalog
 
+from querymask.common.data.annotations import is_panoptic
+
 logger = logging.getLogger(__name__)
 
 FILE = "classes.json"
@@ -39,6 +41,6 @@ def _names_by_id(dataset_name: str) -> dict[str, str]:
     metadata = MetadataCatalog.get(dataset_name)
     names = metadata.get("thing_classes") or []
     ids = metadata.get("thing_dataset_id_to_contiguous_id") or {index: index for index in range(len(names))}
-    if metadata.get("evaluator_type") == "coco_panoptic_seg":
+    if is_panoptic(dataset_name):
         ids = {**ids, **metadata.stuff_dataset_id_to_contiguous_id}
     return {str(id): str(names[index]) for id, index in sorted(ids.items(), key=lambda item: item[1])}

@@ -21,8 +21,6 @@ from querymask.common.data.segment_maps import encode_segment_map, entry_segment
 from querymask.common.evaluation.panoptic_quality import compare_segments, missed_segments, quality
 from querymask.common.transfer import HostCopy
 
-KIND = "coco_panoptic_seg"
-"""Evaluator type of panoptic data sets, in Detectron2 as well."""
 RESULTS_FILE = "predictions.json"
 """As Detectron2's evaluator calls it; the folder of its PNG files is that without the ending."""
 
@@ -55,6 +53,8 @@ class PanopticEvaluator(DatasetEvaluator):
         self._distributed = distributed
         self._entries = {entry["image_id"]: entry for entry in read_dataset(dataset_name)}
         self._classes = PanopticClasses(dataset_name)
+        folders = {os.path.dirname(entry["pan_seg_file_name"]) for entry in self._entries.values()}
+        self._root = os.path.commonpath(folders)
         self.reset()
 
     def reset(self) -> None:
@@ -119,10 +119,10 @@ class PanopticEvaluator(DatasetEvaluator):
 
     def _written(self, entry: Mapping[str, Any], ids: np.ndarray, segments: Sequence[Mapping[str, Any]]) -> dict:
         """Write the PNG file of an image; returns its entry in the JSON file."""
-        folder = Path(self._output_dir, Path(RESULTS_FILE).stem)
-        folder.mkdir(parents=True, exist_ok=True)
-        name = os.path.basename(entry["pan_seg_file_name"])
-        (folder / name).write_bytes(encode_segment_map(ids))
+        name = os.path.relpath(entry["pan_seg_file_name"], self._root)
+        path = Path(self._output_dir, Path(RESULTS_FILE).stem, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode_segment_map(ids))
         numbers = self._classes.category_ids
         listed = [
             {**{k: v for k, v in segment.items() if k != "isthing"}, "category_id": numbers[segment["category_id"]]}

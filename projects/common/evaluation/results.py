@@ -9,14 +9,22 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_panoptic
 
-from querymask.common.data.annotations import AnnotationError, clean_coco, clean_panoptic, number_classes, read_json
+from querymask.common.data.annotations import (
+    EVALUATOR_TYPE,
+    AnnotationError,
+    clean_coco,
+    clean_panoptic,
+    is_panoptic,
+    number_classes,
+    read_json,
+)
 from querymask.common.data.annotations.boxes import read_box
 from querymask.common.data.annotations.findings import Findings, show
 from querymask.common.data.annotations.images import read_id
 from querymask.common.data.segmentation import clean_segmentation, encode_segmentation
 from querymask.common.evaluation.class_file import compare_class_file
 from querymask.common.evaluation.coco import InstanceEvaluator, Scores
-from querymask.common.evaluation.panoptic import KIND, evaluate_panoptic_results
+from querymask.common.evaluation.panoptic import evaluate_panoptic_results
 from querymask.common.evaluation.result_boxes import check_boxes
 from querymask.common.evaluation.scores import MAX_DETECTIONS
 
@@ -162,7 +170,7 @@ def register_annotations(path: str | os.PathLike) -> str:
     """
     name = str(path)
     raw = read_json(path, "an annotation file in COCO's format")
-    if _is_panoptic(raw):
+    if _has_segments(raw):
         return _register_panoptic(name, raw)
     categories = clean_coco(raw, name)["categories"]
     MetadataCatalog.get(name).set(
@@ -174,7 +182,7 @@ def register_annotations(path: str | os.PathLike) -> str:
     return name
 
 
-def _is_panoptic(content: Any) -> bool:
+def _has_segments(content: Any) -> bool:
     """Whether the images of an annotation file have lists of segments."""
     annotations = content.get("annotations") if isinstance(content, Mapping) else None
     return isinstance(annotations, list) and any("segments_info" in a for a in annotations if isinstance(a, Mapping))
@@ -208,12 +216,13 @@ def evaluate_results(
         ValueError: the data set has another evaluation.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
-    if kind == KIND:
+    if is_panoptic(dataset_name):
         compare_class_file(path, dataset_name)
         return evaluate_panoptic_results(path, dataset_name, boundary)
     if kind not in ("coco", "lvis"):
         raise ValueError(
-            f"{dataset_name} has evaluator_type {kind!r}: only data sets of type coco, lvis or {KIND} take result files"
+            f"{dataset_name} has evaluator_type {kind!r}: only data sets of type coco, lvis or {EVALUATOR_TYPE} take "
+            "result files"
         )
     results = read_results(path)
     compare_class_file(path, dataset_name)

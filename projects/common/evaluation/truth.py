@@ -10,7 +10,7 @@ from detectron2.utils.file_io import PathManager
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
-from querymask.common.data.annotations import read_coco, read_dataset
+from querymask.common.data.annotations import is_panoptic, read_coco, read_dataset
 from querymask.common.data.annotations.reader import Content
 from querymask.common.data.segmentation import encode_segmentation
 
@@ -20,8 +20,13 @@ def dataset_truth(name: str) -> Content:
 
     They are those of the annotation file that the metadata name as ``json_file``; of a data set without one, those
     of its function, as it is now.
+
+    Raises:
+        ValueError: the data set is panoptic.
     """
     metadata = MetadataCatalog.get(name)
+    if is_panoptic(name):
+        raise ValueError(f"{name} is a panoptic data set, and this is about instances: choose one of instances")
     if name in DatasetCatalog and metadata.get("json_file"):
         known = metadata.get("thing_dataset_id_to_contiguous_id") is not None and metadata.get("thing_classes")
         if not known or not PathManager.exists(metadata.json_file):

@@ -4,7 +4,9 @@ from querymask.common.data.annotations.dictionaries import clean_entries, clean_
 from querymask.common.data.annotations.findings import AnnotationError, Findings
 from querymask.common.data.annotations.images import ImageInfo
 from querymask.common.data.annotations.panoptic import (
+    EVALUATOR_TYPE,
     clean_panoptic,
+    is_panoptic,
     load_coco_panoptic_json,
     number_classes,
     panoptic_entries,
@@ -12,6 +14,7 @@ from querymask.common.data.annotations.panoptic import (
 from querymask.common.data.annotations.reader import clean_coco, coco_entries, load_coco_json, read_coco, read_json
 
 __all__ = [
+    "EVALUATOR_TYPE",
     "AnnotationError",
     "Findings",
     "ImageInfo",
@@ -19,6 +22,7 @@ __all__ = [
     "clean_entries",
     "clean_panoptic",
     "clean_record",
+    "is_panoptic",
     "coco_entries",
     "load_coco_json",
     "load_coco_panoptic_json",

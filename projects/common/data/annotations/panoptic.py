@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from querymask.common.data.annotations.boxes import corners
@@ -14,7 +15,14 @@ from querymask.common.data.annotations.objects import refuse_relative
 from querymask.common.data.annotations.reader import Content, coco_entries, read_json
 from querymask.common.data.annotations.segments import clean_segments
 
+EVALUATOR_TYPE = "coco_panoptic_seg"
+"""Of panoptic data sets, in Detectron2 as well."""
 WHAT = "an annotation file in COCO's panoptic format"
+
+
+def is_panoptic(dataset_name: str) -> bool:
+    """Whether a data set has segments of things and stuff in place of instances."""
+    return MetadataCatalog.get(dataset_name).get("evaluator_type") == EVALUATOR_TYPE
 
 
 def clean_panoptic(content: Any, source: str, image_root: str | os.PathLike | None = None) -> Content:
