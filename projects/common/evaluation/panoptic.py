@@ -53,6 +53,12 @@ class PanopticEvaluator(DatasetEvaluator):
         self._distributed = distributed
         self._entries = {entry["image_id"]: entry for entry in read_dataset(dataset_name)}
         self._classes = PanopticClasses(dataset_name)
+        for entry in self._entries.values():
+            if "pan_seg_file_name" not in entry:
+                raise AnnotationError(
+                    f"data set {dataset_name}: {entry['file_name']} has no 'pan_seg_file_name'. Give the PNG file of "
+                    "its segments, and their 'segments_info', or another evaluator_type."
+                )
         folders = {os.path.dirname(entry["pan_seg_file_name"]) for entry in self._entries.values()}
         self._root = os.path.commonpath(folders)
         self.reset()
