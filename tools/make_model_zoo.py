@@ -36,8 +36,8 @@ Written by `tools/make_model_zoo.py` from the configs; change those and run it a
 A row is a config, with the rows of the papers that it stands for. **Numbers in the column "Paper" are the authors',
 with their own code; they were not measured here.** "Measured here" holds what this project reached itself. Parameters,
 with the data set's own number of classes and without frozen batch norms, are measured, and so are GFLOPs: multiply-adds
-of inference on one image of {HEIGHT}x{WIDTH}, those of EffSeg with as many different queries as detections. Time and
-memory on a GPU: [gpu.md](gpu.md).
+of inference on one image of {HEIGHT}x{WIDTH}, those of EffSeg with as many different queries as detections, also for
+panoptic maps, which are made of more or fewer. Time and memory on a GPU: [gpu.md](gpu.md).
 """
 
 ABLATIONS, COMPARISONS = "ablations", "comparisons"

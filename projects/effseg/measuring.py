@@ -10,7 +10,7 @@ from querymask.effseg.region_branch import RegionBranch
 
 def force_detections(model: EffSeg, detections: int, queries: int) -> int | None:
     """Have EffSeg detect a fixed number of pairs of query and class, of as many queries as said; for a panoptic map,
-    these queries, each with one class.
+    these queries, each with one class and too unlikely for a segment, so that the masks are measured without the merge.
 
     Random weights would otherwise decide how many queries the pairs are of, on which EffSeg's cost depends.
 
@@ -36,7 +36,7 @@ def force_detections(model: EffSeg, detections: int, queries: int) -> int | None
 
     def select_queries(found: FQDetPredictions, image: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         chosen = select(found, image, (1, 1))[:queries]
-        return chosen.pred_queries, chosen.pred_classes, chosen.scores
+        return chosen.pred_queries, chosen.pred_classes, torch.zeros_like(chosen.scores)
 
     model.detector.select = select  # type: ignore[method-assign]
     model.detector.select_queries = select_queries  # type: ignore[method-assign]
