@@ -63,7 +63,7 @@ RELEASES = {
         "https://github.com/CedricPicron/DetSeg",
         "a file-sharing drive",
         "`.pth`, weights under `model` beside the optimiser's state; class heads of 81 rows, COCO's 80 in order and "
-        '"no object"',
+        '"no object"; of panoptic models 134 rows',
     ),
     "Detectron2's model zoo": Release(
         "https://github.com/facebookresearch/detectron2/blob/main/MODEL_ZOO.md",
