@@ -34,7 +34,6 @@ from typing import Any
 import querymask  # isort: skip  (before Detectron2: makes it importable)  # noqa: F401
 import cv2
 import numpy as np
-import torch
 from detectron2.config import CfgNode
 from PIL import Image
 from tqdm import tqdm
@@ -50,7 +49,7 @@ from querymask.common.fonts import set_font
 from querymask.common.predictor import Predictor, explain
 from querymask.common.views import choose_view, find_views
 from querymask.common.visualization import LONGER_SIDE_RANGE, PictureNames, draw_instances, write_image
-from querymask.serve import DEFAULT_ADDRESS, ServedModel, serve
+from querymask.serve import DEFAULT_ADDRESS, ServedModel, import_gradio, parse_address, serve
 
 WINDOW = "QueryMask (q: quit)"
 Draw = Callable[[np.ndarray], tuple[np.ndarray, Detections | None]]
@@ -69,7 +68,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     source.add_argument("--video-input", metavar="FILE", help="a video")
     source.add_argument("--webcam", action="store_true", help="the first camera")
     source.add_argument(
-        "--serve", nargs="?", const=DEFAULT_ADDRESS, metavar="HOST:PORT", help=f"a page (default: {DEFAULT_ADDRESS})"
+        "--serve",
+        nargs="?",
+        type=parse_address,
+        const=DEFAULT_ADDRESS,
+        metavar="HOST:PORT",
+        help=f"a page to try the model on (default: {DEFAULT_ADDRESS})",
     )
     parser.add_argument("--compare", metavar="PATH", help="on the page, too: another run's folder, or a checkpoint")
     parser.add_argument("--output", metavar="PATH", help="folder of the pictures; for a video or camera, an .mp4 file")
@@ -260,11 +264,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not cfg.MODEL.WEIGHTS:
             print("MODEL.WEIGHTS is empty: the weights are random", file=sys.stderr)
         if args.serve:
+            import_gradio()  # before the models are made
             models = [ServedModel.from_config(cfg, cfg.MODEL.WEIGHTS or source)]
             if args.compare:
                 other = load_other(args, load, source)
                 models.append(ServedModel.from_config(other, other.MODEL.WEIGHTS))
-            serve(models, args.serve, args.confidence_threshold)
+            serve(models, *args.serve, args.confidence_threshold)
             return 0
         predictor = Predictor(cfg, longest_side=LONGER_SIDE_RANGE[1])
         draw = make_draw(args, predictor, cfg.MODEL.META_ARCHITECTURE)

@@ -1,10 +1,12 @@
-"""A page in the browser to try models on: an image in; masks, the method's own views and files out. ``demo.py --serve``.
+"""A page in the browser to try models on (demo.py --serve): an image in; masks, the method's own views and files out.
 
-The networks see an image once. What they find is kept in the visitor's session, and the score, the classes and the files
-choose from it, so that several visitors do not disturb each other. Needs gradio, the extra ``serve``.
+The networks see an image once. What they find is kept in the visitor's session; score, classes and files choose from
+it, so that several visitors do not disturb each other. Needs gradio, the extra ``serve``.
 """
 
+import argparse
 import base64
+import importlib
 import io
 import logging
 import tempfile
@@ -75,7 +77,7 @@ class ServedModel:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, title: str) -> "ServedModel":
-        """With its weights; images of more pixels than MOST_PIXELS are refused where the config does not say how many."""
+        """With its weights. Larger images than MOST_PIXELS are refused where INPUT.MAX_PIXELS says nothing."""
         cfg = cfg.clone()
         cfg.defrost()
         cfg.INPUT.MAX_PIXELS = cfg.INPUT.MAX_PIXELS or MOST_PIXELS
@@ -174,8 +176,8 @@ def draw_svg(found: Found, choice: Choice, model: ServedModel) -> str:
     shapes = []
     # Large ones first, so that small ones stay in reach; numbers as in draw_instances
     for i in np.argsort(-(boxes[:, 2:] - boxes[:, :2]).prod(1), kind="stable"):
-        number = i if len(model.predictor.class_names) == 1 else int(chosen.labels[i])
-        colour = "#%02x%02x%02x" % class_colour(number)
+        number = int(i if len(model.predictor.class_names) == 1 else chosen.labels[i])
+        colour = f"rgb{class_colour(number)}"
         label = escape(f"{chosen.names[i]} {chosen.scores[i]:.2f}")
         x, y = min(boxes[i, 0], 0.7 * width), max(boxes[i, 1], text)
         shapes.append(
@@ -213,8 +215,7 @@ def write_files(
 
 def build_page(models: Sequence[ServedModel], score_threshold: float) -> "gradio.Blocks":
     """The page of one model, or of several side by side."""
-    import gradio as gr
-
+    gr = import_gradio()
     names = dict.fromkeys(str(category["name"]) for model in models for category in model.categories)
     with gr.Blocks(analytics_enabled=False, title="QueryMask", delete_cache=(KEPT, KEPT)) as page:
         seen = gr.State(time_to_live=KEPT)
@@ -274,21 +275,6 @@ def build_page(models: Sequence[ServedModel], score_threshold: float) -> "gradio
     return page.queue(default_concurrency_limit=4)
 
 
-def serve(models: Sequence[ServedModel], address: str, score_threshold: float) -> None:
-    """Serve the page until it is interrupted.
-
-    Args:
-        address: host and port, as ``parse_address`` takes them.
-        score_threshold: least score at first.
-
-    Raises:
-        ImportError: gradio is not installed.
-        OSError: the port is taken.
-    """
-    host, port = parse_address(address)
-    build_page(models, score_threshold).launch(server_name=host, server_port=port, **LAUNCH)
-
-
 LAUNCH = {
     "css": CSS,
     "share": False,
@@ -299,19 +285,47 @@ LAUNCH = {
 """How the page is launched, in tests too."""
 
 
+def serve(models: Sequence[ServedModel], host: str, port: int, score_threshold: float) -> None:
+    """Serve the page until it is interrupted.
+
+    Args:
+        score_threshold: least score at first.
+
+    Raises:
+        ImportError: gradio is not installed.
+        OSError: the port is taken.
+    """
+    build_page(models, score_threshold).launch(server_name=host, server_port=port, **LAUNCH)
+
+
+def import_gradio() -> Any:
+    """The module.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        return importlib.import_module("gradio")
+    except ImportError as error:
+        raise ImportError(
+            f"the page needs the package gradio ({error}): pip install querymask[serve], or uv run --extra serve"
+        ) from error
+
+
 def parse_address(text: str) -> tuple[str, int]:
     """Host and port of ``HOST:PORT``, ``HOST`` or ``:PORT``, by default those of DEFAULT_ADDRESS.
 
     Raises:
-        ValueError: it is none of these.
+        argparse.ArgumentTypeError: it is none of these.
     """
+    default = urlsplit(f"//{DEFAULT_ADDRESS}")
     try:
-        given, default = urlsplit(f"//{text}"), urlsplit(f"//{DEFAULT_ADDRESS}")
+        given = urlsplit(f"//{text}")
         if given.netloc != text or "@" in text:
             raise ValueError
         return given.hostname or default.hostname, default.port if given.port is None else given.port
     except ValueError:
-        raise ValueError(f"{text!r} is no address: give HOST:PORT, such as {DEFAULT_ADDRESS}") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is no HOST:PORT, such as {DEFAULT_ADDRESS}") from None
 
 
 def _alert(name: str, error: Exception) -> str:
