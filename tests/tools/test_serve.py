@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -101,7 +102,7 @@ def test_outlines_are_those_of_the_masks(models: list[ServedModel], tmp_path: Pa
     ring[5:9, 5:20] = 1
     masks = [*map(found.detections.masks.decode, range(3)), ring]
     place = type(found.detections.masks).place
-    detections = serve.replace(found.detections, masks=place(torch.tensor(np.array(masks)).bool(), 0, 0, ring.shape))
+    detections = replace(found.detections, masks=place(torch.tensor(np.array(masks)).bool(), 0, 0, ring.shape))
     for row, mask in enumerate(masks):
         contours = [
             np.array(re.findall(r"([\d.]+) ([\d.]+)", part), float) - 0.5
@@ -113,13 +114,11 @@ def test_outlines_are_those_of_the_masks(models: list[ServedModel], tmp_path: Pa
 
 def test_without_masks_the_boxes_are_outlined(models: list[ServedModel], tmp_path: Path) -> None:
     (found, _) = look(models, str(picture(tmp_path / "a.png"))).found
-    detections = serve.replace(
-        found.detections, masks=None, boxes=np.float32([[1, 2, 30.25, 40]] * len(found.detections))
-    )
+    boxes = np.float32([[1, 2, 30.25, 40]] * len(found.detections))
+    detections = replace(found.detections, masks=None, boxes=boxes)
     assert outline(detections, 0) == "M1.0 2.0H30.2V40.0H1.0Z"
-    assert len(labels(draw_svg(serve.replace(found, detections=detections), Choice(0, []), models[0]))) == len(
-        detections
-    )
+    svg = draw_svg(replace(found, detections=detections), Choice(0, []), models[0])
+    assert len(labels(svg)) == len(detections)
 
 
 @pytest.mark.parametrize("size", [(50, 70), (1000, 1600)])
@@ -269,11 +268,12 @@ def visit(browser: "Browser", port: int) -> "Iterator[Callable[[], Page]]":
             foreign.append(request.url)
 
     def open_page() -> "Page":
-        contexts.append(browser.new_context(viewport={"width": 1200, "height": 1000}))
+        size = {"width": 1200, "height": 1000}
+        contexts.append(browser.new_context(base_url=f"http://127.0.0.1:{port}", viewport=size))
         page = contexts[-1].new_page()
         page.set_default_timeout(WAIT)
         page.on("request", note)
-        page.goto(f"http://127.0.0.1:{port}")
+        page.goto("/")
         page.wait_for_selector("input[type=file]", state="attached")
         return page
 
@@ -356,7 +356,9 @@ def test_uploads_that_cannot_be_used(models: list[ServedModel], visit: "Callable
     page.get_by_label("Clear").or_(page.get_by_label("Remove")).first.click()
     (tmp_path / "large.png").write_bytes(bytes(2**20 + 1))
     give(page, tmp_path / "large.png")
-    page.get_by_text("exceeded maximum allowed size of 1048576 bytes").first.wait_for()
+    page.get_by_text("exceed the maximum allowed size of 1.0 Mb").first.wait_for()
+    upload = {"files": {"name": "a.png", "mimeType": "image/png", "buffer": bytes(2**20 + 1)}}  # past the page
+    assert page.request.post("/gradio_api/upload", multipart=upload).status == 413
     page.reload()
     page.wait_for_selector("input[type=file]", state="attached")
     give(page, path)
