@@ -1,4 +1,4 @@
-"""Detect and draw: images, folders, patterns, a video or a webcam, with any config and checkpoint.
+"""Detect and draw: images, folders, patterns, a video, a webcam or a page to try, with any config and checkpoint.
 
     python demo.py --run FOLDER --input a.jpg folder "holiday/*.png" --output FOLDER
     python demo.py --config-file FILE --input a.jpg folder "holiday/*.png" --output FOLDER --opts MODEL.WEIGHTS FILE
@@ -6,6 +6,7 @@
     python demo.py --config-file FILE --video-input FILE --output FILE.mp4 --opts MODEL.WEIGHTS FILE
     python demo.py --config-file FILE --webcam --opts MODEL.WEIGHTS FILE
     python demo.py --run FOLDER --slice 640 --input large.tif --output FOLDER
+    python demo.py --run FOLDER --serve --compare FOLDER
 
 --run takes config and weights of a training run: its best checkpoint where one was kept, else its last. Without
 --output, pictures are shown in a window. Pictures have at most 1280 pixels on their longer side. Beside them are the
@@ -16,6 +17,10 @@ bits, whose pixels have the number of their object: 1 for the first of the image
 --view shows what goes on inside a method in place of detections: reference_points (ISDA), stages (ISTR), coefficients
 (SOLQ), refinement (EffSeg). Files that cannot be read or drawn are reported and left out; the exit status is 1 if there
 were any.
+
+--serve opens a page at http://127.0.0.1:7860 for this machine alone (--serve 0.0.0.0:7860: for all that reach it), with
+an image to drop, the score, the classes, the views and the files; --compare shows another run beside it, or another
+checkpoint of the same config. It needs the extra serve (gradio).
 """
 
 import argparse
@@ -29,21 +34,22 @@ from typing import Any
 import querymask  # isort: skip  (before Detectron2: makes it importable)  # noqa: F401
 import cv2
 import numpy as np
-import torch
+from detectron2.config import CfgNode
 from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from querymask.command_line import add_data, load_config, load_run, make_parser
 from querymask.common.data.annotations import read_dataset
-from querymask.common.data.image_files import IMAGE_ENDINGS, ImageFileError, find_file
+from querymask.common.data.image_files import IMAGE_ENDINGS, find_file
 from querymask.common.data.read_ahead import read_ahead
 from querymask.common.detection_files import DetectionWriter, model_categories
 from querymask.common.detections import Detections
 from querymask.common.fonts import set_font
-from querymask.common.predictor import Predictor
+from querymask.common.predictor import Predictor, explain
 from querymask.common.views import choose_view, find_views
 from querymask.common.visualization import LONGER_SIDE_RANGE, PictureNames, draw_instances, write_image
+from querymask.serve import DEFAULT_ADDRESS, ServedModel, import_gradio, parse_address, serve
 
 WINDOW = "QueryMask (q: quit)"
 Draw = Callable[[np.ndarray], tuple[np.ndarray, Detections | None]]
@@ -61,6 +67,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     source.add_argument("--test-images", type=int, metavar="N", help="the first images of DATASETS.TEST")
     source.add_argument("--video-input", metavar="FILE", help="a video")
     source.add_argument("--webcam", action="store_true", help="the first camera")
+    source.add_argument(
+        "--serve",
+        nargs="?",
+        type=parse_address,
+        const=DEFAULT_ADDRESS,
+        metavar="HOST:PORT",
+        help=f"a page to try the model on (default: {DEFAULT_ADDRESS})",
+    )
+    parser.add_argument("--compare", metavar="PATH", help="on the page, too: another run's folder, or a checkpoint")
     parser.add_argument("--output", metavar="PATH", help="folder of the pictures; for a video or camera, an .mp4 file")
     parser.add_argument("--label-images", action="store_true", help="write a label image of every image, too")
     parser.add_argument("--confidence-threshold", type=float, default=0.3, help="least score drawn (default: 0.3)")
@@ -72,6 +87,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for key, value in (("SIZE", args.slice), ("OVERLAP", args.overlap)):
         if value is not None:
             args.opts = [f"TEST.SLICE.{key}", value, *args.opts]
+    if args.serve and (args.output or args.view or args.label_images):
+        parser.error("--serve shows views and gives files on its page: leave out --output, --view and --label-images")
+    if args.compare and not args.serve:
+        parser.error("--compare is for the page of --serve")
     if args.label_images and (args.view or not args.output or args.video_input or args.webcam):
         parser.error("--label-images is for images with --output and without --view")
     return args
@@ -85,7 +104,7 @@ def make_draw(args: argparse.Namespace, predictor: Predictor, architecture: str)
     def draw(image: np.ndarray) -> tuple[np.ndarray, Detections | None]:
         item, reduced = predictor.prepare(image)
         if view is not None:
-            return view(predictor.model, item, reduced, names, args.confidence_threshold), None
+            return predictor.draw_view(view, item, reduced, args.confidence_threshold), None
         (found,) = predictor.detect([item], args.confidence_threshold)
         return draw_instances(reduced, found.to_instances(), names), found
 
@@ -156,7 +175,7 @@ def run_on_images(
                     labels = Path(args.output, "labels", name).with_suffix(".png")
                     write_labels(labels, found.label_image(image.shape[:2]))
                 if writer is not None:
-                    writer.add(found, image, image_id, str(file))
+                    writer.add(found, image.shape[:2], image_id, str(file))
             except Exception as error:  # whatever it is, the other files are done
                 tqdm.write(f"error: {explain(file, error)}", file=sys.stderr)
                 failed += 1
@@ -170,18 +189,6 @@ def write_labels(path: Path, labels: np.ndarray) -> None:
     """Write uint16 [H, W] as PNG; the folder is made where it lacks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(labels).save(path)
-
-
-def explain(file: Path, error: Exception) -> str:
-    """What happened to a file."""
-    if isinstance(error, ImageFileError):
-        return f"{file} cannot be read: {error.reason}"
-    if isinstance(error, FileNotFoundError):  # a link to nothing
-        return f"{file} cannot be read: there is no such file"
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        torch.cuda.empty_cache()
-        return f"{file} cannot be drawn: out of memory; set a smaller INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST"
-    return f"{file} cannot be drawn: {type(error).__name__}: {error}"
 
 
 def run_on_video(args: argparse.Namespace, draw: Draw, writer: DetectionWriter | None) -> int:
@@ -201,7 +208,7 @@ def run_on_video(args: argparse.Namespace, draw: Draw, writer: DetectionWriter |
                 count += 1
                 progress.update()
                 if writer is not None:
-                    writer.add(found, image, count, f"{'camera' if args.webcam else source}, frame {count}")
+                    writer.add(found, image.shape[:2], count, f"{'camera' if args.webcam else source}, frame {count}")
                 if args.output:
                     film = film or open_film(args.output, video.get(cv2.CAP_PROP_FPS) or 25, picture)
                     film.write(np.ascontiguousarray(picture[:, :, ::-1]))
@@ -229,6 +236,14 @@ def open_film(path: str, rate: float, picture: np.ndarray) -> cv2.VideoWriter:
     return film
 
 
+def load_other(args: argparse.Namespace, load: Callable[..., CfgNode], source: str) -> CfgNode:
+    """The config of --compare; what --opts says but MODEL.WEIGHTS holds for it, too."""
+    opts = [text for pair in zip(args.opts[::2], args.opts[1::2]) if pair[0] != "MODEL.WEIGHTS" for text in pair]
+    if Path(args.compare).is_dir():
+        return load_run(args.compare, opts, data=args.data)
+    return load(source, [*opts, "MODEL.WEIGHTS", args.compare], data=args.data)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit status."""
     args = parse_arguments(arguments)
@@ -248,6 +263,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("a view is of one pass of the network: leave out --slice (TEST.SLICE.SIZE 0)")
         if not cfg.MODEL.WEIGHTS:
             print("MODEL.WEIGHTS is empty: the weights are random", file=sys.stderr)
+        if args.serve:
+            import_gradio()  # before the models are made
+            models = [ServedModel.from_config(cfg, cfg.MODEL.WEIGHTS or source)]
+            if args.compare:
+                other = load_other(args, load, source)
+                models.append(ServedModel.from_config(other, other.MODEL.WEIGHTS))
+            serve(models, *args.serve, args.confidence_threshold)
+            return 0
         predictor = Predictor(cfg, longest_side=LONGER_SIDE_RANGE[1])
         draw = make_draw(args, predictor, cfg.MODEL.META_ARCHITECTURE)
         writer = None

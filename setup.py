@@ -170,6 +170,11 @@ def architectures(torch) -> str:
     return ";".join(f"{major}.{minor}" for major, minor in sorted(found)) + "+PTX" if found else DEFAULT_ARCHITECTURES
 
 
+def serves_later_pythons() -> bool:
+    """Whether the extension keeps to Python's stable ABI: in wheels. In a clone each Python has its own."""
+    return "bdist_wheel" in sys.argv and not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+
 def make_extension(torch):
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
@@ -189,6 +194,7 @@ def make_extension(torch):
         "extra_compile_args": {"cxx": [*flags, *threads]},
         "extra_link_args": threads,
         "depends": sources("*.h"),
+        "py_limited_api": serves_later_pythons(),
     }
     if cuda is None:
         print(f"QueryMask is built for the CPU with {compiler}, torch {torch.__version__}.")
@@ -215,6 +221,7 @@ def main() -> None:
         package_data={"querymask": ["*.yaml", "*/configs/*.yaml", "*/configs/*/*.yaml"]},
         ext_modules=[make_extension(torch)],
         cmdclass={"build_ext": BuildExtension},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if serves_later_pythons() else {},
     )
 
 

@@ -8,7 +8,7 @@ was imported before, Detectron2 included, stays in place.
 
 from querymask.common import compat
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if compat.detectron2_available():
     compat.apply_shims()

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
@@ -43,11 +42,11 @@ class DetectionWriter:
         self._images.close()
         self._detections.close()
 
-    def add(self, detections: Detections, image: np.ndarray, image_id: Any, file_name: str) -> None:
-        """Write the detections of an image of shape [H, W, 3], scaled to its size."""
-        height, width = image.shape[:2]
+    def add(self, detections: Detections, size: tuple[int, int], image_id: Any, file_name: str) -> None:
+        """Write the detections of an image, scaled to its size (height, width)."""
+        height, width = size
         self._images.add({"id": image_id, "file_name": file_name, "height": height, "width": width})
-        for result in detections.to_coco(image_id, self._category_ids, (height, width)):
+        for result in detections.to_coco(image_id, self._category_ids, size):
             self._detections.add(result)
 
 

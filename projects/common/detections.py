@@ -60,6 +60,18 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def chosen(self, rows: Sequence[int]) -> "Detections":
+        """Those of these rows."""
+        rows = np.asarray(rows, dtype=np.int64)
+        return Detections(
+            size=self.size,
+            scores=self.scores[rows],
+            labels=self.labels[rows],
+            names=[self.names[row] for row in rows],
+            boxes=None if self.boxes is None else self.boxes[rows],
+            masks=None if self.masks is None else self.masks[rows],
+        )
+
     def to_instances(self) -> Instances:
         """As Detectron2 has them."""
         fields = {"scores": torch.from_numpy(self.scores), "pred_classes": torch.from_numpy(self.labels)}

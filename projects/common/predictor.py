@@ -15,7 +15,7 @@ from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 
 from querymask.common.data.augmentation import build_augmentations
-from querymask.common.data.image_files import ImageReader
+from querymask.common.data.image_files import ImageFileError, ImageReader
 from querymask.common.data.read_ahead import read_ahead
 from querymask.common.detections import Detections, PanopticDetections
 from querymask.common.engine.checkpointer import StrictCheckpointer
@@ -24,6 +24,7 @@ from querymask.common.engine.class_names import shown
 from querymask.common.engine.unused_keys import check_unused_keys
 from querymask.common.slicing import SlicedModel, resize
 from querymask.common.transfer import instances_to_host
+from querymask.common.views import View
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +157,28 @@ class Predictor:
                 instances = resize(instances, item["height"], item["width"]) if self._sliced else instances
                 found.append(Detections.from_instances(instances, self.class_names))
         return found
+
+    def draw_view(self, view: View, item: dict[str, Any], image: np.ndarray, score_threshold: float) -> np.ndarray:
+        """The picture of a view, uint8 [H', W', 3] RGB.
+
+        Args:
+            item, image: that ``prepare`` made.
+            score_threshold: least score drawn.
+        """
+        with self._lock:  # a view may change what the network gives while it looks
+            return view(self.model, item, image, self.class_names, score_threshold)
+
+
+def explain(file: str | os.PathLike[str], error: Exception) -> str:
+    """What happened to the file of an image that was read or looked at."""
+    if isinstance(error, ImageFileError):
+        return f"{file} cannot be read: {error.reason}"
+    if isinstance(error, FileNotFoundError):  # a link to nothing
+        return f"{file} cannot be read: there is no such file"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        torch.cuda.empty_cache()
+        return f"{file} cannot be drawn: out of memory; set a smaller INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST"
+    return f"{file} cannot be drawn: {type(error).__name__}: {error}"
 
 
 def check_pixels(image: Any) -> None:

@@ -22,8 +22,8 @@ def found(number: int) -> Detections:
 def test_files_are_whole_where_the_work_ends_early(tmp_path: Path) -> None:
     prefix = f"{tmp_path}/new/"
     with pytest.raises(KeyboardInterrupt), DetectionWriter(prefix, CATEGORIES) as writer:
-        writer.add(found(2), np.zeros((8, 12, 3), np.uint8), 7, "a.png")
-        writer.add(found(0), np.zeros((4, 6, 3), np.uint8), 8, "ä.png")
+        writer.add(found(2), (8, 12), 7, "a.png")
+        writer.add(found(0), (4, 6), 8, "ä.png")
         raise KeyboardInterrupt
     detections = json.loads((tmp_path / "new" / "detections.json").read_text(encoding="utf-8"))
     assert detections == [{"image_id": 7, "category_id": 9, "score": 0.5, "bbox": [0, 0, 0, 0]}] * 2
