@@ -6,6 +6,7 @@ from detectron2.layers.mask_ops import paste_masks_in_image
 from detectron2.structures import BitMasks, Instances
 from torchvision.ops import roi_align
 
+from querymask.common.ops.exporting import exportable
 from querymask.common.precision import full_precision
 from querymask.common.transfer import PackedMasks, masks_to_device, numbers_to_device
 
@@ -64,6 +65,33 @@ def crop_masks(masks: torch.Tensor, boxes: torch.Tensor, size: int, index: torch
     return mask_coverage(masks, boxes, size, index) >= 0.5
 
 
+def bilinear_weights(positions: torch.Tensor, cells: int) -> torch.Tensor:
+    """What bilinear sampling takes of the cells of one axis, cell i having its centre at i; zero beyond the last ones.
+
+    Args:
+        positions: (...).
+
+    Returns:
+        (..., cells).
+    """
+    numbers = torch.arange(cells, dtype=positions.dtype, device=positions.device)
+    return (1 - (positions[..., None] - numbers).abs()).clamp(min=0)
+
+
+def _paste_by_products(
+    maps: torch.Tensor, boxes: torch.Tensor, height: int, width: int, threshold: float
+) -> torch.Tensor:
+    weights = []  # of x, then of y: (n, pixels, size)
+    for axis, side in enumerate((width, height)):
+        low, high = boxes[:, axis, None], boxes[:, 2 + axis, None]
+        centres = torch.arange(side, dtype=boxes.dtype, device=boxes.device) + 0.5
+        weights.append(bilinear_weights((centres - low) / (high - low) * maps.shape[-1] - 0.5, maps.shape[-1]))
+    proper = (boxes[:, :2] < boxes[:, 2:]).all(1)
+    pasted = weights[1] @ maps.to(boxes.dtype) @ weights[0].transpose(1, 2)
+    return (pasted >= threshold) & proper[:, None, None]
+
+
+@exportable(_paste_by_products)
 def paste_masks(maps: torch.Tensor, boxes: torch.Tensor, height: int, width: int, threshold: float) -> torch.Tensor:
     """Put square maps into their boxes of an image: bilinear sampling at pixel centres, zero outside of the map.
 

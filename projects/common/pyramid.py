@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
+from querymask.common.ops.exporting import exportable
 from querymask.common.precision import full_precision
 from querymask.common.transfer import kept, kept_numbers
 
@@ -177,7 +178,16 @@ class FeaturePyramid:
 
     def _weighted_rows(self, index: Tensor, weights: Tensor) -> Tensor:
         """(m, k) numbers of rows and their weights -> (m, C)."""
-        return F.embedding_bag(index, self._rows, mode="sum", per_sample_weights=weights.to(self._rows.dtype))
+        return _sum_rows(self._rows, index, weights.to(self._rows.dtype))
+
+
+def _sum_rows_by_products(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    return (weights[:, None] @ table[index])[:, 0]
+
+
+@exportable(_sum_rows_by_products)
+def _sum_rows(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    return F.embedding_bag(index, table, mode="sum", per_sample_weights=weights)
 
 
 def group_rows(numbers: Tensor, count: int) -> list[Tensor]:
