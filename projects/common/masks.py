@@ -78,20 +78,30 @@ def bilinear_weights(positions: torch.Tensor, cells: int) -> torch.Tensor:
     return (1 - (positions[..., None] - numbers).abs()).clamp(min=0)
 
 
-def _paste_by_products(
-    maps: torch.Tensor, boxes: torch.Tensor, height: int, width: int, threshold: float
-) -> torch.Tensor:
+def paste_by_products(maps: torch.Tensor, boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Square maps (n, size, size) put into their boxes (n, 4) XYXY of an image, in the form for export.
+
+    Returns:
+        (n, height, width): bilinear at pixel centres, zero outside of the map and for boxes that are empty or not
+        finite.
+    """
     weights = []  # of x, then of y: (n, pixels, size)
     for axis, side in enumerate((width, height)):
         low, high = boxes[:, axis, None], boxes[:, 2 + axis, None]
         centres = torch.arange(side, dtype=boxes.dtype, device=boxes.device) + 0.5
         weights.append(bilinear_weights((centres - low) / (high - low) * maps.shape[-1] - 0.5, maps.shape[-1]))
-    proper = (boxes[:, :2] < boxes[:, 2:]).all(1)
     pasted = weights[1] @ maps.to(boxes.dtype) @ weights[0].transpose(1, 2)
-    return (pasted >= threshold) & proper[:, None, None]
+    proper = (boxes[:, :2] < boxes[:, 2:]).all(1) & boxes.isfinite().all(1)
+    return pasted.where(proper[:, None, None], 0)
 
 
-@exportable(_paste_by_products)
+def _paste_masks_by_products(
+    maps: torch.Tensor, boxes: torch.Tensor, height: int, width: int, threshold: float
+) -> torch.Tensor:
+    return paste_by_products(maps, boxes, height, width) >= threshold
+
+
+@exportable(_paste_masks_by_products)
 def paste_masks(maps: torch.Tensor, boxes: torch.Tensor, height: int, width: int, threshold: float) -> torch.Tensor:
     """Put square maps into their boxes of an image: bilinear sampling at pixel centres, zero outside of the map.
 
@@ -128,11 +138,17 @@ def resize_masks(masks: torch.Tensor, height: int, width: int) -> torch.Tensor:
     Returns:
         (..., height, width) bool.
     """
-    for axis, size in ((-2, height), (-1, width)):
-        if masks.shape[axis] != size:
-            low, high = _bilinear_neighbours(masks.shape[axis], size, masks.device)
-            masks = masks.index_select(axis, low) | masks.index_select(axis, high)
-    return masks
+    return _resize_axis(_resize_axis(masks, -2, height), -1, width)
+
+
+def _resize_axis_anyway(masks: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+    low, high = _bilinear_neighbours(masks.shape[axis], size, masks.device)
+    return masks.index_select(axis, low) | masks.index_select(axis, high)
+
+
+@exportable(_resize_axis_anyway)
+def _resize_axis(masks: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+    return masks if masks.shape[axis] == size else _resize_axis_anyway(masks, axis, size)
 
 
 def _bilinear_neighbours(old: int, new: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

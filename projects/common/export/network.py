@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 from querymask.common.export.files import INPUTS
+from querymask.common.mask_coding import LearnedMaskCoding
 from querymask.common.meta_arch import QuerySegmenter
 from querymask.common.ops.exporting import exporting
 
@@ -77,6 +78,9 @@ def export_program(network: ExportNetwork) -> ExportedProgram:
     Raises:
         ValueError: the model has a part that cannot be exported; says which and why.
     """
+    for module in network.modules():
+        if isinstance(module, LearnedMaskCoding):
+            module.require_basis()  # which looks at values, once
     height, width = EXAMPLE_SIDES
     example = torch.zeros(1, 3, height, width, dtype=torch.uint8), torch.tensor([height + 3, width + 5])
     shapes = dict(zip(INPUTS, ({2: Dim.DYNAMIC, 3: Dim.DYNAMIC}, None), strict=True))
