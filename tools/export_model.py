@@ -4,8 +4,8 @@
     python tools/export_model.py --run FOLDER --output model.pt2 [--num-images N]
 
 The ending chooses the form: .onnx for ONNX Runtime and others (package onnxscript; to compare, onnxruntime), .pt2 for
-torch.export.load. What goes in and comes out, and which models can be exported: docs/export.md. demo.py and train_net.py
---eval-only take the file as MODEL.WEIGHTS. The exit status is 1 where the exported model is not the model: scores
+torch.export.load. What goes in and comes out, and which models can be exported: docs/export.md. demo.py and
+train_net.py --eval-only take the file as MODEL.WEIGHTS. The exit status is 1 where both are not the same: scores
 differ by more than 1e-4, a mask by more than 0.1% of the pixels, or AP by more than 0.1.
 """
 
@@ -94,7 +94,9 @@ def show_comparison(cfg: CfgNode, model: nn.Module, exported: nn.Module, number:
     return total.small and all(ap_difference(scores, task) <= AP_LIMIT for task in scores[0])
 
 
-def run(detect: Callable[[list[dict[str, Any]]], Any], items: Sequence[dict[str, Any]]) -> tuple[list[Instances], float]:
+def run(
+    detect: Callable[[list[dict[str, Any]]], Any], items: Sequence[dict[str, Any]]
+) -> tuple[list[Instances], float]:
     """Detections of every image, and the seconds that one takes, the first left out where there are more."""
     found, seconds = [], []
     with torch.no_grad():

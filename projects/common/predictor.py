@@ -38,7 +38,8 @@ class Predictor:
     The network sees an image as in evaluation.
 
     Args:
-        cfg: with MODEL.WEIGHTS, a checkpoint or an exported model; random weights where it is empty. ``TEST.SLICE`` counts, too.
+        cfg: with MODEL.WEIGHTS, a checkpoint or an exported model; random weights where it is empty. ``TEST.SLICE``
+            counts, too.
         longest_side: of the image that boxes and masks are of, in pixels, where it is larger; 0: no limit. 100 masks of
             a photograph of 4000x3000 pixels take 1.2 GB, at 1280x960 they take 123 MB.
 

@@ -20,7 +20,10 @@ class ExportNetwork(nn.Module):
     """A model of one image, with what comes before and after the network inside.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode, on the CPU.
+
+    Raises:
+        ValueError: the model is not one of the project's.
 
     Attributes:
         outputs: names of what ``forward`` returns: "scores", "classes" and, where the model has them, "boxes", "masks".
@@ -28,6 +31,11 @@ class ExportNetwork(nn.Module):
 
     def __init__(self, model: QuerySegmenter) -> None:
         super().__init__()
+        if not isinstance(model, QuerySegmenter):
+            raise ValueError(
+                f"{type(model).__name__} is a model of Detectron2, which has tools of its own for export: give the "
+                "config of SOLQ, ISDA, ISTR, EffSeg or one of their pairs"
+            )
         self.model = model
         parts = {"boxes": model.detector.has_boxes, "masks": model.mask_branch is not None}
         self.outputs = ("scores", "classes", *(name for name, has in parts.items() if has))
@@ -41,7 +49,7 @@ class ExportNetwork(nn.Module):
 
         Returns:
             ``outputs``: scores (1, n) float32, negative in rows without a detection; classes (1, n) int64; boxes
-            (1, n, 4) float32 x0, y0, x1, y1 in pixels; masks (1, n, height, width) bool. n does not depend on the image.
+            (1, n, 4) float32 x0, y0, x1, y1 in pixels; masks (1, n, height, width) bool. n is the same for all images.
         """
         model = self.model
         height, width = image.shape[-2:]

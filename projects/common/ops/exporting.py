@@ -1,5 +1,7 @@
-"""Which form of a function runs while a model is exported: operators of the extension have no place in an ONNX file,
-and what depends on values has no fixed size."""
+"""Which form of a function runs while a model is exported.
+
+Operators of the extension have no place in an ONNX file, and what depends on values has no fixed size.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -166,9 +166,9 @@ class FQDet(Detector):
         shapes = tuple((feature.shape[2], feature.shape[3]) for feature in maps)
         tokens = flatten_levels(maps)
         anchors = make_anchors(shapes, self.levels, tokens)
-        if len(anchors) < self.num_queries:
+        if anchors.shape[0] < self.num_queries:
             raise ValueError(
-                f"an image of {image_size[0]} x {image_size[1]} has {len(anchors)} anchors, fewer than the "
+                f"an image of {image_size[0]} x {image_size[1]} has {anchors.shape[0]} anchors, fewer than the "
                 f"{self.num_queries} queries: use larger images or fewer queries"
             )
         logits = full_precision(self.selector(maps))
