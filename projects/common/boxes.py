@@ -3,12 +3,26 @@
 import torch
 from detectron2.structures import Boxes
 
+from querymask.common.ops.exporting import exportable
+
 
 def unrounded_boxes(boxes: torch.Tensor) -> Boxes:
     """Detectron2's boxes (n, 4) XYXY in the tensor's own precision; its constructor rounds to float32."""
     result = Boxes(boxes)
     result.tensor = boxes
     return result
+
+
+def _clip_without_looking(boxes: Boxes, size: tuple[int, int]) -> None:
+    height, width = size
+    limits = torch.tensor([width, height] * 2, dtype=boxes.tensor.dtype, device=boxes.device)
+    boxes.tensor = torch.minimum(boxes.tensor.clamp(min=0), limits)
+
+
+@exportable(_clip_without_looking)
+def clip_boxes(boxes: Boxes, size: tuple[int, int]) -> None:
+    """Detectron2's ``Boxes.clip`` to an image (height, width), in place; boxes that are not finite are an error."""
+    boxes.clip(size)
 
 
 def to_corners(boxes: torch.Tensor) -> torch.Tensor:
@@ -49,4 +63,4 @@ def generalized_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def inverse_sigmoid(x: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
     """Logit of x, with x and 1 - x kept at or above ``eps``: within +-11.5 for the default."""
-    return torch.log(x.clamp(eps, 1) / (1 - x).clamp(eps, 1))
+    return torch.log(x.clamp(eps, 1.0) / (1 - x).clamp(eps, 1.0))

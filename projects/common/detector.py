@@ -10,9 +10,11 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from querymask.common.images import Canvas
+from querymask.common.ops.exporting import exportable
 from querymask.common.precision import full_precision
 from querymask.common.predictions import Assignment, LossTerm, Normalizers, Predictions, Targets
 from querymask.common.processes import TOGETHER, Processes
+from querymask.common.transfer import to_device
 
 
 class Detector(nn.Module):
@@ -114,6 +116,17 @@ class Detector(nn.Module):
     def statistics(self, found: Predictions, targets: Targets, assignment: Assignment) -> dict[str, Tensor]:
         """What is logged beside the losses; scalars by name, the same names at every call."""
         return {}
+
+
+def _mark_left_out(instances: Instances, kept: Tensor) -> Instances:
+    instances.scores = instances.scores.where(kept, -1)
+    return instances
+
+
+@exportable(_mark_left_out)
+def keep_rows(instances: Instances, kept: Tensor) -> Instances:
+    """The detections (n) that are marked in ``kept`` (n,) bool, which is on the host: a GPU would be waited for."""
+    return instances[to_device(kept.nonzero().flatten(), instances.scores.device)]
 
 
 def select_top_scores(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ from detectron2.layers.mask_ops import paste_masks_in_image
 from detectron2.structures import BitMasks, Instances
 from torchvision.ops import roi_align
 
+from querymask.common.ops.exporting import exportable
 from querymask.common.precision import full_precision
 from querymask.common.transfer import PackedMasks, masks_to_device, numbers_to_device
 
@@ -70,6 +71,43 @@ def crop_masks(masks: torch.Tensor, boxes: torch.Tensor, size: int, index: torch
     return mask_coverage(masks, boxes, size, index) >= 0.5
 
 
+def bilinear_weights(positions: torch.Tensor, cells: int) -> torch.Tensor:
+    """What bilinear sampling takes of the cells of one axis, cell i having its centre at i; zero beyond the last ones.
+
+    Args:
+        positions: (...).
+
+    Returns:
+        (..., cells).
+    """
+    numbers = torch.arange(cells, dtype=positions.dtype, device=positions.device)
+    return (1 - (positions[..., None] - numbers).abs()).clamp(min=0)
+
+
+def paste_by_products(maps: torch.Tensor, boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Square maps (n, size, size) put into their boxes (n, 4) XYXY of an image, in the form for export.
+
+    Returns:
+        (n, height, width): bilinear at pixel centres, zero outside of the map and for boxes that are empty or not
+        finite.
+    """
+    weights = []  # of x, then of y: (n, pixels, size)
+    for axis, side in enumerate((width, height)):
+        low, high = boxes[:, axis, None], boxes[:, 2 + axis, None]
+        centres = torch.arange(side, dtype=boxes.dtype, device=boxes.device) + 0.5
+        weights.append(bilinear_weights((centres - low) / (high - low) * maps.shape[-1] - 0.5, maps.shape[-1]))
+    pasted = weights[1] @ maps.to(boxes.dtype) @ weights[0].transpose(1, 2)
+    proper = (boxes[:, :2] < boxes[:, 2:]).all(1) & boxes.isfinite().all(1)
+    return pasted.where(proper[:, None, None], 0)
+
+
+def _paste_masks_by_products(
+    maps: torch.Tensor, boxes: torch.Tensor, height: int, width: int, threshold: float
+) -> torch.Tensor:
+    return paste_by_products(maps, boxes, height, width) >= threshold
+
+
+@exportable(_paste_masks_by_products)
 def paste_masks(maps: torch.Tensor, boxes: torch.Tensor, height: int, width: int, threshold: float) -> torch.Tensor:
     """Put square maps into their boxes of an image: bilinear sampling at pixel centres, zero outside of the map.
 
@@ -176,11 +214,17 @@ def resize_masks(masks: torch.Tensor, height: int, width: int) -> torch.Tensor:
     Returns:
         (..., height, width) bool.
     """
-    for axis, size in ((-2, height), (-1, width)):
-        if masks.shape[axis] != size:
-            low, high = _bilinear_neighbours(masks.shape[axis], size, masks.device)
-            masks = masks.index_select(axis, low) | masks.index_select(axis, high)
-    return masks
+    return _resize_axis(_resize_axis(masks, -2, height), -1, width)
+
+
+def _resize_axis_anyway(masks: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+    low, high = _bilinear_neighbours(masks.shape[axis], size, masks.device)
+    return masks.index_select(axis, low) | masks.index_select(axis, high)
+
+
+@exportable(_resize_axis_anyway)
+def _resize_axis(masks: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+    return masks if masks.shape[axis] == size else _resize_axis_anyway(masks, axis, size)
 
 
 def _bilinear_neighbours(old: int, new: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

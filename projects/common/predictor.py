@@ -22,6 +22,7 @@ from querymask.common.engine.checkpointer import StrictCheckpointer
 from querymask.common.engine.checks import get_key, num_classes_key
 from querymask.common.engine.class_names import shown
 from querymask.common.engine.unused_keys import check_unused_keys
+from querymask.common.export import ExportedModel, is_exported
 from querymask.common.slicing import SlicedModel, resize
 from querymask.common.transfer import instances_to_host
 from querymask.common.views import View
@@ -38,7 +39,8 @@ class Predictor:
     The network sees an image as in evaluation.
 
     Args:
-        cfg: with MODEL.WEIGHTS; random weights where it is empty. ``TEST.SLICE`` counts, too.
+        cfg: with MODEL.WEIGHTS, a checkpoint or an exported model; random weights where it is empty. ``TEST.SLICE``
+            counts, too.
         longest_side: of the image that boxes and masks are of, in pixels, where it is larger; 0: no limit. 100 masks of
             a photograph of 4000x3000 pixels take 1.2 GB, at 1280x960 they take 123 MB.
 
@@ -52,10 +54,15 @@ class Predictor:
         if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
             raise ValueError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}: the predictor knows RGB and BGR")
         check_unused_keys(cfg)
-        self.model = build_model(cfg).eval()
-        checkpointer = StrictCheckpointer(self.model, cfg=cfg, complete=True)
-        checkpointer.load(cfg.MODEL.WEIGHTS)
-        self.class_names = class_names(cfg, checkpointer.class_names)
+        if is_exported(cfg.MODEL.WEIGHTS):
+            self.model = ExportedModel(cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE, cfg.MODEL.META_ARCHITECTURE).eval()
+            names = self.model.description.class_names
+        else:
+            self.model = build_model(cfg).eval()
+            checkpointer = StrictCheckpointer(self.model, cfg=cfg, complete=True)
+            checkpointer.load(cfg.MODEL.WEIGHTS)
+            names = checkpointer.class_names
+        self.class_names = class_names(cfg, names)
         self.reader = ImageReader.from_config(cfg)
         self.longest_side = longest_side
         self._sliced = cfg.TEST.SLICE.SIZE > 0

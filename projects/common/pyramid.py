@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
+from querymask.common.ops.exporting import exportable
 from querymask.common.precision import full_precision
 from querymask.common.transfer import kept, kept_numbers
 
@@ -128,6 +129,16 @@ class FeaturePyramid:
         pooled = self._weighted_rows(index.flatten(3).flatten(0, 2), weights.flatten(3).flatten(0, 2))
         return pooled.view(len(boxes), size, size, pooled.shape[1]).permute(0, 3, 1, 2)
 
+    def _pool_all_adaptively(self, boxes: Tensor, images: Tensor, size: int, levels: Tensor) -> Tensor:
+        pooled = full_precision(self.maps[0]).new_zeros(())
+        for level, (feature, stride) in enumerate(zip(self.maps, self.strides, strict=True)):
+            own = levels == level
+            rois = torch.cat([images[:, None].to(boxes.dtype), boxes.where(own[:, None], 0)], dim=1)
+            crops = roi_align(full_precision(feature), rois, size, 1 / stride, sampling_ratio=0, aligned=True)
+            pooled = pooled + crops.where(own[:, None, None, None], 0)
+        return pooled
+
+    @exportable(_pool_all_adaptively)
     def _pool_adaptively(self, boxes: Tensor, images: Tensor, size: int, levels: Tensor) -> Tensor:
         pooled = full_precision(self.maps[0]).new_zeros(len(boxes), self.maps[0].shape[1], size, size)
         for rows, feature, stride in zip(group_rows(levels, len(self)), self.maps, self.strides, strict=True):
@@ -177,7 +188,16 @@ class FeaturePyramid:
 
     def _weighted_rows(self, index: Tensor, weights: Tensor) -> Tensor:
         """(m, k) numbers of rows and their weights -> (m, C)."""
-        return F.embedding_bag(index, self._rows, mode="sum", per_sample_weights=weights.to(self._rows.dtype))
+        return _sum_rows(self._rows, index, weights.to(self._rows.dtype))
+
+
+def _sum_rows_by_products(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    return (weights[:, None] @ table[index])[:, 0]
+
+
+@exportable(_sum_rows_by_products)
+def _sum_rows(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    return F.embedding_bag(index, table, mode="sum", per_sample_weights=weights)
 
 
 def group_rows(numbers: Tensor, count: int) -> list[Tensor]:

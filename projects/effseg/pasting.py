@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from querymask.common.masks import box_windows, paste_probabilities, resize_masks, uses_windows
+from querymask.common.masks import box_windows, paste_by_products, paste_probabilities, resize_masks, uses_windows
+from querymask.common.ops.exporting import exportable
 from querymask.common.precision import full_precision
 from querymask.common.transfer import numbers_to_device
 
@@ -27,6 +28,25 @@ def foreground_certainty(pasted: Tensor) -> Tensor:
     return (pasted * foreground).sum((1, 2)) / (foreground.sum((1, 2)) + 1e-6)
 
 
+def _paste_whole(
+    maps: Tensor,
+    boxes: Tensor,
+    canvas: tuple[int, int],
+    image_size: tuple[int, int],
+    size: tuple[int, int],
+    export: str = "any",
+) -> tuple[Tensor, Tensor]:
+    maps, boxes = full_precision(maps), full_precision(boxes)
+    pasted = paste_by_products(maps, boxes, *canvas)
+    if export == "paste":
+        scale = torch.tensor([size[1] / image_size[1], size[0] / image_size[0]] * 2, dtype=boxes.dtype)
+        masks = paste_by_products(maps, boxes * scale, *size) > THRESHOLD
+    else:
+        masks = resize_masks(pasted[:, : image_size[0], : image_size[1]] > THRESHOLD, *size)
+    return masks, foreground_certainty(pasted)
+
+
+@exportable(_paste_whole)
 def paste_and_resize(
     maps: Tensor,
     boxes: Tensor,

@@ -20,6 +20,7 @@ from querymask.common.detector import Detector
 from querymask.common.finer_levels import FinerLevels
 from querymask.common.mask_branch import MASK_BRANCH_REGISTRY, MaskBranch
 from querymask.common.masks import Bands, pad_masks, pasted_bands
+from querymask.common.ops.exporting import exportable
 from querymask.common.predictions import Assignment, LossTerm, Normalizers, Predictions, Targets
 from querymask.common.processes import Processes
 from querymask.common.pyramid import FeaturePyramid
@@ -139,8 +140,7 @@ class RegionBranch(MaskBranch):
         kept = to_device(detections.pred_boxes.nonempty(), device)
         detections = instances_to_device(detections, device)
         detections.scores = detections.scores * certainty[region]
-        (rows,) = (kept & masks.flatten(1).any(1)[region]).nonzero(as_tuple=True)
-        rows = rows[detections.scores[rows].argsort(descending=True, stable=True)]
+        rows = order_rows(detections, kept & masks.flatten(1).any(1)[region])
         detections = detections[rows]
         detections.pred_masks = masks[region[rows]]
         return detections
@@ -156,24 +156,54 @@ class RegionBranch(MaskBranch):
         """
         if self.head.per_class:  # every pair of query and class has a mask of its own
             queries, labels = detections.pred_queries, detections.pred_classes
-            region = torch.arange(len(queries), device=queries.device)
+            region, real = torch.arange(len(queries), device=queries.device), None
         else:
-            queries, region = detections.pred_queries.unique(return_inverse=True)
+            queries, region, real = unite_queries(detections)
             labels = torch.zeros_like(queries)
         region, queries, labels = (to_device(x, found.hidden.device) for x in (region, queries, labels))
-        return region, queries, self._regions(found, image, queries, labels, -1 if layer is None else layer)
+        return region, queries, self._regions(found, image, queries, labels, -1 if layer is None else layer, real)
 
     @staticmethod
-    def _regions(found: Predictions, image: int, queries: Tensor, labels: Tensor, layer: int) -> Regions:
+    def _regions(
+        found: Predictions, image: int, queries: Tensor, labels: Tensor, layer: int, real: Tensor | None = None
+    ) -> Regions:
         """Queries (n,) with classes (n,) as regions of the maps of their image alone."""
         boxes = found.pixel_boxes(torch.full_like(queries, image), queries, layer)
-        return Regions(boxes, torch.zeros_like(queries), found.hidden[layer, image, queries], labels)
+        return Regions(boxes, torch.zeros_like(queries), found.hidden[layer, image, queries], labels, real)
 
     def bands(self, found: Predictions, made: FeaturePyramid, image: int, queries: Tensor, labels: Tensor) -> Bands:
         """See :class:`MaskBranch`; all queries compete for refinement, also those that become no segment."""
         canvas = found.canvas.size
         regions = self._regions(found, image, queries, labels, -1)
         return pasted_bands(self.head(made.of_image(image), canvas, regions), regions.boxes, canvas[1])
+
+
+def _unite_fixed_number(detections: Instances) -> tuple[Tensor, Tensor, Tensor | None]:
+    queries = detections.pred_queries
+    first = ((queries[:, None] == queries) & (detections.scores >= 0)).int().argmax(1)
+    return queries, first, (first == torch.arange(len(queries), device=queries.device)) & (detections.scores >= 0)
+
+
+@exportable(_unite_fixed_number)
+def unite_queries(detections: Instances) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The queries of detections, each once.
+
+    Returns:
+        queries (n,), the one (D,) of every detection, and which of them (n,) are not there to fill up the number.
+    """
+    return *detections.pred_queries.unique(return_inverse=True), None
+
+
+def _order_all_rows(detections: Instances, kept: Tensor) -> Tensor:
+    detections.scores = detections.scores.where(kept & (detections.scores >= 0), -1)
+    return detections.scores.argsort(descending=True, stable=True)
+
+
+@exportable(_order_all_rows)
+def order_rows(detections: Instances, kept: Tensor) -> Tensor:
+    """The rows that are kept (D,) bool, by descending score."""
+    (rows,) = kept.nonzero(as_tuple=True)
+    return rows[detections.scores[rows].argsort(descending=True, stable=True)]
 
 
 def limit_pairs(pairs: Assignment, number: int, num_images: int, processes: Processes) -> Assignment:

@@ -32,12 +32,14 @@ class Regions:
         images: (n,) numbers of their images.
         queries: (n, C) after the decoder's last layer.
         labels: (n,) classes, which heads with a mask for each class ask for.
+        real: (n,) bool, false where a region only fills the number up and must take nothing from others; None: all are.
     """
 
     boxes: Tensor
     images: Tensor
     queries: Tensor
     labels: Tensor
+    real: Tensor | None = None
     _rows: dict[int, list[Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:

@@ -6,14 +6,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from querymask.common.ops.exporting import exportable
+
 GROUPS = 32
+
+
+def _line_by_steps(steps: int, like: torch.Tensor) -> torch.Tensor:
+    count = torch.arange(steps, dtype=like.dtype, device=like.device)
+    return 2 * count / count[-1:].clamp(min=1) - 1
+
+
+@exportable(_line_by_steps)  # the number of linspace's steps is no symbol
+def line(steps: int, like: torch.Tensor) -> torch.Tensor:
+    """(steps,) from -1 to 1."""
+    return torch.linspace(-1, 1, steps, dtype=like.dtype, device=like.device)
 
 
 def coordinate_channels(like: torch.Tensor) -> torch.Tensor:
     """x, then y, each from -1 in the first to 1 in the last cell, padding included: (B, C, H, W) -> (B, 2, H, W)."""
     batch, _, height, width = like.shape
-    x = torch.linspace(-1, 1, width, dtype=like.dtype, device=like.device)
-    y = torch.linspace(-1, 1, height, dtype=like.dtype, device=like.device)
+    x, y = line(width, like), line(height, like)
     grid = torch.stack((x.expand(height, width), y[:, None].expand(height, width)))
     return grid.expand(batch, -1, -1, -1)
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from querymask.common.masks import Bands
+from querymask.common.masks import Bands, bilinear_weights
+from querymask.common.ops.exporting import exportable
 
 # Elements of the largest intermediate map while masks are resized: bounds the memory
 CHUNK_ELEMENTS = 2**24
@@ -37,6 +38,34 @@ def maskness(probabilities: torch.Tensor, threshold: float) -> torch.Tensor:
     return (probabilities * above).sum((1, 2)) / (above.sum((1, 2)) + 1e-5)
 
 
+def _resize_by_products(
+    probabilities: torch.Tensor,
+    stride: int,
+    image_size: tuple[int, int],
+    size: tuple[int, int],
+    threshold: float,
+) -> torch.Tensor:
+    rows, columns = (
+        _resizing_weights(cells, stride, old, new, probabilities)
+        for cells, old, new in zip(probabilities.shape[1:], image_size, size, strict=True)
+    )
+    return rows @ probabilities @ columns.T > threshold
+
+
+def _resizing_weights(cells: int, stride: int, old: int, new: int, like: torch.Tensor) -> torch.Tensor:
+    """(new, cells): both bilinear steps of one axis at once, from ``cells`` to ``old`` pixels to ``new``."""
+    place = ((torch.arange(new, dtype=like.dtype, device=like.device) + 0.5) * old / new - 0.5).clamp(min=0)
+    low = place.floor()
+    share = (place - low)[:, None]
+
+    def of_pixels(pixels: torch.Tensor) -> torch.Tensor:
+        pixels = pixels.clamp(max=old - 1)
+        return bilinear_weights(((pixels + 0.5) / stride - 0.5).clamp(min=0).clamp(max=cells - 1), cells)
+
+    return (1 - share) * of_pixels(low) + share * of_pixels(low + 1)
+
+
+@exportable(_resize_by_products)
 def resize_probabilities(
     probabilities: torch.Tensor,
     stride: int,

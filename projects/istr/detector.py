@@ -15,8 +15,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
-from querymask.common.boxes import to_corners
-from querymask.common.detector import select_top_scores
+from querymask.common.boxes import clip_boxes, to_corners
+from querymask.common.detector import keep_rows, select_top_scores
 from querymask.common.images import Canvas
 from querymask.common.losses import PRIOR_LOGIT
 from querymask.common.meta_arch import feature_shapes
@@ -179,15 +179,13 @@ class RecurrentBoxes(SetDetector):
         scaling = numbers_to_device([width, height] * 2, sides.dtype, sides.device) / sides[image]
         # On the host, where they are looked at twice, and which must know how many remain
         boxes = Boxes((found.boxes[-1 if layer is None else layer, image, queries] * scaling).cpu())
-        boxes.clip((height, width))
-        boxes = boxes[nonempty := boxes.nonempty()]
-        kept = to_device(nonempty.nonzero().flatten(), queries.device)
+        clip_boxes(boxes, size)
         instances = Instances(size)
         instances.pred_boxes = Boxes(to_device(boxes.tensor, queries.device))
-        instances.scores = scores[kept]
-        instances.pred_classes = classes[kept]
-        instances.pred_queries = queries[kept]
-        return instances
+        instances.scores = scores
+        instances.pred_classes = classes
+        instances.pred_queries = queries
+        return keep_rows(instances, boxes.nonempty())
 
     def class_scores(self, found: RecurrentPredictions, image: int) -> Tensor:
         """See :class:`Detector`."""

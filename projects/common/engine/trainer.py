@@ -44,6 +44,7 @@ from querymask.common.evaluation import build_evaluator, results_table
 from querymask.common.evaluation.build import num_queries, results_folder
 from querymask.common.evaluation.class_file import write_class_file
 from querymask.common.evaluation.results import evaluate_results
+from querymask.common.export import ExportedModel, is_exported
 from querymask.common.slicing import SlicedModel
 from querymask.common.solver import build_lr_scheduler, build_optimizer
 
@@ -222,18 +223,26 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def evaluate(cls, cfg: CfgNode, resume: bool = False) -> OrderedDict:
-        """Build a model, load ``MODEL.WEIGHTS`` (the last checkpoint in ``OUTPUT_DIR`` if ``resume``), and test it."""
+        """Build a model, load ``MODEL.WEIGHTS`` (the last checkpoint in ``OUTPUT_DIR`` if ``resume``), and test it.
+
+        An exported model in ``MODEL.WEIGHTS`` is tested as it is.
+        """
         check_unused_keys(cfg)
         check_panoptic(cfg, cfg.DATASETS.TEST)
         check_num_classes(cfg, cfg.DATASETS.TEST)
-        model = cls.build_model(cfg)
-        checkpointer = StrictCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, complete=True)
-        if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
-            logger.warning("MODEL.WEIGHTS is empty: a model with random weights is evaluated")
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+        if is_exported(cfg.MODEL.WEIGHTS) and not resume:
+            model = ExportedModel(cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE, cfg.MODEL.META_ARCHITECTURE)
+            class_names, file = list(model.description.class_names), cfg.MODEL.WEIGHTS
+        else:
+            model = cls.build_model(cfg)
+            checkpointer = StrictCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, complete=True)
+            if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
+                logger.warning("MODEL.WEIGHTS is empty: a model with random weights is evaluated")
+            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+            class_names, file = checkpointer.class_names, checkpointer.file
         for name in cfg.DATASETS.TEST:
-            check_class_names(checkpointer.class_names, checkpointer.file, name)
-            if list(cfg.MODEL.CLASS_NAMES) != checkpointer.class_names:
+            check_class_names(class_names, file, name)
+            if list(cfg.MODEL.CLASS_NAMES) != class_names:
                 check_class_names(cfg.MODEL.CLASS_NAMES, "MODEL.CLASS_NAMES", name)
         results = cls.test(cfg, model)
         if comm.is_main_process():

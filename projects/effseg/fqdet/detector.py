@@ -21,10 +21,12 @@ from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
+from querymask.common.boxes import clip_boxes
 from querymask.common.deformable_attention import flatten_levels
-from querymask.common.detector import Detector
+from querymask.common.detector import Detector, keep_rows
 from querymask.common.images import Canvas
 from querymask.common.meta_arch import feature_shapes
+from querymask.common.ops.exporting import exportable
 from querymask.common.precision import full_precision, without_autocast
 from querymask.common.predictions import Assignment, LossTerm, Normalizers, Targets
 from querymask.common.processes import TOGETHER, Processes
@@ -164,9 +166,9 @@ class FQDet(Detector):
         shapes = tuple((feature.shape[2], feature.shape[3]) for feature in maps)
         tokens = flatten_levels(maps)
         anchors = make_anchors(shapes, self.levels, tokens)
-        if len(anchors) < self.num_queries:
+        if anchors.shape[0] < self.num_queries:
             raise ValueError(
-                f"an image of {image_size[0]} x {image_size[1]} has {len(anchors)} anchors, fewer than the "
+                f"an image of {image_size[0]} x {image_size[1]} has {anchors.shape[0]} anchors, fewer than the "
                 f"{self.num_queries} queries: use larger images or fewer queries"
             )
         logits = full_precision(self.selector(maps))
@@ -195,9 +197,8 @@ class FQDet(Detector):
         """The features at the selected anchors' cells, through the layer of each anchor's shape."""
         cells = (selected // ANCHORS_PER_CELL)[..., None].expand(-1, -1, tokens.shape[2])
         features = tokens.gather(1, cells).flatten(0, 1)
-        rows = group_rows((selected % ANCHORS_PER_CELL).flatten(), ANCHORS_PER_CELL)
-        queries = [transition(features[own]) for transition, own in zip(self.transitions, rows, strict=True)]
-        return torch.cat(queries)[torch.cat(rows).argsort()].unflatten(0, selected.shape)
+        queries = run_own(self.transitions, features, (selected % ANCHORS_PER_CELL).flatten())
+        return queries.unflatten(0, selected.shape)
 
     @torch.no_grad()
     def match(
@@ -230,7 +231,7 @@ class FQDet(Detector):
         )
         height, width = found.image_sizes[image]
         boxes = Boxes(detections.boxes.clone())
-        boxes.clip((height, width))
+        clip_boxes(boxes, (height, width))
         boxes.scale(size[1] / width, size[0] / height)
         instances = Instances(size)
         instances.pred_boxes = boxes
@@ -254,7 +255,20 @@ class FQDet(Detector):
 
     def finish(self, detections: Instances) -> Instances:
         """Those whose boxes are not empty."""
-        return instances_to_device(detections[detections.pred_boxes.nonempty()], self.selector.projection.weight.device)
+        kept = keep_rows(detections, detections.pred_boxes.nonempty())
+        return instances_to_device(kept, self.selector.projection.weight.device)
+
+
+def _run_all(layers: Sequence[nn.Module], rows: Tensor, numbers: Tensor) -> Tensor:
+    results = torch.stack([layer(rows) for layer in layers], dim=1)
+    return results.gather(1, numbers[:, None, None].expand(-1, 1, results.shape[2]))[:, 0]
+
+
+@exportable(_run_all)
+def run_own(layers: Sequence[nn.Module], rows: Tensor, numbers: Tensor) -> Tensor:
+    """Each of the rows (n, C) through the layer of its number (n,)."""
+    own = group_rows(numbers, len(layers))
+    return torch.cat([layer(rows[group]) for layer, group in zip(layers, own)])[torch.cat(own).argsort()]
 
 
 def loss_processes(reduction: str) -> Processes:

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchvision.ops import nms
+from torchvision.ops import box_iou, nms
+
+from querymask.common.ops.exporting import exportable
 
 CANDIDATES = 1000  # pairs of query and class, or queries, that enter NMS
 MAX_EXTENT = 2.0**20  # pixels over which boxes may be spread for one NMS of all classes
@@ -13,6 +15,8 @@ MAX_EXTENT = 2.0**20  # pixels over which boxes may be spread for one NMS of all
 @dataclass(frozen=True)
 class Detections:
     """The detections of one image, by descending score, on the CPU.
+
+    While a model is exported, rows with a negative score fill them up to a fixed number.
 
     Attributes:
         queries: (D,) numbers of their queries.
@@ -27,6 +31,29 @@ class Detections:
     boxes: Tensor
 
 
+SUPPRESSIONS = 50
+"""How often the form for export asks which boxes are left: enough for chains of as many boxes, each of which only the
+next one suppresses."""
+
+
+def _detect_fixed_number(
+    class_logits: Tensor, boxes: Tensor, nms_threshold: float, max_detections: int = 100, drop_empty: bool = True
+) -> Detections:
+    scores, pairs, num_classes = best_pairs(class_logits, boxes, drop_empty)
+    labels, queries = pairs % num_classes, pairs // num_classes
+    candidates = boxes[queries].double()
+    order = torch.arange(len(pairs), device=pairs.device)
+    rivals = (box_iou(candidates, candidates) > nms_threshold) & (labels[:, None] == labels) & (order[:, None] > order)
+    valid = scores >= 0
+    kept = valid
+    for _ in range(SUPPRESSIONS):
+        kept = valid & ~(rivals & kept).any(1)
+    # Those that stay come first, all in the order of their scores
+    rows = (order + len(pairs) * ~kept).sort().indices[:max_detections]
+    return Detections(queries[rows], labels[rows], scores.where(kept, -1)[rows], boxes[queries[rows]])
+
+
+@exportable(_detect_fixed_number)
 def detect(
     class_logits: Tensor, boxes: Tensor, nms_threshold: float, max_detections: int = 100, drop_empty: bool = True
 ) -> Detections:
@@ -42,11 +69,7 @@ def detect(
         max_detections: how many are kept.
         drop_empty: leave out boxes without a positive size first.
     """
-    scores = class_logits[:, :-1].sigmoid()
-    if drop_empty:
-        scores = scores.masked_fill(((boxes[:, 2:] <= boxes[:, :2]).any(1))[:, None], -1)
-    num_classes = scores.shape[1]
-    scores, pairs = scores.flatten().topk(min(CANDIDATES, scores.numel()))
+    scores, pairs, num_classes = best_pairs(class_logits, boxes, drop_empty)
     columns = (boxes[pairs // num_classes].double(), scores.double()[:, None], pairs.double()[:, None])
     candidates = torch.cat(columns, 1).cpu()  # float64 has room for all of them
     candidates = candidates[candidates[:, 4] >= 0]
@@ -54,6 +77,24 @@ def detect(
     kept = nms_within_classes(candidates[:, :4], candidates[:, 4], labels, nms_threshold)[:max_detections]
     queries = candidates[kept, 5].long() // num_classes
     return Detections(queries, labels[kept], candidates[kept, 4].to(scores.dtype), candidates[kept, :4].to(boxes.dtype))
+
+
+def best_pairs(class_logits: Tensor, boxes: Tensor, drop_empty: bool) -> tuple[Tensor, Tensor, int]:
+    """The pairs that enter NMS.
+
+    Args:
+        class_logits, boxes, drop_empty: as of :func:`detect`.
+
+    Returns:
+        scores (n,) in descending order, -1 for empty boxes if these are dropped; the pairs (n,), numbers of queries
+        times K, which is last, plus the class.
+    """
+    scores = class_logits[:, :-1].sigmoid()
+    if drop_empty:
+        scores = scores.masked_fill(((boxes[:, 2:] <= boxes[:, :2]).any(1))[:, None], -1)
+    num_classes = scores.shape[1]
+    scores, pairs = scores.flatten().topk(min(CANDIDATES, scores.numel()))
+    return scores, pairs, num_classes
 
 
 def nms_within_classes(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tensor:

@@ -295,6 +295,8 @@ class EffSegHead(SegmentationHead):
         for number, refine in enumerate(self.stages, 1):
             if self.refinements is not None:
                 scores = self.choose(stages)
+                if regions.real is not None:
+                    scores = scores.masked_fill(~regions.real[sparse.cells[:, 0].long()], -torch.inf)
                 sparse = sparse.split_highest(scores, processes.share_of_highest(scores, self.refinements))
             sparse = refine.run(sparse, partial(sample_cells, pyramid, image_size, regions, levels, number))
             stages.append(self._classify(number, sparse))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from querymask.common.ops import extension
+from querymask.common.ops.exporting import exportable
+from querymask.common.ops.msda.gathering import multi_scale_deformable_attention_gathering
 from querymask.common.ops.msda.reference import (
     check_grad_output,
     check_inputs,
@@ -20,6 +22,7 @@ from querymask.common.ops.msda.reference import (
 from querymask.common.ops.registration import Shape, register_operator
 
 
+@exportable(multi_scale_deformable_attention_gathering)
 def multi_scale_deformable_attention(
     value: Tensor, spatial_shapes: Sequence[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from querymask.common.ops import extension
+from querymask.common.ops.exporting import exportable
 from querymask.common.ops.registration import Shape, register_operator
 from querymask.common.ops.sps.reference import as_pair, check_grad_output, check_inputs, sparse_conv2d_reference
 
 
+@exportable(sparse_conv2d_reference)
 def sparse_conv2d(
     features: Tensor,
     index_map: Tensor,
