@@ -179,30 +179,30 @@ class StrictCheckpointer(DetectionCheckpointer):
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         """Say how much of the model the file has; refuse a file of which nothing or, in evaluation, not all fits."""
-        model_keys = list(self.model.state_dict())
+        # Of the counters of norms nothing depends, and PyTorch makes up those that a file lacks
+        model_keys = [key for key in self.model.state_dict() if not key.endswith("num_batches_tracked")]
         missing = sorted(_filter_reused_missing_keys(self.model, list(incompatible.missing_keys)))
+        missing = [key for key in missing if not key.endswith("num_batches_tracked")]
         unused = list(incompatible.unexpected_keys)
-        found = len(model_keys) - len(incompatible.missing_keys)
-        if not found:
+        if set(model_keys) <= set(incompatible.missing_keys):
             raise CheckpointError(
                 f"{self.file} does not fit the model: none of its {len(self._keys)} tensors has the name of one "
                 f"of the model's {len(model_keys)}.\n  in the file: {_shown(self._keys)}\n  in the model: "
                 f"{_shown(model_keys)}\nIs it the file of another model? tools/convert_checkpoint.py names the model "
                 "and converts the files of others (docs/checkpoints.md); else use the config that it was made with"
             )
-        random = [key for key in missing if not key.endswith("num_batches_tracked")]  # of which nothing depends
         lines = [f"{len(model_keys) - len(missing)} of {len(model_keys)} tensors of the model are in {self.file}"]
-        if random:
-            lines.append(f"not in the file: {len(random)} ({_shown(random)})")
+        if missing:
+            lines.append(f"not in the file: {len(missing)} ({_shown(missing)})")
         if unused:
             lines.append(f"unused in the file: {len(unused)} ({_shown(unused)})")
-        if random and self._complete:
+        if missing and self._complete:
             raise CheckpointError(
                 f"{'; '.join(lines)}. To evaluate a model, all of it must be there, the rest would be random. Use the "
                 "config that the file was made with; files of backbones, and those made with --drop-classes, "
                 "--detector-only or --partial, are for training"
             )
-        if random or unused:
+        if missing or unused:
             self.logger.warning("; ".join(lines))
         else:
             self.logger.info(lines[0])
