@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> Results:
     cfg = load_config(args.config_file, args.opts, data=args.data)
     if cfg.MODEL.META_ARCHITECTURE != "ISTR":
         raise SystemExit(f"{args.config_file} is a {cfg.MODEL.META_ARCHITECTURE}: only ISTR has refinement stages")
+    if cfg.MODEL.PANOPTIC.ENABLED:
+        raise SystemExit("AP of stages is that of instances: set MODEL.PANOPTIC.ENABLED False, and a data set of them")
     dataset = cfg.DATASETS.TEST[0]
     check_num_classes(cfg, [dataset])
     if not cfg.MODEL.WEIGHTS:

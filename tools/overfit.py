@@ -11,13 +11,22 @@ from pathlib import Path
 
 import querymask  # isort: skip  (before Detectron2: makes it importable)  # noqa: F401
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from querymask.command_line import add_config, add_data, load_config, make_parser
+from querymask.common.data.annotations import is_panoptic, read_dataset
 from querymask.common.engine import Trainer, default_setup
 from querymask.common.engine.checks import dataset_classes
 from querymask.common.evaluation.truth import dataset_truth
+
+PANOPTIC_METADATA = (
+    "thing_classes",
+    "thing_dataset_id_to_contiguous_id",
+    "stuff_dataset_id_to_contiguous_id",
+    "evaluator_type",
+)
+"""Of a panoptic data set, without its files of all images."""
 
 
 def register_first_images(name: str, count: int, folder: Path) -> str:
@@ -26,17 +35,24 @@ def register_first_images(name: str, count: int, folder: Path) -> str:
     Args:
         name: a registered data set.
         count: number of images.
-        folder: where the smaller JSON is written.
+        folder: where the smaller JSON is written; of panoptic data, whose PNG files are where they are, there is none.
 
     Returns:
         the name of the new data set.
     """
     dataset_classes(name)  # an error for a name that is not registered
+    if is_panoptic(name):
+        entries = [entry for entry in read_dataset(name) if entry["annotations"]][:count]
+        check_number(name, len(entries), count)
+        first = f"{name}_first_{count}"
+        DatasetCatalog.register(first, lambda: entries)
+        known = MetadataCatalog.get(name).as_dict()
+        MetadataCatalog.get(first).set(**{key: known[key] for key in PANOPTIC_METADATA})
+        return first
     content = dataset_truth(name)
     annotated = {a["image_id"] for a in content.get("annotations", ()) if not a["iscrowd"]}
     images = [image for image in content["images"] if image["id"] in annotated][:count]
-    if len(images) < count:
-        raise ValueError(f"{name} has {len(images)} annotated images, not {count}: lower --num-images")
+    check_number(name, len(images), count)
     chosen = {image["id"] for image in images}
     content["images"] = images
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] in chosen]
@@ -45,6 +61,12 @@ def register_first_images(name: str, count: int, folder: Path) -> str:
     path.write_text(json.dumps(content))
     register_coco_instances(path.stem, {}, str(path), MetadataCatalog.get(name).get("image_root") or "")
     return path.stem
+
+
+def check_number(name: str, found: int, count: int) -> None:
+    """Refuse a data set with too few annotated images."""
+    if found < count:
+        raise ValueError(f"{name} has {found} annotated images, not {count}: lower --num-images")
 
 
 def setup(args: argparse.Namespace) -> CfgNode:

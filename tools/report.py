@@ -28,11 +28,12 @@ from detectron2.data import MetadataCatalog
 from PIL import Image
 
 from querymask.command_line import add_data, file_ending, load_config, make_parser, run_config
-from querymask.common.data.annotations import read_dataset
+from querymask.common.data.annotations import is_panoptic, read_dataset
 from querymask.common.data.image_files import ImageReader
 from querymask.common.evaluation.build import results_folder
 from querymask.common.evaluation.coco import Scores
 from querymask.common.evaluation.errors import ERRORS, IGNORED, RIGHT, ImageErrors, find_errors, summarize_errors
+from querymask.common.evaluation.panoptic import RESULTS_FILE
 from querymask.common.evaluation.report import TASK_NAMES
 from querymask.common.evaluation.result_pictures import Results, class_indices, draw_results, results_by_image
 from querymask.common.evaluation.results import evaluate_results
@@ -127,7 +128,7 @@ def read_evaluation(cfg: CfgNode, dataset: str) -> Evaluation:
         FileNotFoundError: there are none.
     """
     folder = Path(results_folder(cfg, dataset))
-    files = sorted(folder.glob("*_instances_results.json"))
+    files = sorted(folder.glob(RESULTS_FILE if is_panoptic(dataset) else "*_instances_results.json"))
     if not files:
         raise FileNotFoundError(
             f"{folder} has no results of an evaluation; train_net.py --config-file {cfg.OUTPUT_DIR}/config.yaml "
@@ -135,6 +136,8 @@ def read_evaluation(cfg: CfgNode, dataset: str) -> Evaluation:
         )
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
     scores = evaluate_results(files[0], dataset, cfg.TEST.BOUNDARY_AP, limit)
+    if is_panoptic(dataset):
+        return Evaluation(scores, {}, {})
     results = results_by_image(files[0], dataset)
     if not scores or MetadataCatalog.get(dataset).get("evaluator_type", "coco") != "coco":
         return Evaluation(scores, results, {})
@@ -171,7 +174,7 @@ def show_curves(page: Page, title: str, cfg: CfgNode) -> None:
 
 
 def show_scores(page: Page, evaluations: Mapping[str, Evaluation]) -> None:
-    """AP of boxes, masks and boundaries, by size of the objects and by class."""
+    """AP of boxes, masks and boundaries, by size of the objects and by class; or panoptic quality."""
     every = [evaluation.scores for evaluation in evaluations.values()]
     tasks = list(dict.fromkeys(task for scores in every for task in scores))
     metrics = list(dict.fromkeys(m for scores in every for task in scores.values() for m in task))
@@ -285,7 +288,7 @@ def show_dataset(page: Page, dataset: str, runs: Mapping[str, CfgNode], count: i
         return
     show_scores(page, evaluations)
     if not evaluations[title].images:
-        page.text("Kinds of errors are not told apart: not all objects of its images are annotated.")
+        page.text("Kinds of errors are not told apart: they are of instances, in images that are annotated in full.")
         return
     page.heading(f"Errors on {dataset}")
     show_errors(page, evaluations)

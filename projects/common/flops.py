@@ -5,6 +5,7 @@ products. Detectron2's own ``detectron2.utils.analysis`` does the same but canno
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -16,7 +17,9 @@ from fvcore.nn.jit_analysis import JitModelAnalysis
 from fvcore.nn.jit_handles import Handle, elementwise_flop_counter, generic_activation_jit, get_shape
 from torch import Tensor, nn
 
+from querymask.common.masks import Bands
 from querymask.common.ops import fvcore_handles
+from querymask.common.predictions import Predictions
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,34 @@ class _TensorsOnly(nn.Module):
         self.item = dict(item)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_tensors(self.model([{**self.item, "image": image}])))
+        with _bases_of_segments(self.model) as bases:
+            outputs = self.model([{**self.item, "image": image}])
+        return (*_tensors(outputs), *bases)
+
+
+@contextmanager
+def _bases_of_segments(model: nn.Module) -> Iterator[list[Tensor]]:
+    """What a panoptic map is made of, filled by a call inside; the tracer leaves out what no output depends on.
+
+    A map without segments depends on nothing, and random weights give such maps.
+    """
+    bases: list[Tensor] = []
+    if getattr(model, "panoptic", None) is None:
+        yield bases
+        return
+    branch = model.mask_branch
+    make = branch.bands
+
+    def bands(found: Predictions, *args: Any) -> Bands:
+        band = make(found, *args)
+        bases.extend((found.logits, band(torch.zeros(1, dtype=torch.int64), 0, found.canvas.size[0])))
+        return band
+
+    branch.bands = bands
+    try:
+        yield bases
+    finally:
+        del branch.bands
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

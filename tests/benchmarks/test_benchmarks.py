@@ -1,5 +1,6 @@
 """Every script of benchmarks/ and tools/ runs: benchmarks here on tiny sizes, tools where the table says."""
 
+import json
 import multiprocessing.dummy
 import re
 import sys
@@ -11,6 +12,7 @@ import torch
 from tool_loader import ROOT, load_tool
 
 from querymask.common.data import register_shapes
+from querymask.common.data.datasets import register_shapes_panoptic
 from querymask.isda import masks
 
 # Where each tool's main function is run
@@ -132,6 +134,29 @@ def test_overfit(call: Callable[..., str], tmp_path: Path) -> None:
     call("overfit", "tools", ["--config-file", config, "--num-images", "2", *options])
     assert (tmp_path / "out" / "shapes_to_overfit_first_2.json").exists()
     assert '"segm/AP"' in (tmp_path / "out" / "metrics.json").read_text()
+
+
+def test_overfit_panoptic(call: Callable[..., str], tmp_path: Path) -> None:
+    load_tool("overfit")
+    register_shapes_panoptic("panoptic_to_overfit", tmp_path / "data", "train", num_images=4)
+    settings = {
+        "DATASETS.TRAIN": "('panoptic_to_overfit',)",
+        "OUTPUT_DIR": str(tmp_path / "out"),
+        "MODEL.DEVICE": "cpu",
+        "MODEL.EFFSEG.NUM_QUERIES": "20",
+        "MODEL.EFFSEG.HIDDEN_DIM": "32",
+        "MODEL.EFFSEG.DEC_LAYERS": "1",
+        "MODEL.MASK_BRANCH.EFFSEG.REFINEMENTS": "50",
+        "SOLVER.MAX_ITER": "1",
+        "SOLVER.STEPS": "()",
+        "VIS_NUM_IMAGES": "0",
+    }
+    config = str(ROOT / "projects/effseg/configs/panoptic/effseg_shapes_panoptic.yaml")
+    options = [text for pair in settings.items() for text in pair]
+    call("overfit", "tools", ["--config-file", config, "--num-images", "2", *options])
+    assert '"panoptic_seg/PQ"' in (tmp_path / "out" / "metrics.json").read_text()
+    results = json.loads((tmp_path / "out" / "inference" / "predictions.json").read_text())
+    assert len(results["annotations"]) == 2
 
 
 def test_model_zoo(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

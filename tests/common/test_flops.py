@@ -3,12 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from tiny_models import tiny_cfg
 from torch import Tensor, nn
 
 from querymask.common.deformable_attention import DeformableAttention
 from querymask.common.flops import Parameters, count_parameters, measure
 from querymask.common.ops import extension, fvcore_handles
+from querymask.common.panoptic import PanopticRule
 from querymask.common.pyramid import FeaturePyramid
 
 
@@ -144,3 +147,20 @@ def test_reads_of_a_pyramid_count_as_those_of_other_libraries() -> None:
     expected = measure(Detector(GridSampler()), item()).flops_by_operator
     assert reads["embedding_bag"] == expected["grid_sampler"] == 7 * 3 * 4
     assert measure(Detector(Pooler()), item()).flops_by_operator.get("embedding_bag", 0) == 0
+
+
+def test_panoptic_model_without_segments() -> None:
+    """Its map depends on nothing, but what was computed for it counts: six queries in place of nine pairs."""
+    settings = {"NUM_CLASSES": 5, "NUM_QUERIES": 6, "HIDDEN_DIM": 32, "NUM_HEADS": 2, "ENC_LAYERS": 1, "DEC_LAYERS": 2}
+    cfg = tiny_cfg("SOLQ", ["res3", "res4", "res5"], settings)
+    cfg.MODEL.MASK_CODING.SIZE, cfg.MODEL.MASK_CODING.LENGTH = 16, 20
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    instances = measure(model, item(64, 96))
+    model.panoptic = PanopticRule(num_things=3, score=1, mask=0.5, nms=1, pixel=0, agreement=0, area=0)
+    segments = measure(model, item(64, 96))
+    assert not model.eval()([item(64, 96)])[0]["panoptic_seg"][1]
+    for part in ("backbone", "detector"):
+        assert segments.flops_by_module[part] == instances.flops_by_module[part] > 0
+    embed = "mask_branch.vector_embed"
+    assert segments.flops_by_module[embed] / 6 == instances.flops_by_module[embed] / 9 > 0

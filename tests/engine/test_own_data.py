@@ -14,6 +14,8 @@ from data_folders import restored_catalog, save_photo, write_folder
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
+from panoptic_files import write_panoptic
+from tiny_configs import LEAVES, REDUCED
 from tool_loader import load_tool
 
 from querymask import get_cfg
@@ -99,6 +101,43 @@ def test_from_a_folder_to_pictures(config: str, fruit: str, tmp_path: Path, cfg:
     assert demo.main([*arguments, "--input", str(picture)]) == 0
     drawn = sorted(path.name for path in (tmp_path / "drawn").iterdir())
     assert drawn == ["a.jpg", "detections.json", "images.json", "val0.jpg"]
+
+
+def test_panoptic_folder(tmp_path: Path) -> None:
+    """Train and evaluate; the result files give the same in every way, and a page."""
+    own, output = tmp_path / "own", tmp_path / "output"
+    write_panoptic(own, "train", ("a", "b"))
+    write_panoptic(own, "val", ("c", "d"))
+    cfg = LEAVES["effseg/panoptic/effseg_shapes_panoptic"].config()
+    widths = {"MODEL.RESNETS.STEM_OUT_CHANNELS": 8, "MODEL.RESNETS.RES2_OUT_CHANNELS": 16}
+    for key, value in (REDUCED["effseg"] | widths).items():
+        cfg.merge_from_list([key, value])
+    cfg.merge_from_list(["OUTPUT_DIR", str(output), "MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", 2])
+    cfg.merge_from_list(["SOLVER.MAX_ITER", 2, "VIS_NUM_IMAGES", 1, "TEST.BOUNDARY_AP", True, "TEST.EVAL_PERIOD", 0])
+    # Queries of random weights become segments
+    cfg.merge_from_list(["MODEL.PANOPTIC.SCORE_THRESHOLD", 0.0, "MODEL.PANOPTIC.AREA_THRESHOLD", 0])
+    config = tmp_path / "config.yaml"
+    config.write_text(cfg.dump())
+    command = ["--config-file", str(config), "--data", str(own)]
+    trained = run(*command)
+    assert list(trained) == ["panoptic_seg", "panoptic_boundary"]
+    written = load_config(output / "config.yaml")
+    assert (written.MODEL.EFFSEG.NUM_CLASSES, written.MODEL.PANOPTIC.NUM_THINGS) == (4, 2)
+    assert list(written.MODEL.CLASS_NAMES) == ["dog", "cat", "sky", "grass"]
+    assert "boundary PQ" in (output / "log.txt").read_text()
+    assert [path.name for path in (output / "predictions").iterdir()] == ["c.png"]
+
+    weights = ["MODEL.WEIGHTS", str(output / "model_final.pth"), "OUTPUT_DIR", str(tmp_path / "again")]
+    results = str(output / "inference" / "predictions.json")
+    same = {task: pytest.approx(scores, nan_ok=True) for task, scores in trained.items()}
+    assert run(*command, "--eval-only", *weights) == same
+    assert run(*command, "--eval-only", "--results", results, *weights) == same
+    saved = tmp_path / "scores.json"
+    assert load_tool("evaluate_results").main([results, "--data", str(own), "--save", str(saved)]) == 0
+    assert json.loads(saved.read_text()) == same
+    assert load_tool("report").main([str(output)]) == 0
+    page = (output / "report.html").read_text()
+    assert "<th>boundaries of segments</th>" in page and "PQ-sky" in page and "they are of instances" in page
 
 
 def test_what_the_command_line_says_counts(config: str, fruit: str) -> None:

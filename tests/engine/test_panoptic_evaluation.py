@@ -230,12 +230,10 @@ def test_evaluator(name: str, tmp_path: Path, log: pytest.LogCaptureFixture) -> 
 
 
 def test_images_without_a_map(name: str, log: pytest.LogCaptureFixture) -> None:
-    """Their segments are missed, unless the evaluation is of the others."""
-    evaluator = PanopticEvaluator(name, None)
-    scores = run(evaluator, read_dataset(name)[:1])
+    """Their segments are missed."""
+    scores = run(PanopticEvaluator(name, None), read_dataset(name)[:1])
     assert scores["panoptic_seg"]["RQ"] == pytest.approx(100 / 1.5) and scores["panoptic_seg"]["SQ"] == 100
     assert "no panoptic map of 1 of the 2 images: their segments count as missed" in log.text
-    assert evaluator.evaluate([1])["panoptic_seg"]["PQ"] == 100
 
 
 def test_several_processes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,6 +266,10 @@ def test_refused_maps(name: str) -> None:
         evaluator.process([entry], [{"panoptic_seg": (ids[1:], segments)}])
     with pytest.raises(ValueError, match="the model predicts class 4, panoptic_of_test has classes 0 to 3"):
         evaluator.process([entry], [{"panoptic_seg": (ids, [{**segments[0], "category_id": 4}])}])
+    with pytest.raises(
+        ValueError, match=r"has pixels of the ids \[1, 2, 3\], and .* with the ids \[1, 2\]: they must be"
+    ):
+        evaluator.process([entry], [{"panoptic_seg": (ids, segments[:2])}])
     with pytest.raises(AnnotationError, match="image_id 9 of the results is none of its images"):
         evaluator.process([{**entry, "image_id": 9}], [{"panoptic_seg": (ids, segments)}])
 
@@ -304,6 +306,7 @@ def change_result(**values: Any) -> Callable[[dict[str, Any]], None]:
         (lambda document: document.clear(), "it has no 'annotations'"),
         (change_result(segments_info=5), r"annotations\[1\]: 'segments_info' is 5"),
         (change_result(file_name=None), "'image_id' or 'file_name' is missing"),
+        (change_result(image_id=1), r"annotations\[1\]: 'image_id' 1 is that of another, too"),
         (change_result(image_id=7), "image_id 7 of the results is none of its images"),
         (change_result(segments_info=[{"id": 0, "category_id": 2}]), r"ids of its segments are \[0\]"),
         (change_result(segments_info=[{"id": 1, "category_id": 4}]), "'category_id' 4 is none of panoptic_of_test"),

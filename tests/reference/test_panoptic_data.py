@@ -136,3 +136,10 @@ def test_settings_that_are_not_known() -> None:
             check(next(iter(cases.values())) | {"stride": 2}, known)
     with pytest.raises(AssertionError, match="unknown step 'vflip'"):
         augmentation(["vflip"])
+
+
+def test_every_case_is_run() -> None:
+    """There is a test for each kind, here or in test_panoptic_model.py."""
+    kinds = {case["kind"] for case in load_cases("panoptic").values()}
+    known = {"panoptic merge", "EffSeg head, panoptic", "panoptic targets", "panoptic quality"}
+    assert not (unknown := kinds - known), f"cases of kinds that nothing runs: {unknown}"

@@ -105,6 +105,8 @@ class PanopticEvaluator(DatasetEvaluator):
             source: for messages.
         """
         entry = self._entry(image_id)
+        if image_id in self._counts:
+            raise AnnotationError(f"{source}: 'image_id' {image_id!r} is that of another, too. Give an image one map.")
         classes = {key: index for index, key in self._classes.category_ids.items()}
         for segment in segments:
             if segment.get("category_id") not in classes:
@@ -136,12 +138,8 @@ class PanopticEvaluator(DatasetEvaluator):
         ]
         return {"image_id": entry["image_id"], "file_name": name, "segments_info": listed}
 
-    def evaluate(self, img_ids: Sequence[Any] | None = None) -> Scores:
-        """Scores in percent by task; empty in other processes than the main one.
-
-        Args:
-            img_ids: evaluate on these images alone.
-        """
+    def evaluate(self) -> Scores:
+        """Scores in percent by task; empty in other processes than the main one."""
         counts, results = self._counts, self._results
         if self._distributed and comm.get_world_size() > 1:
             comm.synchronize()
@@ -153,18 +151,17 @@ class PanopticEvaluator(DatasetEvaluator):
         if self._output_dir is not None:
             Path(self._output_dir).mkdir(parents=True, exist_ok=True)
             Path(self._output_dir, RESULTS_FILE).write_text(json.dumps({"annotations": results}))
-        chosen = list(self._entries) if img_ids is None else list(img_ids)
-        if missed := [image_id for image_id in chosen if image_id not in counts]:
+        if missed := len(self._entries) - len(counts):
             logger.warning(
-                f"{self._name}: there is no panoptic map of {len(missed)} of the {len(chosen)} images: their segments "
-                "count as missed"
+                f"{self._name}: there is no panoptic map of {missed} of the {len(self._entries)} images: their "
+                "segments count as missed"
             )
         scores = {}
         names, num_things = self._classes.names, self._classes.num_things
         for task in self._tasks:
             total = sum(
-                counts[key][task] if key in counts else missed_segments(self._entries[key]["annotations"], len(names))
-                for key in chosen
+                counts[key][task] if key in counts else missed_segments(entry["annotations"], len(names))
+                for key, entry in self._entries.items()
             )
             scores[task] = quality(total, names, num_things)
         return scores

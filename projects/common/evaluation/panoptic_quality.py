@@ -43,6 +43,9 @@ def compare_segments(
 
     Returns:
         float64 [C, 4]: TP, FP, FN and the sum of the IoU of TP, of each class.
+
+    Raises:
+        ValueError: the found map has other ids than the list.
     """
     counts = np.zeros((num_classes, 4))
     truth_ids, rows = np.unique(truth, return_inverse=True)
@@ -52,6 +55,11 @@ def compare_segments(
     truth_areas, found_areas = shared.sum(axis=1), shared.sum(axis=0)
     row = {int(key): index for index, key in enumerate(truth_ids)}
     column = {int(key): index for index, key in enumerate(found_ids)}
+    if (listed := {segment["id"] for segment in found_segments}) != set(column) - {VOID}:
+        raise ValueError(
+            f"a panoptic map has pixels of the ids {sorted(set(column) - {VOID})}, and a list of segments with the ids "
+            f"{sorted(listed)}: they must be the same"
+        )
     on_void = shared[row[VOID]] if VOID in row else np.zeros_like(found_areas)
     # panopticapi knows one crowd of a class, the last one
     crowds = {s["category_id"]: row[s["id"]] for s in truth_segments if s["iscrowd"]}

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from tabulate import tabulate
 
 TASK_NAMES = {"bbox": "box", "segm": "mask", "boundary": "boundary", "segm_lvis": "mask*", "boundary_lvis": "boundary*"}
+TASK_NAMES |= {"panoptic_seg": "segments", "panoptic_boundary": "boundaries of segments"}
 """How tasks are called in tables; with a star: against LVIS's annotations."""
 PANOPTIC_NAMES = {"panoptic_seg": "", "panoptic_boundary": "boundary "}
 """Tasks of panoptic quality, and what their metrics are called by in tables."""
