@@ -23,6 +23,7 @@ TOOLS = {
     "compare_results": "tests/tools/test_compare_results.py",
     "convert_checkpoint": "tests/tools/test_convert_checkpoint.py",
     "evaluate_results": "tests/tools/test_evaluate_results.py",
+    "export_model": "tests/tools/test_export_model.py",
     "fit_mask_basis": "tests/tools/test_fit_mask_basis.py",
     "make_coco": "tests/tools/test_make_coco.py",
     "make_model_zoo": "tests/benchmarks/test_benchmarks.py",
@@ -34,6 +35,13 @@ TOOLS = {
 # Arguments of each benchmark, and a pattern that its table has
 BENCHMARKS = {
     "boundary_ap": (["--images", "1", "--objects", "2"], r"boundary AP \| +\d+\.\d+ \|"),
+    "compiled_models": (
+        [
+            *("--config", "projects/solq/configs/solq_shapes.yaml", "--height", "64", "--width", "64", "--repeat", "1"),
+            *("--set", "MODEL.SOLQ.ENC_LAYERS", "1", "MODEL.SOLQ.DEC_LAYERS", "1", "MODEL.SOLQ.NUM_QUERIES", "6"),
+        ],
+        r"solq_shapes +\| +\d+ \| +\d+\.\d\d x",
+    ),
     "count_instructions": (
         ["--operators", "msda", "--listing", "tests/benchmarks/listing.txt"],
         r"forward, float32 +\| +10\.0 \|",

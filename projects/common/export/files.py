@@ -115,4 +115,3 @@ def _read_onnx(path: str) -> tuple[Run, str]:
         return [torch.from_numpy(x) for x in session.run(None, inputs)]
 
     return run, session.get_modelmeta().custom_metadata_map.get(_ENTRY, "")
-

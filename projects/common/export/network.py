@@ -6,14 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
+from torch.fx.experimental import _config
 
 from querymask.common.export.files import INPUTS
 from querymask.common.mask_coding import LearnedMaskCoding
 from querymask.common.meta_arch import QuerySegmenter
 from querymask.common.ops.exporting import exporting
 
-EXAMPLE_SIDES = (125, 187)
-"""Height and width of the image that the program is traced with."""
+EXAMPLE_SIDES = (541, 797)
+"""Height and width of the image that the program is traced with. Every map has several cells each way: what is 1 once
+would be 1 always."""
 
 
 class ExportNetwork(nn.Module):
@@ -92,5 +94,6 @@ def export_program(network: ExportNetwork) -> ExportedProgram:
     height, width = EXAMPLE_SIDES
     example = torch.zeros(1, 3, height, width, dtype=torch.uint8), torch.tensor([height + 3, width + 5])
     shapes = dict(zip(INPUTS, ({2: Dim.DYNAMIC, 3: Dim.DYNAMIC}, None), strict=True))
-    with torch.no_grad(), exporting():
+    # Maps of one cell, of small images, are like others
+    with torch.no_grad(), exporting(), _config.patch(backed_size_oblivious=True):
         return export(network, example, dynamic_shapes=shapes, strict=False)
