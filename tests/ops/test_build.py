@@ -162,7 +162,7 @@ def test_flags_that_the_compiler_lacks(build):
     ("command", "limited"), [("bdist_wheel", True), ("editable_wheel", False), ("build_ext", False)]
 )
 def test_a_wheel_serves_later_pythons(build, monkeypatch, command, limited):
-    """It keeps to Python's stable ABI, of which torch's own Python library is no part; a clone has one for each Python."""
+    """It keeps to Python's stable ABI, to which torch's Python library does not; a clone has one for each Python."""
     monkeypatch.setenv("FORCE_CUDA", "0")
     monkeypatch.setattr("sys.argv", ["setup.py", command])
     monkeypatch.chdir(SETUP.parent)
