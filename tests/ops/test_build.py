@@ -156,3 +156,18 @@ def test_nvcc_behind_a_script(build, monkeypatch, tmp_path):
 def test_flags_that_the_compiler_lacks(build):
     assert build.compiles("c++", "int probe;", "-Werror", "-O3") is None
     assert "no-such-flag" in build.compiles("c++", "int probe;", "-Werror", "-fno-such-flag")
+
+
+@pytest.mark.parametrize(
+    ("command", "limited"), [("bdist_wheel", True), ("editable_wheel", False), ("build_ext", False)]
+)
+def test_a_wheel_serves_later_pythons(build, monkeypatch, command, limited):
+    """It keeps to Python's stable ABI, to which torch's Python library does not; a clone has one for each Python."""
+    monkeypatch.setenv("FORCE_CUDA", "0")
+    monkeypatch.setattr("sys.argv", ["setup.py", command])
+    monkeypatch.chdir(SETUP.parent)
+    extension = build.make_extension(torch)
+    assert extension.py_limited_api is limited
+    assert ("torch_python" in extension.libraries) is not limited
+    monkeypatch.setattr(build.sysconfig, "get_config_var", lambda name: 1)  # a Python without its lock has none yet
+    assert not build.serves_later_pythons()

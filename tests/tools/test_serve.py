@@ -23,12 +23,23 @@ from detectron2.config import CfgNode
 from devices import DEVICE
 from PIL import Image
 from pycocotools.coco import COCO
+from tiny_configs import REDUCED
 
 import querymask
 from querymask import serve
 from querymask.common.data.image_files import ImageFileError
 from querymask.common.visualization import draw_instances
-from querymask.serve import DETECTIONS, Choice, ServedModel, draw_svg, look, outline, parse_address, write_files
+from querymask.serve import (
+    DETECTIONS,
+    Choice,
+    ServedModel,
+    draw_picture,
+    draw_svg,
+    look,
+    outline,
+    parse_address,
+    write_files,
+)
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -149,6 +160,24 @@ def test_files_that_cannot_be_used(cfg: CfgNode, models: list[ServedModel], tmp_
     small.INPUT.MAX_PIXELS = 100
     with pytest.raises(ImageFileError, match="50 are 3500 pixels, and INPUT.MAX_PIXELS is 100"):
         look([ServedModel.from_config(small, "")], str(picture(tmp_path / "a.png")))
+
+
+@pytest.mark.parametrize(
+    ("method", "view"),
+    [("solq", "coefficients"), ("isda", "reference_points"), ("istr", "stages"), ("effseg", "refinement")],
+)
+def test_every_method_has_its_view(method: str, view: str, tmp_path: Path) -> None:
+    """A picture of its own."""
+    small = querymask.get_cfg()
+    small.merge_from_file(ROOT / f"projects/{method}/configs/{method}_shapes.yaml")
+    reduced = {**REDUCED[method], "MODEL.DEVICE": DEVICE, "MODEL.WEIGHTS": "", "INPUT.MIN_SIZE_TEST": 64}
+    small.merge_from_list([item for pair in reduced.items() for item in pair])
+    model = ServedModel.from_config(small, "")
+    assert model.views == [view]
+    (found,) = look([model], str(picture(tmp_path / "a.png"))).found
+    shown, detections = (draw_picture(found, Choice(0, []), shown, model) for shown in (view, DETECTIONS))
+    assert shown.dtype == np.uint8 and shown.shape[2] == 3
+    assert shown.shape != detections.shape or (shown != detections).any()
 
 
 def test_views_and_detections_take_turns(models: list[ServedModel], tmp_path: Path) -> None:
