@@ -1,6 +1,6 @@
 """Memory of a training step of each method on the CPU, as it is and with activation checkpointing.
 
-    python benchmarks/training_memory.py [CONFIG ...] [--height 480] [--width 640] [--batch 1] [--instances 10]
+    python benchmarks/training_memory.py [CONFIG ...] [--height 480] [--width 640] [--save FILE]
 
 Every row is a process of its own, because memory that one model leaves would hide that of the next. Random weights,
 float32; gradients of all weights are there before the step, as from the second iteration on.
@@ -10,9 +10,8 @@ import multiprocessing
 from functools import partial
 
 import torch
-from tabulate import tabulate
 
-from querymask.command_line import load_config, make_parser
+from querymask.command_line import add_save, load_config, make_parser, markdown_table, show_page
 from querymask.common.engine.checks import get_key, num_classes_key
 from querymask.common.measured_models import make_batch, random_model
 from querymask.common.measuring import machine, peak_memory, resident
@@ -53,6 +52,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=640)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--instances", type=int, default=10)
+    add_save(parser)
     args = parser.parse_args()
     rows = []
     run = partial(measure, batch=args.batch, size=(args.height, args.width), instances=args.instances)
@@ -60,10 +60,14 @@ def main() -> None:
         for checkpointed in (False, True):
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 found = pool.apply(run, (config, ["MODEL.USE_CHECKPOINT", checkpointed]))
-            rows.append((config.rpartition("/")[2].removesuffix(".yaml"), "yes" if checkpointed else "no", *found))
-    print(f"{args.batch} image(s) of {args.height}x{args.width} with {args.instances} instances. {machine('cpu')}")
-    header = ("model", "checkpointing", "weights and gradients, MiB", "+ kept for backward", "+ peak of the step")
-    print(tabulate(rows, headers=header, tablefmt="pipe", floatfmt=".0f"))
+            name = config.rpartition("/")[2].removesuffix(".yaml")
+            rows.append([name, "yes" if checkpointed else "no", *(f"{value:.0f}" for value in found)])
+    header = ["model", "checkpointing", "weights and gradients, MiB", "+ kept for backward", "+ peak of the step"]
+    text = (
+        f"{args.batch} image(s) of {args.height}x{args.width} with {args.instances} instances. {machine('cpu')}\n\n"
+        f"{markdown_table(rows, header)}"
+    )
+    show_page("Memory of a training step", "benchmarks/training_memory.py", text, args.save)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,10 @@ BENCHMARKS = {
         ["--height", "64", "--width", "64", "--regions", "2", "--repeat", "1"],
         r"RefineMask\+\+ +\| +[\d,]+ \|",
     ),
+    "training_memory": (
+        ["projects/solq/configs/solq_shapes.yaml", "--height", "64", "--width", "64", "--instances", "2"],
+        r"solq_shapes +\| yes +\| +\d",
+    ),
     "sps": (["--active", "400", "--channels", "8", "--repeat", "1"], r"this operator +\| +\d"),
 }
 
@@ -97,10 +101,10 @@ def test_benchmark(name: str, call: Callable[..., str], monkeypatch: pytest.Monk
     module = load_tool(name, "benchmarks")
     monkeypatch.chdir(ROOT)
     threads = torch.get_num_threads()
-    if name == "isda_memory":  # threads in place of processes, which take as long to start as all the rest
+    if name in ("isda_memory", "training_memory"):  # threads: processes take as long to start as all the rest
         monkeypatch.setattr(module.multiprocessing, "get_context", lambda kind: multiprocessing.dummy)
         monkeypatch.setattr(masks, "CHUNK_ELEMENTS", masks.CHUNK_ELEMENTS)  # put back afterwards
-    else:
+    if name != "isda_memory":
         arguments = [*arguments, "--save", str(tmp_path / "table.md")]
     if name == "count_instructions":
         monkeypatch.setattr(module, "OPERATORS", {"msda": (None, module.MSDA[:1])})  # of which there is a listing
