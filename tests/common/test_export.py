@@ -266,6 +266,11 @@ def test_messages(tmp_path: Path) -> None:
         ExportNetwork(build_model(tiny_config("baselines/mask_rcnn_r50_fpn_3x")))
 
 
+def test_panoptic_maps_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"MODEL\.PANOPTIC\.ENABLED False"):
+        ExportNetwork(build_model(tiny_config("effseg/panoptic/effseg_v2_r50_panoptic")).eval())
+
+
 def test_differences() -> None:
     """Detections in another order are the same; another score, class, mask or number is not."""
     masks = torch.zeros(3, 10, 10, dtype=torch.bool)

@@ -25,7 +25,7 @@ class ExportNetwork(nn.Module):
         model: in evaluation mode, on the CPU.
 
     Raises:
-        ValueError: the model is not one of the project's.
+        ValueError: the model is not one of the project's, or panoptic.
 
     Attributes:
         outputs: names of what ``forward`` returns: "scores", "classes" and, where the model has them, "boxes", "masks".
@@ -37,6 +37,11 @@ class ExportNetwork(nn.Module):
             raise ValueError(
                 f"{type(model).__name__} is a model of Detectron2, which has tools of its own for export: give the "
                 "config of SOLQ, ISDA, ISTR, EffSeg or one of their pairs"
+            )
+        if model.panoptic is not None:
+            raise ValueError(
+                "panoptic maps have as many segments as an image has, which no exported model can say: give "
+                "MODEL.PANOPTIC.ENABLED False, which exports the masks that they are merged from"
             )
         self.model = model
         parts = {"boxes": model.detector.has_boxes, "masks": model.mask_branch is not None}
