@@ -94,13 +94,14 @@ def add_common_config(cfg: CfgNode) -> None:
     cfg.SOLVER.WEIGHT_DECAY_BIAS = None
     # CLIP_TYPE "full_model" clips the norm over all parameters together, as DETR does
 
-    # Give boundary AP (Cheng et al. 2021) beside mask AP, for data sets that COCO's evaluation is used for
+    # Give boundary AP (Cheng et al. 2021) beside mask AP, for data sets that COCO's evaluation is used for; of panoptic
+    # ones boundary PQ beside PQ
     cfg.TEST.BOUNDARY_AP = False
 
     # With every evaluation, the loss on DATASETS.TEST: validation/total_loss and its terms
     cfg.TEST.LOSS = False
-    # Metric by which the best checkpoint is kept as model_best.pth: segm/AP, bbox/AP50, validation/total_loss, ...; "":
-    # none is
+    # Metric by which the best checkpoint is kept as model_best.pth: segm/AP, bbox/AP50, panoptic_seg/PQ,
+    # validation/total_loss, ...; "": none is
     cfg.TEST.BEST_METRIC = ""
     # Training ends where it has not been better for so many evaluations (0: it does not)
     cfg.TEST.PATIENCE = 0
