@@ -138,7 +138,7 @@ class FeaturePyramid:
             pooled = pooled + crops.where(own[:, None, None, None], 0)
         return pooled
 
-    @exportable(_pool_all_adaptively, compiled=True)
+    @exportable(_pool_all_adaptively)
     def _pool_adaptively(self, boxes: Tensor, images: Tensor, size: int, levels: Tensor) -> Tensor:
         pooled = full_precision(self.maps[0]).new_zeros(len(boxes), self.maps[0].shape[1], size, size)
         for rows, feature, stride in zip(group_rows(levels, len(self)), self.maps, self.strides, strict=True):

@@ -35,13 +35,6 @@ TOOLS = {
 # Arguments of each benchmark, and a pattern that its table has
 BENCHMARKS = {
     "boundary_ap": (["--images", "1", "--objects", "2"], r"boundary AP \| +\d+\.\d+ \|"),
-    "compiled_models": (
-        [
-            *("--config", "projects/solq/configs/solq_shapes.yaml", "--height", "64", "--width", "64", "--repeat", "1"),
-            *("--set", "MODEL.SOLQ.ENC_LAYERS", "1", "MODEL.SOLQ.DEC_LAYERS", "1", "MODEL.SOLQ.NUM_QUERIES", "6"),
-        ],
-        r"solq_shapes +\| +\d+ \| +\d+\.\d\d x",
-    ),
     "count_instructions": (
         ["--operators", "msda", "--listing", "tests/benchmarks/listing.txt"],
         r"forward, float32 +\| +10\.0 \|",

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
-import torch
-
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -27,19 +25,17 @@ def exporting() -> Iterator[None]:
         _exporting = previous
 
 
-def exportable(form: Callable[P, R], compiled: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def exportable(form: Callable[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorates a function that :func:`exporting` replaces.
 
     Args:
         form: gives the same, of operators that ONNX has, and of sizes that follow from those of its arguments.
-        compiled: it does so in what ``torch.compile`` traces, too, which would stop where the function reads values.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            replaced = _exporting or (compiled and torch.compiler.is_compiling())
-            return (form if replaced else function)(*args, **kwargs)
+            return (form if _exporting else function)(*args, **kwargs)
 
         return call
 
