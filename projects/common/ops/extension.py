@@ -146,5 +146,5 @@ def use_kernels(device: torch.device) -> bool:
         raise RuntimeError(f"{reason} {REQUIRE_VARIABLE} is set, so the slower PyTorch form is not used instead.")
     if not torch.compiler.is_compiling() and reason not in _warned:
         _warned.add(reason)
-        warnings.warn(f"{reason} The same results are computed by PyTorch, more slowly.", stacklevel=3)
+        warnings.warn(f"{reason} The same results are computed by PyTorch, more slowly.", stacklevel=4)
     return False
