@@ -7,7 +7,6 @@ float32; gradients of all weights are there before the step, as from the second 
 """
 
 import multiprocessing
-from functools import partial
 
 import torch
 
@@ -22,8 +21,10 @@ CONFIGS = tuple(
 )
 
 
-def measure(config: str, overrides: list, batch: int, size: tuple[int, int], instances: int) -> tuple[float, ...]:
-    """MiB of weights and gradients, and beyond these what the forward pass leaves and the peak of the step."""
+def measure(
+    config: str, overrides: list, batch: int, size: tuple[int, int], instances: int, queue: multiprocessing.Queue
+) -> None:
+    """Put MiB of weights and gradients, and beyond these what the forward pass leaves and the peak of the step."""
     cfg = load_config(config, overrides, device="cpu")
     model = random_model(cfg).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -41,7 +42,7 @@ def measure(config: str, overrides: list, batch: int, size: tuple[int, int], ins
 
     step()  # what libraries allocate once is not the step's
     peak = peak_memory(step, "cpu")
-    return fixed / 2**20, kept[-1], peak
+    queue.put((fixed / 2**20, kept[-1], peak))
 
 
 def main() -> None:
@@ -55,11 +56,16 @@ def main() -> None:
     add_save(parser)
     args = parser.parse_args()
     rows = []
-    run = partial(measure, batch=args.batch, size=(args.height, args.width), instances=args.instances)
+    context = multiprocessing.get_context("spawn")
     for config in args.configs:
         for checkpointed in (False, True):
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                found = pool.apply(run, (config, ["MODEL.USE_CHECKPOINT", checkpointed]))
+            overrides, size, queue = ["MODEL.USE_CHECKPOINT", checkpointed], (args.height, args.width), context.Queue()
+            process = context.Process(target=measure, args=(config, overrides, args.batch, size, args.instances, queue))
+            process.start()
+            process.join()
+            if process.exitcode:
+                raise SystemExit(f"{config} was not measured")
+            found = queue.get()
             name = config.rpartition("/")[2].removesuffix(".yaml")
             rows.append([name, "yes" if checkpointed else "no", *(f"{value:.0f}" for value in found)])
     header = ["model", "checkpointing", "weights and gradients, MiB", "+ kept for backward", "+ peak of the step"]

@@ -55,7 +55,7 @@ BENCHMARKS = {
     ),
     "training_memory": (
         ["projects/solq/configs/solq_shapes.yaml", "--height", "64", "--width", "64", "--instances", "2"],
-        r"solq_shapes +\| yes +\| +\d",
+        r"solq_shapes +\| +yes +\| +\d",
     ),
     "sps": (["--active", "400", "--channels", "8", "--repeat", "1"], r"this operator +\| +\d"),
 }
