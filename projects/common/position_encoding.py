@@ -48,7 +48,7 @@ def sine_position_encoding(
         valid = ~mask
         y, x = valid.cumsum(1, dtype=dtype), valid.cumsum(2, dtype=dtype)
         numbers.append(torch.stack((y, x), dim=-1).flatten(1, 2))
-        lengths.append(torch.stack((y[:, -1:].expand_as(y), x[:, :, -1:].expand_as(x)), dim=-1).flatten(1, 2))
+        lengths.append(torch.stack((y[:, -1, None].expand_as(y), x[..., -1, None].expand_as(x)), dim=-1).flatten(1, 2))
     shares = (torch.cat(numbers, dim=1) - shift) / (torch.cat(lengths, dim=1) + 1e-6) * (2 * math.pi)
     return _interleaved_sine(shares[..., None] / _frequencies(num_features, like=shares)).flatten(-2)
 

@@ -13,7 +13,7 @@ GROUPS = 32
 
 def _line_by_steps(steps: int, like: torch.Tensor) -> torch.Tensor:
     count = torch.arange(steps, dtype=like.dtype, device=like.device)
-    return 2 * count / count[-1:].clamp(min=1) - 1
+    return 2 * count / count[-1].clamp(min=1) - 1
 
 
 @exportable(_line_by_steps)  # the number of linspace's steps is no symbol

@@ -12,6 +12,7 @@ from mask_bases import give_basis
 from tiny_configs import tiny_config
 from torch import Tensor, nn
 
+from querymask import get_cfg
 from querymask.common.export import Description, ExportedModel, ExportNetwork, export_program, write
 from querymask.common.export.comparison import Differences, compare
 from querymask.common.masks import paste_masks, resize_masks
@@ -132,7 +133,7 @@ def test_files(name: str, tmp_path: Path) -> None:
     exported = ExportedModel(file)
     assert exported.description.class_names == ["a", "b", "c", "d", "e"]
     check(model, exported)
-    cfg.MODEL.WEIGHTS = str(file)
+    cfg.MODEL.WEIGHTS, cfg.MODEL.SWIN = str(file), get_cfg().MODEL.SWIN  # of which the model has nothing
     found = Predictor(cfg)(items()[0]["image"].permute(1, 2, 0).numpy())
     assert len(found) and set(found.names) <= {"a", "b", "c", "d", "e"}
 
