@@ -1,10 +1,11 @@
 """What tests of several folders use. Importing the package first lets every test import Detectron2 of any version."""
 
+import logging
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tests: threads, of several processes at that, hinder each other
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -31,12 +32,30 @@ LONG = (
     "common/test_compat.py",
     "ops/test_extension.py",
     "tools/test_compare_costs.py",
+    "common/test_export.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first, for processes that share the tests (pytest-xdist)."""
     items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
+
+
+@pytest.fixture
+def catalog() -> Iterator[None]:
+    """Data sets that a test registers are forgotten after it."""
+    from data_folders import restored_catalog  # the tests of the operators do without Detectron2
+
+    with restored_catalog():
+        yield
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """The lines of the project's log."""
+    monkeypatch.setattr(logging.getLogger("querymask"), "propagate", True)
+    caplog.set_level(logging.INFO, "querymask")
+    return caplog
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from devices import DEVICE
 from PIL import Image
+from tiny_models import small_solq
 from torch import nn
 
 import querymask
@@ -30,14 +30,7 @@ NAMES = ["ant", "bee", "cat", "dog", "eel", "fly"]
 
 @pytest.fixture(scope="module")
 def cfg() -> CfgNode:
-    cfg = querymask.get_cfg()
-    cfg.merge_from_file(ROOT / "projects/solq/configs/solq_shapes.yaml")
-    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.MODEL.CLASS_NAMES = DEVICE, "", NAMES
-    solq = cfg.MODEL.SOLQ
-    solq.NUM_QUERIES, solq.HIDDEN_DIM, solq.NUM_HEADS, solq.DIM_FEEDFORWARD = 5, 64, 2, 8
-    solq.ENC_LAYERS = solq.DEC_LAYERS = 1
-    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 64, 96
-    return cfg
+    return small_solq(NAMES)
 
 
 @pytest.fixture(scope="module")

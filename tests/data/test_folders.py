@@ -1,14 +1,12 @@
 """Folders of own data: their layouts, parts and classes, and those that cannot be used."""
 
 import json
-import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from data_folders import CATEGORIES, LAYOUTS, content, restored_catalog, save_photo, write_folder, write_part
+from data_folders import CATEGORIES, LAYOUTS, content, save_photo, write_folder, write_part
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from querymask.common.data.annotations import AnnotationError, read_dataset
@@ -16,18 +14,7 @@ from querymask.common.data.folders import choose_kept_out, register_folder
 from querymask.common.data.mapper import InstanceMapper
 from querymask.common.evaluation.truth import category_ids, dataset_truth
 
-
-@pytest.fixture(autouse=True)
-def catalog() -> Iterator[None]:
-    with restored_catalog():
-        yield
-
-
-@pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(logging.getLogger("querymask"), "propagate", True)
-    caplog.set_level(logging.INFO, "querymask")
-    return caplog
+pytestmark = pytest.mark.usefixtures("catalog")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

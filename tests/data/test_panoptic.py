@@ -1,16 +1,14 @@
 """Data sets in COCO's panoptic format: their reader, targets, folders, and those that are refused."""
 
 import json
-import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import panoptic_files
 import pytest
-from data_folders import restored_catalog
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_panoptic
 from panoptic_files import HEIGHT, IDS, WIDTH, segment_map, write_panoptic
@@ -32,18 +30,7 @@ METADATA = {
 }
 CLASSES = [2, 0, 1, 3]  # of the segments
 
-
-@pytest.fixture(autouse=True)
-def catalog() -> Iterator[None]:
-    with restored_catalog():
-        yield
-
-
-@pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(logging.getLogger("querymask"), "propagate", True)
-    caplog.set_level(logging.INFO, "querymask")
-    return caplog
+pytestmark = pytest.mark.usefixtures("catalog")
 
 
 def register(path: Path, metadata: dict[str, Any] | None = None) -> str:

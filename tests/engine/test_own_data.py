@@ -4,13 +4,12 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from data_folders import restored_catalog, save_photo, write_folder
+from data_folders import save_photo, write_folder
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
@@ -35,11 +34,7 @@ def load(name: str) -> ModuleType:
 
 train_net, demo = load("train_net"), load("demo")
 
-
-@pytest.fixture(autouse=True)
-def catalog() -> Iterator[None]:
-    with restored_catalog():
-        yield
+pytestmark = pytest.mark.usefixtures("catalog")
 
 
 @pytest.fixture

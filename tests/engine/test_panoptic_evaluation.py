@@ -1,11 +1,10 @@
 """Panoptic quality against its definition, its evaluator, result files, and what is refused of panoptic runs."""
 
 import json
-import logging
 import math
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_folders import restored_catalog
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import register_coco_panoptic
 from detectron2.utils import comm
@@ -34,18 +32,7 @@ NAMES = ["dog", "cat", "sky", "grass"]
 NUM_THINGS = 2
 Segments = list[dict[str, Any]]
 
-
-@pytest.fixture(autouse=True)
-def catalog() -> Iterator[None]:
-    with restored_catalog():
-        yield
-
-
-@pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(logging.getLogger("querymask"), "propagate", True)
-    caplog.set_level(logging.INFO, "querymask")
-    return caplog
+pytestmark = pytest.mark.usefixtures("catalog")
 
 
 @pytest.fixture

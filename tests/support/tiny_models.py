@@ -1,6 +1,7 @@
 """Configs of models that make a training step in a fraction of a second."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -28,6 +29,18 @@ def tiny_cfg(meta_architecture: str, features: list[str], settings: Mapping[str,
     cfg.MODEL.RESNETS.OUT_FEATURES = features
     cfg.TEST.DETECTIONS_PER_IMAGE = 9
     set_keys(cfg, settings)
+    return cfg
+
+
+def small_solq(class_names: Sequence[str]) -> CfgNode:
+    """SOLQ of the built-in data set with five queries, for images of 64 to 96 pixels."""
+    cfg = get_cfg()
+    cfg.merge_from_file(Path(__file__).parents[2] / "projects/solq/configs/solq_shapes.yaml")
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.MODEL.CLASS_NAMES = DEVICE, "", list(class_names)
+    solq = cfg.MODEL.SOLQ
+    solq.NUM_QUERIES, solq.HIDDEN_DIM, solq.NUM_HEADS, solq.DIM_FEEDFORWARD = 5, 64, 2, 8
+    solq.ENC_LAYERS = solq.DEC_LAYERS = 1
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 64, 96
     return cfg
 
 

@@ -24,6 +24,7 @@ from devices import DEVICE
 from PIL import Image
 from pycocotools.coco import COCO
 from tiny_configs import REDUCED
+from tiny_models import small_solq
 
 import querymask
 from querymask import serve
@@ -52,14 +53,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 @pytest.fixture(scope="module")
 def cfg() -> CfgNode:
-    cfg = querymask.get_cfg()
-    cfg.merge_from_file(ROOT / "projects/solq/configs/solq_shapes.yaml")
-    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.MODEL.CLASS_NAMES = DEVICE, "", NAMES
-    solq = cfg.MODEL.SOLQ
-    solq.NUM_QUERIES, solq.HIDDEN_DIM, solq.NUM_HEADS, solq.DIM_FEEDFORWARD = 5, 64, 2, 8
-    solq.ENC_LAYERS = solq.DEC_LAYERS = 1
-    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 64, 96
-    return cfg
+    return small_solq(NAMES)
 
 
 @pytest.fixture(scope="module")
