@@ -52,14 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--max-detections must be at least 1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
+        panoptic = is_panoptic_result(args.results)
+        if args.lvis and panoptic:
+            parser.error("--lvis is for instances, and the results are panoptic")
         if args.annotations:
             name = register_annotations(args.annotations)
         else:
-            name = args.dataset or register_folder(args.data, is_panoptic_result(args.results)).evaluated
+            name = args.dataset or register_folder(args.data, panoptic).evaluated
             dataset_classes(name)  # an error for a name that is not registered
         found = evaluate_results(args.results, name, not args.no_boundary, args.max_detections or scores.MAX_DETECTIONS)
-        if args.lvis and is_panoptic_result(args.results):
-            parser.error("--lvis is for instances, and the results are panoptic")
         if args.lvis:
             content = dataset_truth(name)
             results = fit_results(read_results(args.results), content, name, args.results)

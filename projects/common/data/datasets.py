@@ -9,12 +9,16 @@ from detectron2.data import datasets as detectron2_datasets
 from detectron2.data.datasets import coco as detectron2_coco
 from detectron2.data.datasets import coco_panoptic as detectron2_coco_panoptic
 
-from querymask.common.data.annotations import EVALUATOR_TYPE, load_coco_json, load_coco_panoptic_json
+from querymask.common.data.annotations import (
+    EVALUATOR_TYPE,
+    class_metadata,
+    load_coco_json,
+    load_coco_panoptic_json,
+)
 from querymask.common.data.shapes import (
     CATEGORIES,
     PANOPTIC_CATEGORIES,
     SPLIT_SIZES,
-    STUFF_CATEGORIES,
     make_shapes,
     panoptic_folder,
     shapes_folder,
@@ -56,14 +60,7 @@ def register_shapes_panoptic(name: str, root: str | os.PathLike, split: str, num
     """Register a split of the panoptic form of the built-in data set. See :func:`register_shapes`."""
     json_file = shapes_folder(root, panoptic=True) / f"{split}.json"
     image_root, panoptic_root = json_file.with_suffix(""), panoptic_folder(json_file)
-    classes = {category["id"]: index for index, category in enumerate(PANOPTIC_CATEGORIES)}
-    names = [category["name"] for category in PANOPTIC_CATEGORIES]
-    metadata = {
-        "thing_classes": names,
-        "stuff_classes": names,
-        "thing_dataset_id_to_contiguous_id": {category["id"]: classes[category["id"]] for category in CATEGORIES},
-        "stuff_dataset_id_to_contiguous_id": {category["id"]: classes[category["id"]] for category in STUFF_CATEGORIES},
-    }
+    metadata = class_metadata(PANOPTIC_CATEGORIES)
 
     def load() -> list[dict[str, Any]]:
         make_shapes(root, split, num_images, panoptic=True)

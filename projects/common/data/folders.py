@@ -26,6 +26,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from querymask.common.data.annotations import (
     EVALUATOR_TYPE,
     AnnotationError,
+    class_metadata,
     clean_coco,
     clean_panoptic,
     coco_entries,
@@ -85,12 +86,12 @@ class DataFolder:
     @property
     def classes(self) -> list[str]:
         """Names of the classes."""
-        return [name for name, _ in self._read[0].values()]
+        return self._read[0]["thing_classes"]
 
     @property
     def num_things(self) -> int:
         """How many of the classes are things: all, or the first ones of a panoptic folder."""
-        return len(self._read[2])
+        return len(self._read[0]["thing_dataset_id_to_contiguous_id"])
 
     def entries(self, part: str) -> list[dict[str, Any]]:
         """Detectron2's dictionaries of a part, checked."""
@@ -110,20 +111,15 @@ class DataFolder:
     def _loader(self, part: str, name: str) -> Callable[[], list[dict[str, Any]]]:
         def load() -> list[dict[str, Any]]:
             entries = self.entries(part)
-            classes, _, things = self._read
-            ids = {key: index for key, (_, index) in classes.items() if key in things}
-            stuff = {key: index for key, (_, index) in classes.items() if key not in things}
-            metadata = MetadataCatalog.get(name)
-            metadata.set(thing_classes=self.classes, thing_dataset_id_to_contiguous_id=ids)
-            if self.panoptic:
-                metadata.set(stuff_classes=self.classes, stuff_dataset_id_to_contiguous_id=stuff)
+            metadata = self._read[0].items()
+            MetadataCatalog.get(name).set(**{k: v for k, v in metadata if self.panoptic or k.startswith("thing")})
             return entries
 
         return load
 
     @cached_property
-    def _read(self) -> tuple[dict[int | str, tuple[str, int]], dict[str, list[dict[str, Any]]], set[int | str]]:
-        """The name and the number of each category id, the dictionaries of each part, and the ids of things."""
+    def _read(self) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+        """``class_metadata``, and the dictionaries of each part."""
         contents, roots = {}, {}
         for part, files in self._parts.items():
             raw = read_json(files.json_file, "an annotation file in COCO's format")
@@ -134,8 +130,8 @@ class DataFolder:
                 raise AnnotationError(f"{files.json_file}: it has no images. Take it away, or give them to it.")
         names = self._categories(contents)
         things = self._things(contents) if self.panoptic else set(names)
-        numbers = number_classes([{"id": key, "isthing": key in things} for key in names])
-        classes = {key: (names[key], index) for key, index in numbers.items()}
+        categories = [{"id": key, "name": name, "isthing": key in things} for key, name in names.items()]
+        metadata, numbers = class_metadata(categories), number_classes(categories)
         entries = {}
         for part, content in contents.items():
             file = str(self._parts[part].json_file)
@@ -152,9 +148,9 @@ class DataFolder:
         if len(entries) == 1:
             entries = self._split(*entries.values(), *roots.values())
         counts = ", ".join(f"{len(found)} images in {self.names[part]}" for part, found in entries.items())
-        shown = ", ".join([name for name, _ in classes.values()][:12])
+        shown = ", ".join(metadata["thing_classes"][:12])
         logger.info(f"{self.path} ({self._layout}): {counts}; {len(names)} classes: {shown}")
-        return classes, entries, things
+        return metadata, entries
 
     def _things(self, contents: dict[str, Content]) -> set[int | str]:
         """Ids of categories that are things, in all parts."""

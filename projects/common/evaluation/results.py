@@ -12,10 +12,10 @@ from detectron2.data.datasets import register_coco_panoptic
 from querymask.common.data.annotations import (
     EVALUATOR_TYPE,
     AnnotationError,
+    class_metadata,
     clean_coco,
     clean_panoptic,
     is_panoptic,
-    number_classes,
     read_json,
 )
 from querymask.common.data.annotations.boxes import read_box
@@ -190,19 +190,10 @@ def _has_segments(content: Any) -> bool:
 
 def _register_panoptic(name: str, raw: Any) -> str:
     content = clean_panoptic(raw, name)
-    classes = number_classes(content["categories"])
-    names = {category["id"]: category["name"] for category in content["categories"]}
-    things = {category["id"] for category in content["categories"] if category["isthing"]}
-    metadata = {
-        "thing_classes": [names[key] for key in classes],
-        "stuff_classes": [names[key] for key in classes],
-        "thing_dataset_id_to_contiguous_id": {key: index for key, index in classes.items() if key in things},
-        "stuff_dataset_id_to_contiguous_id": {key: index for key, index in classes.items() if key not in things},
-    }
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-    register_coco_panoptic(name, metadata, "", os.path.splitext(name)[0], name)
+    register_coco_panoptic(name, class_metadata(content["categories"]), "", os.path.splitext(name)[0], name)
     return name
 
 

@@ -5,6 +5,7 @@ from querymask.common.data.annotations.findings import AnnotationError, Findings
 from querymask.common.data.annotations.images import ImageInfo
 from querymask.common.data.annotations.panoptic import (
     EVALUATOR_TYPE,
+    class_metadata,
     clean_panoptic,
     is_panoptic,
     load_coco_panoptic_json,
@@ -18,6 +19,7 @@ __all__ = [
     "AnnotationError",
     "Findings",
     "ImageInfo",
+    "class_metadata",
     "clean_coco",
     "clean_entries",
     "clean_panoptic",

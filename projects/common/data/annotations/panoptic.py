@@ -79,6 +79,20 @@ def number_classes(categories: Collection[Mapping[str, Any]]) -> dict[int | str,
     return {category["id"]: index for index, category in enumerate(order)}
 
 
+def class_metadata(categories: Collection[Mapping[str, Any]]) -> dict[str, Any]:
+    """What Detectron2 knows of the classes of a panoptic data set: the names of all, the numbers of category ids."""
+    classes = number_classes(categories)
+    names = {category["id"]: category["name"] for category in categories}
+    things = {category["id"] for category in categories if category["isthing"]}
+    listed = [names[key] for key in classes]
+    return {
+        "thing_classes": listed,
+        "stuff_classes": listed,
+        "thing_dataset_id_to_contiguous_id": {key: index for key, index in classes.items() if key in things},
+        "stuff_dataset_id_to_contiguous_id": {key: index for key, index in classes.items() if key not in things},
+    }
+
+
 def panoptic_entries(
     content: Content,
     json_file: str,
