@@ -33,6 +33,7 @@ LONG = (
     "ops/test_extension.py",
     "tools/test_compare_costs.py",
     "common/test_export.py",
+    "tools/test_export_model.py",
 )
 
 

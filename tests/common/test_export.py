@@ -123,14 +123,14 @@ def test_files(name: str, tmp_path: Path) -> None:
     assert not [node for node in program.graph.nodes if "querymask" in str(node.target)]
     description = Description(cfg.MODEL.META_ARCHITECTURE, network.outputs, ["a", "b", "c", "d", "e"])
     write(program, description, tmp_path / "model.pt2")
-    check(model, ExportedModel(tmp_path / "model.pt2"))
+    check(model, ExportedModel(tmp_path / "model.pt2").eval())
     if name not in ONNX:
         return
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     file = tmp_path / "model.onnx"
     write(program, description, file)
-    exported = ExportedModel(file)
+    exported = ExportedModel(file).eval()
     assert exported.description.class_names == ["a", "b", "c", "d", "e"]
     check(model, exported)
     cfg.MODEL.WEIGHTS, cfg.MODEL.SWIN = str(file), get_cfg().MODEL.SWIN  # of which the model has nothing

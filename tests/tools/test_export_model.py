@@ -8,7 +8,9 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from tool_loader import ROOT, load_tool
 
+from querymask.command_line import load_config
 from querymask.common.data import register_shapes
+from querymask.common.engine import Trainer
 
 tool = load_tool("export_model")
 DATASET = "shapes_to_export"
@@ -37,6 +39,17 @@ def settings(tmp_path: Path) -> Iterator[list[str]]:
     yield [text for pair in {**SETTINGS, "OUTPUT_DIR": str(tmp_path / "out")}.items() for text in pair]
     DatasetCatalog.remove(DATASET)
     MetadataCatalog.remove(DATASET)
+
+
+def test_program(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file is written, compared with the model, and evaluated in place of a checkpoint."""
+    file = str(tmp_path / "model.pt2")
+    assert tool.main(["--config-file", CONFIG, "--output", file, "--num-images", "3", *settings]) == 0
+    printed = capsys.readouterr().out
+    assert "3 images, 27 detections: scores differ by at most" in printed and "; 0 without a partner" in printed
+    assert "| ms an image" in printed and "| segm" in printed and "| bbox" in printed
+    results = Trainer.evaluate(load_config(CONFIG, [*settings, "MODEL.WEIGHTS", file]))
+    assert {"bbox", "segm"} <= set(results)
 
 
 def test_refusals(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,7 +100,8 @@ def read(path: str | os.PathLike[str], device: torch.device) -> tuple[Run, Descr
 def _read_program(path: str) -> tuple[Run, str]:
     entries = {_ENTRY: ""}
     module = torch.export.load(path, extra_files=entries).module()
-    return module, entries[_ENTRY]
+    # As a function: the module would refuse the eval() of the model that holds it
+    return lambda *tensors: module(*tensors), entries[_ENTRY]
 
 
 def _read_onnx(path: str) -> tuple[Run, str]:
