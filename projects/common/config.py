@@ -21,6 +21,10 @@ def add_common_config(cfg: CfgNode) -> None:
     # Images of more pixels are refused (0: Pillow's limit, about 179 million)
     cfg.INPUT.MAX_PIXELS = 0
 
+    # Whose rounding of sizes, and whose interpolation: detr (SOLQ's release), detectron2 (ISTR's), mmdetection (ISDA's: not
+    # antialiased) or effseg
+    cfg.INPUT.RESIZE_RULE = "detr"
+
     # DETR's second augmentation branch: resize, crop, resize again (Carion et al. 2020, section 4).
     cfg.INPUT.DETR_CROP = CfgNode()
     cfg.INPUT.DETR_CROP.ENABLED = False

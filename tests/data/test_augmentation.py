@@ -1,3 +1,6 @@
+from fractions import Fraction
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from PIL import Image
 
 from querymask import get_cfg
 from querymask.common.data.augmentation import (
+    RESIZE_RULES,
     CropOrPad,
     RandomCropOfRange,
     Resize,
@@ -31,9 +35,78 @@ def test_sizes_of_the_release(row):
         assert [transform.new_w, transform.new_h] == expected
 
 
-def test_extreme_shapes_keep_a_pixel():
-    assert resized_size(3000, 1, 600, 1333) == (3000, 1)
-    assert resized_size(1, 4000, 600, 1333) == (1, 4000)
+@pytest.mark.parametrize("rule", RESIZE_RULES)
+def test_extreme_shapes_keep_a_pixel(rule):
+    for width, height in ((3000, 1), (1, 4000)):
+        size = resized_size(width, height, 600, 1333, rule)
+        assert min(size) == 1
+        # Of DETR's rule, the longer side is beyond its limit then
+        assert max(size) == (max(width, height) if rule == "detr" else 1333)
+
+
+def random_sizes():
+    """(width, height, shorter, longest) as of photographs."""
+    rng = np.random.default_rng(0)
+    sides = rng.integers(200, 900, (2000, 2)).tolist()
+    return [(*side, int(rng.choice([480, 608, 800])), int(rng.choice([1000, 1333]))) for side in sides]
+
+
+def test_sizes_of_detectron2():
+    for width, height, shorter, longest in random_sizes():
+        image = np.zeros((height, width, 1), np.uint8)
+        # Both of 0.5 and of main say a size, or that nothing is to be done
+        transform = T.ResizeShortestEdge(shorter, longest, "choice").get_transform(image)
+        expected = (width, height) if isinstance(transform, NoOpTransform) else (transform.new_w, transform.new_h)
+        assert resized_size(width, height, shorter, longest, "detectron2") == expected
+
+
+@pytest.mark.parametrize(("rule", "part"), [("mmdetection", Fraction(1, 2)), ("effseg", Fraction(0))])
+def test_sizes_by_exact_fractions(rule, part):
+    """Nearest integers, or integer parts, of one exact scale."""
+    limited = 0
+    for width, height, shorter, longest in random_sizes():
+        scale = min(Fraction(shorter, min(width, height)), Fraction(longest, max(width, height)))
+        exact = [side * scale + part for side in (width, height)]
+        if rule == "mmdetection" and any(side.denominator == 1 for side in exact):
+            continue  # a half, whose rounding is that of the scale in floating point
+        assert resized_size(width, height, shorter, longest, rule) == tuple(map(int, exact))
+        limited += scale * max(width, height) == longest
+    assert limited > 100
+
+
+def test_resize_without_antialiasing():
+    """Of each shrunken cell, the four pixels around its centre count."""
+    image = np.random.default_rng(0).integers(0, 256, (96, 64, 3), dtype=np.uint8)
+    result = ResizeShortestSide([16], rule="mmdetection").get_transform(image).apply_image(image)
+    expected = sum(image[1 + i :: 4, 1 + j :: 4].astype(float) for i in (0, 1) for j in (0, 1)) / 4
+    np.testing.assert_allclose(result, expected, atol=0.75)
+    gray = ResizeShortestSide([16], rule="mmdetection").get_transform(image).apply_image(image[:, :, :1])
+    np.testing.assert_array_equal(gray, result[:, :, :1])
+
+
+def test_rule_that_is_not_known():
+    with pytest.raises(ValueError, match=r"RESIZE_RULE must be one of detr, detectron2, mmdetection, effseg, not 'no'"):
+        ResizeShortestSide([16], rule="no")
+
+
+@pytest.mark.parametrize(
+    ("config", "rule"),
+    [
+        ("solq/configs/solq_r50.yaml", "detr"),
+        ("isda/configs/isda_r50.yaml", "mmdetection"),
+        ("istr/configs/istr_v2_smt_swin_l_1088.yaml", "detectron2"),
+        ("effseg/configs/effseg_r50.yaml", "effseg"),
+    ],
+)
+@pytest.mark.parametrize("is_train", [False, True])
+def test_configs_follow_their_release(config, rule, is_train):
+    cfg = get_cfg()
+    cfg.merge_from_file(str(Path(__file__).parents[2] / "projects" / config))
+    cfg.INPUT.LSJ.ENABLED = False
+    found = build_augmentations(cfg, is_train)
+    resizes = [augmentation for augmentation in found if isinstance(augmentation, ResizeShortestSide)]
+    assert resizes
+    assert all(augmentation.rule == rule for augmentation in resizes)
 
 
 def test_resize_is_antialiased_pil_bilinear():

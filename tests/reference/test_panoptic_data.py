@@ -1,7 +1,6 @@
 """Targets from panoptic annotations, and panoptic quality, against the official implementations."""
 
 from collections.abc import Mapping
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from detectron2.data import transforms as T
 from PIL import Image
 
 from querymask.common.data.annotations import clean_panoptic, number_classes, panoptic_entries
-from querymask.common.data.augmentation import Resize
+from querymask.common.data.augmentation import ResizeShortestSide
 from querymask.common.data.mapper import InstanceMapper
 from querymask.common.data.segment_maps import encode_segment_map
 from querymask.common.evaluation.panoptic_quality import FN, FP, IOU, TP, compare_segments, quality
@@ -31,29 +30,14 @@ def check(case: Mapping[str, Any], known: set[str]) -> None:
     assert not (unknown := set(case) - known), f"the case has settings that the project does not know: {unknown}"
 
 
-class TruncatedResize(T.Augmentation):
-    """To the sides of EffSeg's release, which are integer parts.
-
-    The project's are those of DETR, 1 larger for one of the sides where the limit of the longer one counts.
-    """
-
-    def __init__(self, shorter: int, longest: int) -> None:
-        super().__init__()
-        self.shorter, self.longest = shorter, longest
-
-    def get_transform(self, image: np.ndarray) -> Resize:
-        height, width = image.shape[:2]
-        factor = min(Fraction(self.shorter, min(height, width)), Fraction(self.longest, max(height, width)))
-        return Resize(height, width, int(height * factor), int(width * factor))
-
-
 def augmentation(step: list[Any]) -> T.Augmentation | T.Transform:
     """A step of a case."""
     name, *values = step
     if name == "hflip":
         return T.RandomFlip(1.0)
     if name == "resize":
-        return TruncatedResize(*values)
+        shorter, longest = values
+        return ResizeShortestSide([shorter], longest, rule="effseg")
     if name == "crop":
         x0, y0, x1, y1 = values[0]
         return T.CropTransform(x0, y0, x1 - x0, y1 - y0)

@@ -3,13 +3,15 @@
 Beside these, what suits images without an up and down (rotation by right angles), and jitter of brightness and colour.
 
 Sources: Carion et al., End-to-End Object Detection with Transformers (ECCV 2020), section 4; SOLQ's release for the
-sizes' rounding, the range of the crop and the additional first resize; Ghiasi et al., Simple Copy-Paste (CVPR
+range of the crop and the additional first resize; each method's release for the rounding of sizes; Ghiasi et al., Simple Copy-Paste (CVPR
 2021), for the jitter, which Detectron2 calls ResizeScale and FixedSizeCrop. Randomness comes from NumPy's
 global generator, which Detectron2 seeds for each worker.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
+import cv2
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
@@ -17,22 +19,62 @@ from fvcore.transforms.transform import CropTransform, NoOpTransform, PadTransfo
 from PIL import Image
 
 
-def resized_size(width: int, height: int, shorter: int, longest: int | None) -> tuple[int, int]:
-    """Size (width, height) of an image after a resize that keeps its shape.
+def _detr_sides(low: int, high: int, shorter: int, longest: float) -> tuple[float, float]:
+    """DETR's and SOLQ's: the limited shorter side is the nearest integer, the longer side an integer part."""
+    if high / low * shorter > longest:
+        shorter = round(longest * low / high)
+    shorter = max(shorter, 1)
+    return shorter, shorter * high / low
+
+
+def _detectron2_sides(low: int, high: int, shorter: int, longest: float) -> tuple[float, float]:
+    """Detectron2's, and so ISTR's: the nearest integers."""
+    sides = float(shorter), shorter / low * high
+    if sides[1] > longest:
+        scale = longest / sides[1]
+        sides = sides[0] * scale, sides[1] * scale
+    return sides[0] + 0.5, sides[1] + 0.5
+
+
+def _mmdetection_sides(low: int, high: int, shorter: int, longest: float) -> tuple[float, float]:
+    """MMDetection's, and so ISDA's: the nearest integers, of one scale."""
+    scale = min(longest / high, shorter / low)
+    return low * scale + 0.5, high * scale + 0.5
+
+
+def _effseg_sides(low: int, high: int, shorter: int, longest: float) -> tuple[float, float]:
+    """EffSeg's: integer parts."""
+    if shorter * high > longest * low:
+        return longest * low // high, longest
+    return shorter, shorter * high // low
+
+
+RESIZE_RULES: dict[str, Callable[[int, int, int, float], tuple[float, float]]] = {
+    "detr": _detr_sides,
+    "detectron2": _detectron2_sides,
+    "mmdetection": _mmdetection_sides,
+    "effseg": _effseg_sides,
+}
+"""By ``INPUT.RESIZE_RULE``: sides of which the integer parts count, from those of the image and what is wanted.
+
+The releases differ by a pixel in some images, which published numbers rest on.
+"""
+
+
+def resized_size(width: int, height: int, shorter: int, longest: int | None, rule: str = "detr") -> tuple[int, int]:
+    """Size (width, height) of an image after a resize that keeps its shape; each side has at least one pixel.
 
     Args:
         width, height: of the image.
         shorter: wanted length of the shorter side.
         longest: limit of the longer side, which lowers ``shorter`` where needed; None: no limit.
+        rule: one of ``RESIZE_RULES``.
     """
-    low, high = min(width, height), max(width, height)
-    if longest is not None and high / low * shorter > longest:
-        shorter = round(longest * low / high)
-    # An image of extreme shape keeps at least one pixel
-    shorter = max(shorter, 1)
-    # The integer part, not the nearest integer: Detectron2's own resize differs here
-    longer = int(shorter * high / low)
-    return (shorter, longer) if width <= height else (longer, shorter)
+    sides = RESIZE_RULES[rule](
+        min(width, height), max(width, height), shorter, math.inf if longest is None else longest
+    )
+    low, high = (max(int(side), 1) for side in sides)
+    return (low, high) if width <= height else (high, low)
 
 
 class Resize(T.ResizeTransform):
@@ -51,22 +93,38 @@ class Resize(T.ResizeTransform):
         return segmentation[rows[:, None], columns]
 
 
+class OpenCVResize(Resize):
+    """With OpenCV's bilinear interpolation of four pixels, however much smaller the result is: no antialiasing."""
+
+    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
+        """Resize an image [H, W, ...]."""
+        resized = cv2.resize(img, (self.new_w, self.new_h), interpolation=cv2.INTER_LINEAR)
+        return resized.reshape(self.new_h, self.new_w, *img.shape[2:])
+
+
 class ResizeShortestSide(T.Augmentation):
-    """Resize (antialiased bilinear) such that the shorter side has a randomly chosen length."""
+    """Resize such that the shorter side has a randomly chosen length.
+
+    Bilinear and antialiased as Pillow's; of the rule "mmdetection" as OpenCV's.
+    """
 
     def __init__(
         self,
         sizes: Sequence[int],
         longest: int | None = None,
         sampling: str = "choice",
+        rule: str = "detr",
     ) -> None:
         """
         Args:
             sizes: lengths to choose from, or the first and last of a range; 0 leaves images as they are.
             longest: limit of the longer side; None: no limit.
             sampling: "choice" or "range".
+            rule: one of ``RESIZE_RULES``.
         """
         super().__init__()
+        if rule not in RESIZE_RULES:
+            raise ValueError(f"INPUT.RESIZE_RULE must be one of {', '.join(RESIZE_RULES)}, not {rule!r}.")
         if sampling not in ("choice", "range"):
             raise ValueError(f"Sampling of image sizes must be 'choice' or 'range', not {sampling!r}.")
         if len(sizes) == 0 or (sampling == "range" and len(sizes) != 2):
@@ -74,6 +132,7 @@ class ResizeShortestSide(T.Augmentation):
         self.sizes = tuple(sizes)
         self.longest = longest
         self.sampling = sampling
+        self.rule = rule
 
     def get_transform(self, image: np.ndarray) -> Transform:
         """The resize of one image [H, W, ...]."""
@@ -84,10 +143,11 @@ class ResizeShortestSide(T.Augmentation):
             size = self.sizes[np.random.randint(len(self.sizes))]
         if size == 0:
             return NoOpTransform()
-        new_width, new_height = resized_size(width, height, int(size), self.longest)
+        new_width, new_height = resized_size(width, height, int(size), self.longest, self.rule)
         if (new_width, new_height) == (width, height):
             return NoOpTransform()
-        return Resize(height, width, new_height, new_width, Image.BILINEAR)
+        kind = OpenCVResize if self.rule == "mmdetection" else Resize
+        return kind(height, width, new_height, new_width, Image.BILINEAR)
 
 
 class RandomCropOfRange(T.Augmentation):
@@ -250,7 +310,7 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     """
     keys = cfg.INPUT
     if not is_train:
-        return [ResizeShortestSide([keys.MIN_SIZE_TEST], keys.MAX_SIZE_TEST)]
+        return [ResizeShortestSide([keys.MIN_SIZE_TEST], keys.MAX_SIZE_TEST, rule=keys.RESIZE_RULE)]
     if keys.CROP.ENABLED:
         raise ValueError("INPUT.CROP is not used by QueryMask: use INPUT.DETR_CROP, or set INPUT.CROP.ENABLED False.")
     augmentations = random_flips(keys.RANDOM_FLIP)
@@ -267,12 +327,12 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
         size = keys.LSJ.SIZE
         return [*augmentations, ResizeToScale(size, *keys.LSJ.SCALE), CropOrPad(size, keys.LSJ.PAD_VALUE)]
     sizes = keys.MIN_SIZE_TRAIN if isinstance(keys.MIN_SIZE_TRAIN, Sequence) else (keys.MIN_SIZE_TRAIN,)
-    resize = ResizeShortestSide(sizes, keys.MAX_SIZE_TRAIN, keys.MIN_SIZE_TRAIN_SAMPLING)
+    resize = ResizeShortestSide(sizes, keys.MAX_SIZE_TRAIN, keys.MIN_SIZE_TRAIN_SAMPLING, keys.RESIZE_RULE)
     crop = keys.DETR_CROP
     if crop.ENABLED:
         if crop.RESIZE_FIRST:
             augmentations.append(resize)
-        branch = T.AugmentationList([ResizeShortestSide(crop.MIN_SIZES), _crop(crop)])
+        branch = T.AugmentationList([ResizeShortestSide(crop.MIN_SIZES, rule=keys.RESIZE_RULE), _crop(crop)])
         augmentations.append(T.RandomApply(branch, crop.PROBABILITY))
     augmentations.append(resize)
     return augmentations
