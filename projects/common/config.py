@@ -21,8 +21,8 @@ def add_common_config(cfg: CfgNode) -> None:
     # Images of more pixels are refused (0: Pillow's limit, about 179 million)
     cfg.INPUT.MAX_PIXELS = 0
 
-    # Whose rounding of sizes, and whose interpolation: detr (SOLQ's release), detectron2 (ISTR's), mmdetection (ISDA's: not
-    # antialiased) or effseg
+    # Whose rounding of sizes, and whose interpolation: detr (SOLQ's release), detectron2 (ISTR's), mmdetection (ISDA's:
+    # not antialiased) or effseg
     cfg.INPUT.RESIZE_RULE = "detr"
 
     # DETR's second augmentation branch: resize, crop, resize again (Carion et al. 2020, section 4).

@@ -3,9 +3,9 @@
 Beside these, what suits images without an up and down (rotation by right angles), and jitter of brightness and colour.
 
 Sources: Carion et al., End-to-End Object Detection with Transformers (ECCV 2020), section 4; SOLQ's release for the
-range of the crop and the additional first resize; each method's release for the rounding of sizes; Ghiasi et al., Simple Copy-Paste (CVPR
-2021), for the jitter, which Detectron2 calls ResizeScale and FixedSizeCrop. Randomness comes from NumPy's
-global generator, which Detectron2 seeds for each worker.
+range of the crop and the additional first resize; each method's release for the rounding of sizes; Ghiasi et al.,
+Simple Copy-Paste (CVPR 2021), for the jitter, which Detectron2 calls ResizeScale and FixedSizeCrop. Randomness comes
+from NumPy's global generator, which Detectron2 seeds for each worker.
 """
 
 import math
