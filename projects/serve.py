@@ -6,7 +6,6 @@ it, so that several visitors do not disturb each other. Needs gradio, the extra 
 
 import argparse
 import base64
-import importlib
 import io
 import logging
 import tempfile
@@ -27,6 +26,7 @@ from PIL import Image
 from querymask.common.data.image_files import ImageFileError
 from querymask.common.detection_files import DetectionWriter, model_categories
 from querymask.common.detections import Detections
+from querymask.common.packages import import_package
 from querymask.common.predictor import Predictor, explain
 from querymask.common.run_length_masks import RunLengthMasks
 from querymask.common.views import choose_view, find_views
@@ -304,12 +304,7 @@ def import_gradio() -> Any:
     Raises:
         ImportError: it is not installed.
     """
-    try:
-        return importlib.import_module("gradio")
-    except ImportError as error:
-        raise ImportError(
-            f"the page needs the package gradio ({error}): pip install querymask[serve], or uv run --extra serve"
-        ) from error
+    return import_package("gradio", "the page needs", "querymask[serve]")
 
 
 def parse_address(text: str) -> tuple[str, int]:

@@ -10,6 +10,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 
 from querymask.common.data.segmentation import encode_masks
+from querymask.common.packages import import_package
 from querymask.common.run_length_masks import RunLengthMasks
 from querymask.common.transfer import HostCopy
 
@@ -135,15 +136,12 @@ class Detections:
 
     def to_supervision(self) -> "supervision.Detections":
         """For the package supervision; boxes of models without are those around the masks, names in ``class_name``."""
-        try:
-            import supervision
-        except ImportError as error:
-            raise ImportError(f"to_supervision needs the package supervision ({error}): pip install it") from error
+        package = import_package("supervision", "to_supervision needs", "supervision")
         masks = self.masks
         if isinstance(masks, RunLengthMasks):
             masks = np.array([*self._masks_of(*self.size)], bool).reshape(-1, *self.size)
         boxes = _boxes_of(masks) if self.boxes is None else self.boxes
-        return supervision.Detections(
+        return package.Detections(
             xyxy=boxes,
             mask=masks,
             confidence=self.scores,

@@ -5,7 +5,6 @@ by boxes of which one covers half of the other it takes an object in front of an
 object in parts that is larger than the overlap, and makes polygons of masks, which lose holes.
 """
 
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import nn
 from torchvision.ops import box_iou
 
 from querymask.common.data.augmentation import build_augmentations
+from querymask.common.packages import import_package
 from querymask.common.run_length_masks import RunLengthMasks
 from querymask.common.transfer import instances_to_host
 
@@ -94,10 +94,7 @@ def import_sahi() -> Any:
     Raises:
         ImportError: it is not installed.
     """
-    try:
-        return importlib.import_module("sahi.slicing")
-    except ImportError as error:
-        raise ImportError("slices of images need the package sahi: pip install querymask[sahi], or sahi") from error
+    return import_package("sahi.slicing", "slices of images need", "querymask[sahi]")
 
 
 def slice_boxes(height: int, width: int, size: int, overlap: float) -> list[Box]:

@@ -239,7 +239,7 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch, large: CfgNode) -> Non
         SlicedModel.from_config(large, BrightParts())
     large.MODEL.PANOPTIC.ENABLED = False
     monkeypatch.setitem(sys.modules, "sahi.slicing", None)  # as if it were not installed
-    with pytest.raises(ImportError, match=r"pip install querymask\[sahi\]"):
+    with pytest.raises(ImportError, match=r"pip install 'querymask\[sahi\]'"):
         Trainer.test(large, BrightParts())
 
 

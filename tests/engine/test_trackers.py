@@ -70,7 +70,7 @@ def test_unknown_and_missing_packages(cfg: CfgNode, monkeypatch: pytest.MonkeyPa
         build_trackers(cfg)
     monkeypatch.setitem(sys.modules, "mlflow", None)
     cfg.TRACKERS = ["mlflow"]
-    with pytest.raises(ImportError, match="pip install mlflow"):
+    with pytest.raises(ImportError, match="TRACKERS needs the package mlflow .*: pip install 'mlflow'"):
         build_trackers(cfg)
 
 

@@ -248,7 +248,7 @@ def test_what_a_dictionary_is_learned_from(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_without_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.decomposition", None)
-    with pytest.raises(ImportError, match=r"extra \"sparse\", pip install -e '\.\[sparse\]'"):
+    with pytest.raises(ImportError, match=r"scikit-learn, the package sklearn .*: pip install 'querymask\[sparse\]'"):
         fitting.fit_dictionary(MaskCrops([NAME], 12), 7)
     tool = load_tool("fit_mask_basis")
     with pytest.raises(SystemExit, match="error: learning a dictionary .* needs scikit-learn"):

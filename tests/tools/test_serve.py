@@ -250,7 +250,7 @@ def test_demo_serves(
 
 def test_gradio_is_named_where_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ImportError, match=r"needs the package gradio .*: pip install querymask\[serve\]"):
+    with pytest.raises(ImportError, match=r"needs the package gradio .*: pip install 'querymask\[serve\]'"):
         serve.import_gradio()
 
 

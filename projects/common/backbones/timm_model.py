@@ -12,6 +12,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import nn
 
 from querymask.common.checkpoint import CheckpointError, State
+from querymask.common.packages import import_package
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +26,7 @@ def import_timm() -> Any:
     Raises:
         ImportError: it is not installed.
     """
-    try:
-        return importlib.import_module("timm")
-    except ImportError as error:
-        raise ImportError("backbones of timm need that package: pip install querymask[timm], or timm") from error
+    return import_package("timm", "backbones of timm need", "querymask[timm]")
 
 
 class TimmBackbone(Backbone):

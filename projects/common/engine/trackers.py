@@ -1,11 +1,12 @@
 """Metrics of a run in services that keep track of experiments, through their own packages."""
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
+
+from querymask.common.packages import import_package
 
 SMOOTHING_WINDOW = 20
 """Iterations over which losses are smoothed, as in the log."""
@@ -50,11 +51,7 @@ def build_trackers(cfg: CfgNode) -> list[EventWriter]:
     for name in cfg.TRACKERS:
         if name not in makers:
             raise ValueError(f"TRACKERS names {name!r}: known are {', '.join(makers)}")
-        try:
-            module = importlib.import_module(name)
-        except ImportError as error:
-            raise ImportError(f"TRACKERS names {name}, which is not installed: pip install {name}") from error
-        writers.append(makers[name](module, cfg))
+        writers.append(makers[name](import_package(name, "TRACKERS needs", name), cfg))
     return writers
 
 

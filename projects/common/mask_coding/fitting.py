@@ -23,6 +23,7 @@ from querymask.common.mask_coding.base import MaskCoding
 from querymask.common.mask_coding.incremental_pca import IncrementalPCA, batch_slices
 from querymask.common.mask_coding.pca import PCABasis, label_logits
 from querymask.common.mask_coding.sparse import SparseBasis
+from querymask.common.packages import import_package
 
 logger = logging.getLogger(__name__)
 
@@ -109,20 +110,15 @@ def fit_dictionary(
         ImportError: scikit-learn is not installed.
         ValueError: too few masks.
     """
-    try:
-        from sklearn.decomposition import MiniBatchDictionaryLearning
-    except ImportError as error:
-        raise ImportError(
-            'learning a dictionary for sparse coding needs scikit-learn: install QueryMask\'s extra "sparse", '
-            "pip install -e '.[sparse]' --no-build-isolation (uv: uv run --extra sparse ...). Using a dictionary does "
-            "not need it."
-        ) from error
+    package = import_package(
+        "sklearn.decomposition", "learning a dictionary (but not its use) needs scikit-learn,", "querymask[sparse]"
+    )
     if min(len(masks), batch_size) < num_atoms:
         raise ValueError(
             f"batches of {min(len(masks), batch_size)} masks do not suffice for {num_atoms} atoms: use more masks, a "
             "larger batch or fewer atoms"
         )
-    learner = MiniBatchDictionaryLearning(num_atoms, alpha=penalty, fit_algorithm="cd", random_state=seed)
+    learner = package.MiniBatchDictionaryLearning(num_atoms, alpha=penalty, fit_algorithm="cd", random_state=seed)
     slices = list(batch_slices(len(masks), batch_size, num_atoms))
     for batch in tqdm(_loader(masks, slices, workers), unit="batch", mininterval=1):
         learner.partial_fit(batch.flatten(1).to(torch.float64).numpy())
