@@ -7,12 +7,22 @@ import torch
 from detectron2.modeling import build_model
 from mask_bases import give_basis
 from tiny_configs import tiny_config
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from querymask.common.predictions import Predictions
 
-MODELS = ("solq/solq_r50", "isda/isda_r50")
+MODELS = (
+    "solq/solq_r50",
+    "solq/solq_r50_two_stage",
+    "solq/sqr_r50",
+    "isda/isda_r50",
+    "istr/istr_r50",
+    "istr/istr_v2_smt_r50",
+    "effseg/effseg_r50",
+    "effseg/effseg_r50_deform_encoder",
+)
+HEADS = ("effseg/effseg_r50", "effseg/mask_rcnn_r50", "effseg/refine_mask_r50", "effseg/pointrend_r50")
 
 
 def make_model(name: str) -> nn.Module:
@@ -45,4 +55,23 @@ def test_network(name: str) -> None:
         for seed, sizes in enumerate(([(120, 128), (128, 100)], [(128, 90), (65, 128)], [(128, 128), (97, 101)])):
             inputs = model.network_inputs(model.preprocess(batch(sizes, seed)))
             same(compiled(*inputs)[0], model.network(*inputs)[0])
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_region_heads(name: str) -> None:
+    """The heads of regions, which run on what is detected: one graph, once for a number of regions."""
+    model = make_model(name)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model.mask_branch.head.forward, backend=counter, fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        for seed in range(2):
+            images = model.preprocess(batch([(128, 128)], seed))
+            found, pyramid = model.predict(images)
+            detections = model.detector.select(found, 0, (128, 128))[:6]
+            _, _, regions = model.mask_branch.regions(found, 0, detections)
+            regions = regions[torch.zeros(6, dtype=torch.long) + torch.arange(6) % len(regions)]
+            expected: Tensor = model.mask_branch.head(pyramid, (128, 128), regions)
+            torch.testing.assert_close(compiled(pyramid, (128, 128), regions), expected, rtol=1e-3, atol=1e-4)
     assert counter.frame_count == 1
