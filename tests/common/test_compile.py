@@ -6,8 +6,8 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from mask_bases import give_basis
-from tiny_configs import tiny_config
-from torch import Tensor, nn
+from tiny_configs import NUM_CLASSES, tiny_config
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from querymask.common.predictions import Predictions
@@ -46,32 +46,51 @@ def same(found: Predictions, expected: Predictions) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_network(name: str) -> None:
-    """No break from the backbone to the heads, and one compilation for all batches that have one size with padding."""
+    """No break from the backbone to the heads, and one compilation for all batches of one size, padded or not."""
     model = make_model(name)
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(model.network, backend=counter, fullgraph=True, dynamic=False)
     with torch.no_grad():
-        for seed, sizes in enumerate(([(120, 128), (128, 100)], [(128, 90), (65, 128)], [(128, 128), (97, 101)])):
+        for seed, sizes in enumerate(([(120, 128), (128, 100)], [(128, 90), (65, 128)], [(128, 128), (128, 128)])):
             inputs = model.network_inputs(model.preprocess(batch(sizes, seed)))
+            assert inputs[-1] == (seed < 2)
             same(compiled(*inputs)[0], model.network(*inputs)[0])
     assert counter.frame_count == 1
 
 
+def test_recipe() -> None:
+    """As the documentation has it: detections of the model are those of before, of images of one padded size."""
+    model = make_model("istr/istr_r50")
+    model.size_divisibility = 128
+    batches = [batch([size], seed) for seed, size in enumerate(((120, 100), (128, 128), (70, 90)))]
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    with torch.no_grad():
+        expected = [model(items) for items in batches]
+        model.network = torch.compile(model.network, backend=counter, fullgraph=True, dynamic=False)
+        found = [model(items) for items in batches]
+    assert counter.frame_count == 1
+    for (one,), (other,) in zip(found, expected, strict=True):
+        one, other = one["instances"], other["instances"]
+        assert len(one) and one.image_size == other.image_size
+        torch.testing.assert_close(one.scores, other.scores, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.pred_boxes.tensor, other.pred_boxes.tensor, rtol=1e-4, atol=1e-2)
+        assert (one.pred_masks != other.pred_masks).float().mean() < 1e-3
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_region_heads(name: str) -> None:
-    """The heads of regions, which run on what is detected: one graph, once for a number of regions."""
+    """The heads of regions, which run on what is detected: one graph, and a second one for any number of regions."""
     model = make_model(name)
     torch._dynamo.reset()
     counter = CompileCounter()
-    compiled = torch.compile(model.mask_branch.head.forward, backend=counter, fullgraph=True, dynamic=False)
+    compiled = torch.compile(model.mask_branch.head.forward, backend=counter, fullgraph=True)
     with torch.no_grad():
-        for seed in range(2):
-            images = model.preprocess(batch([(128, 128)], seed))
-            found, pyramid = model.predict(images)
-            detections = model.detector.select(found, 0, (128, 128))[:6]
-            _, _, regions = model.mask_branch.regions(found, 0, detections)
-            regions = regions[torch.zeros(6, dtype=torch.long) + torch.arange(6) % len(regions)]
-            expected: Tensor = model.mask_branch.head(pyramid, (128, 128), regions)
+        for number in (6, 7, 3, 9):
+            found, pyramid = model.predict(model.preprocess(batch([(128, 128)], seed=number)))
+            queries, labels = torch.arange(number), torch.arange(number) % NUM_CLASSES
+            regions = model.mask_branch._regions(found, 0, queries, labels, layer=-1)
+            expected = model.mask_branch.head(pyramid[:], (128, 128), regions)  # which keeps what it lays out
             torch.testing.assert_close(compiled(pyramid, (128, 128), regions), expected, rtol=1e-3, atol=1e-4)
-    assert counter.frame_count == 1
+    assert counter.frame_count == 2
