@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from querymask.common.predictions import Predictions
+from querymask.effseg.region_branch import RegionBranch
 
 MODELS = (
     "solq/solq_r50",
@@ -59,9 +60,28 @@ def test_network(name: str) -> None:
     assert counter.frame_count == 1
 
 
-def test_recipe() -> None:
+@pytest.mark.parametrize("name", ["isda/isda_r50", "effseg/effseg_r50"])
+def test_gradients(name: str) -> None:
+    """Those of all parameters are the same, without a break either."""
+    model = make_model(name)
+    inputs = model.network_inputs(model.preprocess(batch([(120, 128)], seed=0)))
+    torch._dynamo.reset()
+    gradients = []
+    for network in (model.network, torch.compile(model.network, backend="eager", fullgraph=True, dynamic=False)):
+        model.zero_grad()
+        found = network(*inputs)[0]
+        (found.logits.square().mean() + found.hidden.square().mean()).backward()
+        gradients.append({key: value.grad for key, value in model.named_parameters() if value.grad is not None})
+    eager, compiled = gradients
+    assert len(eager) > 100 and eager.keys() == compiled.keys()
+    for key, value in eager.items():
+        torch.testing.assert_close(compiled[key], value, rtol=1e-3, atol=1e-3 * float(value.abs().max()), msg=key)
+
+
+@pytest.mark.parametrize("name", ["istr/istr_r50", "effseg/mask_rcnn_r50"])
+def test_recipe(name: str) -> None:
     """As the documentation has it: detections of the model are those of before, of images of one padded size."""
-    model = make_model("istr/istr_r50")
+    model = make_model(name)
     model.size_divisibility = 128
     batches = [batch([size], seed) for seed, size in enumerate(((120, 100), (128, 128), (70, 90)))]
     torch._dynamo.reset()
@@ -69,6 +89,8 @@ def test_recipe() -> None:
     with torch.no_grad():
         expected = [model(items) for items in batches]
         model.network = torch.compile(model.network, backend=counter, fullgraph=True, dynamic=False)
+        if isinstance(model.mask_branch, RegionBranch):
+            model.mask_branch.head.compile(backend="eager", fullgraph=True)
         found = [model(items) for items in batches]
     assert counter.frame_count == 1
     for (one,), (other,) in zip(found, expected, strict=True):
