@@ -7,6 +7,7 @@ import torch
 from detectron2.modeling import build_model
 from mask_bases import give_basis
 from tiny_configs import NUM_CLASSES, tiny_config
+from tiny_models import spread_weights
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -105,6 +106,7 @@ def test_recipe(name: str) -> None:
 def test_region_heads(name: str) -> None:
     """The heads of regions, which run on what is detected: one graph, and a second one for any number of regions."""
     model = make_model(name)
+    spread_weights(model.mask_branch)
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(model.mask_branch.head.forward, backend=counter, fullgraph=True)
