@@ -96,7 +96,7 @@ def main() -> None:
     headers = ("", f"{what} ms", "compiled ms", "gain", "compilation s")
     text = (
         f"One image of {args.height}x{args.width}{f' with {OBJECTS} objects' if args.training else ''}. Median of "
-        f"{args.repeat} runs. {machine(args.device)}.\n\n"
+        f"{args.repeat} runs. {machine(args.device)}\n\n"
         + markdown_table([measure(config, args) for config in args.config], headers)
     )
     title = "Training steps with compiled networks" if args.training else "Compiled networks in inference"
