@@ -207,6 +207,7 @@ class QuerySegmenter(nn.Module):
             images: (B, 3, H, W), normalised.
             padding, sides, padded: as in :class:`Canvas`.
         """
+        padded = torch.compiler.is_dynamo_compiling() or padded  # what is compiled serves all batches of a size
         canvas = Canvas((images.shape[-2], images.shape[-1]), padding, sides, padded)
         found = self.detector(self.backbone(images), canvas)
         return found, None if self.mask_branch is None else self.mask_branch(found)

@@ -7,8 +7,7 @@ equal.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,7 @@ from querymask.common.precision import full_precision
 from querymask.common.transfer import kept, kept_numbers
 
 
-@dataclass(frozen=True)
-class LevelRule:
+class LevelRule(NamedTuple):
     """Which level a box is read from: floor(level + log2(side / ``side`` + margin)), within the pyramid.
 
     Attributes:
@@ -57,6 +55,8 @@ class FeaturePyramid:
         ):
             raise ValueError(f"the strides of a pyramid must be consecutive powers of two, not {list(strides)}")
         self.strides = list(strides)
+        self._found_geometry: Tensor | None = None
+        self._found_rows: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.maps)
@@ -74,18 +74,24 @@ class FeaturePyramid:
         """That of one image, which is image 0 then."""
         return self if self.num_images == 1 else FeaturePyramid([x[image : image + 1] for x in self.maps], self.strides)
 
-    @cached_property
+    # No cached_property, at whose lock torch.compile stops before Python 3.12
+
+    @property
     def _geometry(self) -> Tensor:
         """(L, 4): height, width, first row, stride."""
-        sizes = [(x.shape[2], x.shape[3]) for x in self.maps]
-        cells = [x.shape[0] * height * width for x, (height, width) in zip(self.maps, sizes, strict=True)]
-        rows = [(*size, sum(cells[:i]), self.strides[i]) for i, size in enumerate(sizes)]
-        return kept_numbers(tuple(rows), like=self.maps[0], dtype=torch.int64)
+        if self._found_geometry is None:
+            sizes = [(x.shape[2], x.shape[3]) for x in self.maps]
+            cells = [x.shape[0] * height * width for x, (height, width) in zip(self.maps, sizes, strict=True)]
+            rows = [(*size, sum(cells[:i]), self.strides[i]) for i, size in enumerate(sizes)]
+            self._found_geometry = kept_numbers(tuple(rows), like=self.maps[0], dtype=torch.int64)
+        return self._found_geometry
 
-    @cached_property
+    @property
     def _rows(self) -> Tensor:
-        rows = [full_precision(x).permute(0, 2, 3, 1).flatten(0, 2) for x in self.maps]
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+        if self._found_rows is None:
+            rows = [full_precision(x).permute(0, 2, 3, 1).flatten(0, 2) for x in self.maps]
+            self._found_rows = rows[0] if len(rows) == 1 else torch.cat(rows)
+        return self._found_rows
 
     def level_of(self, boxes: Tensor, rule: LevelRule = CANONICAL_LEVELS) -> Tensor:
         """Index (n,) of the map for each box (n, 4) x0, y0, x1, y1 in pixels."""
@@ -138,7 +144,7 @@ class FeaturePyramid:
             pooled = pooled + crops.where(own[:, None, None, None], 0)
         return pooled
 
-    @exportable(_pool_all_adaptively)
+    @exportable(_pool_all_adaptively, compiled=True)
     def _pool_adaptively(self, boxes: Tensor, images: Tensor, size: int, levels: Tensor) -> Tensor:
         pooled = full_precision(self.maps[0]).new_zeros(len(boxes), self.maps[0].shape[1], size, size)
         for rows, feature, stride in zip(group_rows(levels, len(self)), self.maps, self.strides, strict=True):

@@ -35,6 +35,13 @@ TOOLS = {
 # Arguments of each benchmark, and a pattern that its table has
 BENCHMARKS = {
     "boundary_ap": (["--images", "1", "--objects", "2"], r"boundary AP \| +\d+\.\d+ \|"),
+    "compiled_models": (
+        [
+            *("--config", "projects/solq/configs/solq_shapes.yaml", "--height", "64", "--width", "64", "--repeat", "1"),
+            *("--set", "MODEL.SOLQ.ENC_LAYERS", "1", "MODEL.SOLQ.DEC_LAYERS", "1"),
+        ],
+        r"solq_shapes +\| +\d+ \| +\d+ \| +\d+\.\d\d x \| +\d+ \|",
+    ),
     "count_instructions": (
         ["--operators", "msda", "--listing", "tests/benchmarks/listing.txt"],
         r"forward, float32 +\| +10\.0 \|",
@@ -101,6 +108,8 @@ def test_benchmark(name: str, call: Callable[..., str], monkeypatch: pytest.Monk
         arguments = [*arguments, "--save", str(tmp_path / "table.md")]
     if name == "count_instructions":
         monkeypatch.setattr(module, "OPERATORS", {"msda": (None, module.MSDA[:1])})  # of which there is a listing
+    if name == "compiled_models":
+        monkeypatch.setattr(module, "BACKEND", "eager")  # compilers take minutes
     if name == "segmentation_heads":
         monkeypatch.setattr(module, "WIDTH", 32)
     try:
@@ -112,6 +121,15 @@ def test_benchmark(name: str, call: Callable[..., str], monkeypatch: pytest.Monk
         assert re.search(row, (tmp_path / "table.md").read_text())
     if name == "refinement_structures":
         assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compiled_training(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other table of the benchmark: of a training step."""
+    arguments, row = BENCHMARKS["compiled_models"]
+    monkeypatch.setattr(load_tool("compiled_models", "benchmarks"), "BACKEND", "eager")
+    monkeypatch.chdir(ROOT)
+    printed = call("compiled_models", "benchmarks", [*arguments, "--training"])
+    assert re.search(row, printed) and "training step ms" in printed, printed
 
 
 def test_overfit(call: Callable[..., str], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from mask_bases import give_basis
 from tiny_configs import tiny_config
+from tiny_models import spread_weights
 from torch import Tensor, nn
 
 from querymask import get_cfg
@@ -51,10 +52,7 @@ def make_model(name: str) -> tuple[CfgNode, nn.Module]:
     cfg.TEST.DETECTIONS_PER_IMAGE = 9
     model = build_model(cfg).eval()
     give_basis(getattr(model.mask_branch, "coding", None))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
-                parameter.add_(torch.randn_like(parameter) * 0.3 * parameter[0].numel() ** -0.5)
+    spread_weights(model)
     return cfg, model
 
 

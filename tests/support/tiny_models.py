@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from devices import DEVICE
+from torch import nn
 
 from querymask import get_cfg
 
@@ -42,6 +44,14 @@ def small_solq(class_names: Sequence[str]) -> CfgNode:
     solq.ENC_LAYERS = solq.DEC_LAYERS = 1
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 64, 96
     return cfg
+
+
+@torch.no_grad()
+def spread_weights(model: nn.Module) -> None:
+    """Let all weights matter: at their initial values, some outputs hardly depend on what they are made of."""
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            parameter.add_(torch.randn_like(parameter) * 0.3 * parameter[0].numel() ** -0.5)
 
 
 def set_keys(cfg: CfgNode, settings: Mapping[str, Any]) -> None:

@@ -264,7 +264,7 @@ def _run_all(layers: Sequence[nn.Module], rows: Tensor, numbers: Tensor) -> Tens
     return results.gather(1, numbers[:, None, None].expand(-1, 1, results.shape[2]))[:, 0]
 
 
-@exportable(_run_all)
+@exportable(_run_all, compiled=True)
 def run_own(layers: Sequence[nn.Module], rows: Tensor, numbers: Tensor) -> Tensor:
     """Each of the rows (n, C) through the layer of its number (n,)."""
     own = group_rows(numbers, len(layers))
