@@ -102,7 +102,8 @@ class Detector(nn.Module):
         """The queries of an image that may be segments of a panoptic map, each with its best class.
 
         Returns:
-            queries (n,), classes (n,) and scores (n,) in descending order, on the model's device.
+            queries (n,), classes (n,) and scores (n,) in descending order, on the model's device. While a model is
+            exported, rows with -1 as class and score may fill them up to a fixed number.
         """
         scores, classes = self.class_scores(found, image).max(1)
         order = scores.argsort(descending=True, stable=True)

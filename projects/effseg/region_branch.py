@@ -174,8 +174,19 @@ class RegionBranch(MaskBranch):
     def bands(self, found: Predictions, made: FeaturePyramid, image: int, queries: Tensor, labels: Tensor) -> Bands:
         """See :class:`MaskBranch`; all queries compete for refinement, also those that become no segment."""
         canvas = found.canvas.size
-        regions = self._regions(found, image, queries, labels, -1)
+        labels, real = split_off_missing(labels)
+        regions = self._regions(found, image, queries, labels, -1, real)
         return pasted_bands(self.head(made.of_image(image), canvas, regions), regions.boxes, canvas[1])
+
+
+def _mark_missing(labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    return labels.clamp(min=0), labels >= 0
+
+
+@exportable(_mark_missing)
+def split_off_missing(labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Labels (n,) that are classes, and which of them (n,) are not there to fill up the number."""
+    return labels, None
 
 
 def _unite_fixed_number(detections: Instances) -> tuple[Tensor, Tensor, Tensor | None]:
