@@ -184,9 +184,8 @@ def suppress_masks(rows: Tensor, bands: Bands, canvas: tuple[int, int], rule: Pa
 def _covered_by_none(shared: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Of the pixels that every two masks (k, k) have in common: those of each, and whether (k,) it stays."""
     areas = shared.diagonal().double()
-    overlaps = shared / (areas[:, None] + areas - shared)  # nan of two empty masks
-    earlier = overlaps.tril(diagonal=-1).nan_to_num()
-    return areas, (areas > 0) & (earlier < threshold).all(1)
+    overlaps = shared / (areas[:, None] + areas - shared).clamp(min=1)  # 0 of two empty masks
+    return areas, (areas > 0) & (overlaps.tril(diagonal=-1) < threshold).all(1)
 
 
 def contest_pixels(

@@ -16,7 +16,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.structures import Instances
 from torch import Tensor
 
-from querymask.common.detector import Detector
+from querymask.common.detector import Detector, descending_order
 from querymask.common.finer_levels import FinerLevels
 from querymask.common.mask_branch import MASK_BRANCH_REGISTRY, MaskBranch
 from querymask.common.masks import Bands, pad_masks, pasted_bands
@@ -207,14 +207,14 @@ def unite_queries(detections: Instances) -> tuple[Tensor, Tensor, Tensor | None]
 
 def _order_all_rows(detections: Instances, kept: Tensor) -> Tensor:
     detections.scores = detections.scores.where(kept & (detections.scores >= 0), -1)
-    return detections.scores.argsort(descending=True, stable=True)
+    return descending_order(detections.scores)
 
 
 @exportable(_order_all_rows)
 def order_rows(detections: Instances, kept: Tensor) -> Tensor:
     """The rows that are kept (D,) bool, by descending score."""
     (rows,) = kept.nonzero(as_tuple=True)
-    return rows[detections.scores[rows].argsort(descending=True, stable=True)]
+    return rows[descending_order(detections.scores[rows])]
 
 
 def limit_pairs(pairs: Assignment, number: int, num_images: int, processes: Processes) -> Assignment:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from querymask import get_cfg
 from querymask.common.detections import PanopticDetections
+from querymask.common.detector import descending_order
 from querymask.common.export import Description, ExportedModel, ExportNetwork, export_program, write
-from querymask.common.export.comparison import Differences, compare
+from querymask.common.export.comparison import Differences, compare, detections_of
 from querymask.common.masks import paste_masks, pasted_bands, resize_masks
 from querymask.common.ops import multi_scale_deformable_attention, sparse_conv2d
 from querymask.common.ops.exporting import exporting
@@ -87,18 +88,12 @@ def items() -> list[dict[str, Any]]:
     ]
 
 
-def instances_of(output: dict[str, Any]) -> Instances:
-    if "instances" in output:
-        return output["instances"]
-    return PanopticDetections.from_output(output["panoptic_seg"], ()).to_instances()
-
-
 def check(model: nn.Module, exported: nn.Module) -> None:
     """Both find the same in images of several sizes."""
     total = Differences()
     with torch.no_grad():
         for item in items():
-            expected, found = (instances_of(detect([item])[0]) for detect in (model, exported))
+            expected, found = (detections_of(detect([item])[0]) for detect in (model, exported))
             assert expected.image_size == found.image_size
             assert expected.has("pred_boxes") == found.has("pred_boxes")
             assert expected.has("pred_masks") == found.has("pred_masks")
@@ -182,6 +177,7 @@ def test_panoptic_files(tmp_path: Path) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     cfg, model = make_model("isda/isda_r50", PANOPTIC)
+    cfg.MODEL.SWIN = get_cfg().MODEL.SWIN  # of which the model has nothing
     network = ExportNetwork(model)
     program = export_program(network)
     description = Description(cfg.MODEL.META_ARCHITECTURE, network.outputs, ["a", "b", "c", "d", "e"], 2)
@@ -291,6 +287,12 @@ def test_pooling(samples: int) -> None:
     boxes = torch.cat((torch.cat((boxes[:, :2], boxes[:, :2] + boxes[:, 2:] * 8), dim=1), BOXES[:4]))
     images = torch.arange(24) % 2
     torch.testing.assert_close(*exported_and_not(pyramid.pool, boxes, images, 7, samples), atol=1e-5, rtol=1e-5)
+
+
+def test_descending_order() -> None:
+    scores = torch.tensor([0.5, 0.25, 0.5, -1.0, 0.75, 0.25, -1.0, 0.5])
+    exported, expected = exported_and_not(descending_order, scores)
+    assert exported.tolist() == expected.tolist() == [4, 0, 2, 7, 1, 5, 3, 6]
 
 
 @pytest.mark.parametrize("drop_empty", [True, False])
