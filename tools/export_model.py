@@ -6,7 +6,7 @@
 The ending chooses the form: .onnx for ONNX Runtime and others (package onnxscript; to compare, onnxruntime), .pt2 for
 torch.export.load. What goes in and comes out, and which models can be exported: docs/export.md. demo.py and
 train_net.py --eval-only take the file as MODEL.WEIGHTS. The exit status is 1 where both are not the same: scores
-differ by more than 1e-4, a mask by more than 0.1% of the pixels, or AP by more than 0.1.
+differ by more than 1e-4, a mask by more than 0.1% of the pixels, or AP or PQ by more than 0.1.
 """
 
 import argparse
@@ -20,15 +20,15 @@ import querymask  # noqa: F401  before Detectron2, which it makes importable on 
 # isort: split
 import torch
 from detectron2.config import CfgNode
-from detectron2.structures import Instances
 from torch import nn
 
 from querymask.command_line import add_data, load_config, load_run, make_parser, markdown_table
-from querymask.common.data.annotations import read_dataset
+from querymask.common.data.annotations import is_panoptic, read_dataset
 from querymask.common.data.mapper import InstanceMapper
 from querymask.common.evaluation import InstanceEvaluator
+from querymask.common.evaluation.panoptic import PanopticEvaluator
 from querymask.common.export import Description, ExportedModel, ExportNetwork, export_program, write
-from querymask.common.export.comparison import AP_LIMIT, Differences, compare
+from querymask.common.export.comparison import AP_LIMIT, Differences, compare, detections_of
 from querymask.common.export.files import require
 from querymask.common.predictor import Predictor
 
@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cfg = load(source, args.opts, device="cpu", data=args.data)
         predictor = Predictor(cfg)
         network = ExportNetwork(predictor.model)
-        description = Description(cfg.MODEL.META_ARCHITECTURE, network.outputs, list(predictor.class_names))
+        names = list(predictor.class_names)
+        description = Description(cfg.MODEL.META_ARCHITECTURE, network.outputs, names, network.num_things)
         write(export_program(network), description, args.output)
         print(f"{args.output} is written")
         if not args.num_images:
@@ -73,52 +74,56 @@ def show_comparison(cfg: CfgNode, model: nn.Module, exported: nn.Module, number:
     name = cfg.DATASETS.TEST[0]
     items = [InstanceMapper(cfg, is_train=False)(entry) for entry in read_dataset(name)[:number]]
     total, seconds, scores = Differences(), [], []
-    found: list[list[Instances]] = []
+    found: list[list[dict[str, Any]]] = []
     for detect in (model, exported):
-        detections, spent = run(detect, items)
+        outputs, spent = run(detect, items)
         seconds.append(spent)
-        scores.append(evaluate(name, items, detections))
-        found.append(detections)
+        scores.append(evaluate(name, items, outputs))
+        found.append(outputs)
     for expected, given in zip(*found, strict=True):
-        total |= compare(expected, given)
+        total |= compare(detections_of(expected), detections_of(given))
+    kind = "segments" if cfg.MODEL.PANOPTIC.ENABLED else "detections"
     print(
-        f"{len(items)} images, {total.count} detections: scores differ by at most {total.scores:.1e}, boxes by "
+        f"{len(items)} images, {total.count} {kind}: scores differ by at most {total.scores:.1e}, boxes by "
         f"{total.boxes:.1e} pixels, masks on {total.masks:.2%} of the pixels; {total.unpaired} without a partner"
     )
+    differences = {task: score_difference(*(of_model[task] for of_model in scores)) for task in scores[0]}
     rows = [
-        [task, *(f"{of_model[task]['AP']:.2f}" for of_model in scores), f"{ap_difference(scores, task):.2f}"]
-        for task in scores[0]
+        [task, *(f"{of_model[task]:.2f}" for of_model in scores), f"{difference:.2f}"]
+        for task, difference in differences.items()
     ]
     rows.append(["ms an image", *(f"{1000 * spent:.0f}" for spent in seconds), f"{seconds[1] / seconds[0]:.2f} x"])
     print(markdown_table(rows, ["", "model", "exported", "difference"]))
-    return total.small and all(ap_difference(scores, task) <= AP_LIMIT for task in scores[0])
+    return total.small and all(difference <= AP_LIMIT for difference in differences.values())
 
 
 def run(
     detect: Callable[[list[dict[str, Any]]], Any], items: Sequence[dict[str, Any]]
-) -> tuple[list[Instances], float]:
-    """Detections of every image, and the seconds that one takes, the first left out where there are more."""
+) -> tuple[list[dict[str, Any]], float]:
+    """What is found in every image, and the seconds that one takes, the first left out where there are more."""
     found, seconds = [], []
     with torch.no_grad():
         for item in items:
             start = time.perf_counter()
-            (output,) = detect([item])
+            found += detect([item])
             seconds.append(time.perf_counter() - start)
-            found.append(output["instances"])
     return found, sum(seconds[1:] or seconds) / len(seconds[1:] or seconds)
 
 
-def evaluate(name: str, items: Sequence[dict[str, Any]], found: Sequence[Instances]) -> dict[str, dict[str, float]]:
-    """AP of every task, on these images of the set alone."""
-    evaluator = InstanceEvaluator(name, None)
+def evaluate(name: str, items: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """AP or PQ of every task, on these images of the set alone; of panoptic maps none where the set has none."""
+    panoptic = "panoptic_seg" in outputs[0]
+    if panoptic and not is_panoptic(name):
+        return {}
+    evaluator = PanopticEvaluator(name, None) if panoptic else InstanceEvaluator(name, None)
     evaluator.reset()
-    evaluator.process(items, [{"instances": instances} for instances in found])
-    return evaluator.evaluate([item["image_id"] for item in items])
+    evaluator.process(items, outputs)
+    scores = evaluator.evaluate([item["image_id"] for item in items])
+    return {task: of_task["PQ" if panoptic else "AP"] for task, of_task in scores.items()}
 
 
-def ap_difference(scores: Sequence[dict[str, dict[str, float]]], task: str) -> float:
-    """Of both models, in points; 0 where neither has one."""
-    first, second = (of_model[task]["AP"] for of_model in scores)
+def score_difference(first: float, second: float) -> float:
+    """In points; 0 where neither model has a score."""
     return 0.0 if first != first and second != second else abs(first - second)
 
 

@@ -102,10 +102,11 @@ class Detector(nn.Module):
         """The queries of an image that may be segments of a panoptic map, each with its best class.
 
         Returns:
-            queries (n,), classes (n,) and scores (n,) in descending order, on the model's device.
+            queries (n,), classes (n,) and scores (n,) in descending order, on the model's device. While a model is
+            exported, rows with -1 as class and score may fill them up to a fixed number.
         """
         scores, classes = self.class_scores(found, image).max(1)
-        order = scores.argsort(descending=True, stable=True)
+        order = descending_order(scores)
         return order, classes[order], scores[order]
 
     def finish(self, detections: Instances) -> Instances:
@@ -116,6 +117,18 @@ class Detector(nn.Module):
     def statistics(self, found: Predictions, targets: Targets, assignment: Assignment) -> dict[str, Tensor]:
         """What is logged beside the losses; scalars by name, the same names at every call."""
         return {}
+
+
+def _descending_order_by_pairs(scores: Tensor) -> Tensor:
+    rows = torch.arange(len(scores), device=scores.device)
+    ahead = (scores > scores[:, None]) | ((scores == scores[:, None]) & (rows < rows[:, None]))
+    return ahead.sum(1).argsort()
+
+
+@exportable(_descending_order_by_pairs)
+def descending_order(scores: Tensor) -> Tensor:
+    """Numbers (n,) of the scores (n,) from the highest to the lowest, equal ones in their own order."""
+    return scores.argsort(descending=True, stable=True)
 
 
 def _mark_left_out(instances: Instances, kept: Tensor) -> Instances:

@@ -161,6 +161,12 @@ def paste_probabilities(
     return F.grid_sample(maps[:, None], grid, align_corners=False)[:, 0]
 
 
+def _paste_bands_by_products(maps: torch.Tensor, boxes: torch.Tensor, width: int) -> Bands:
+    maps, boxes = full_precision(maps), full_precision(boxes)
+    return lambda numbers, top, bottom: paste_by_products(maps[numbers], boxes[numbers], bottom, width)[:, top:]
+
+
+@exportable(_paste_bands_by_products)
 def pasted_bands(maps: torch.Tensor, boxes: torch.Tensor, width: int) -> Bands:
     """Bands of the canvas into which maps are pasted by :func:`paste_probabilities`.
 

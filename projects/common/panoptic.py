@@ -13,7 +13,7 @@ that it gets::
     unite_stuff       what is left of a stuff class is one segment
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from querymask.common.masks import Bands
+from querymask.common.ops.exporting import exportable
 from querymask.common.precision import full_precision, without_autocast
 
 VOID = -1
@@ -97,6 +98,8 @@ class Contest:
 class Segments:
     """The segments of an image, things by descending score, then stuff by ascending label.
 
+    While a model is exported, labels and scores are tensors (n,), filled up with negative scores.
+
     Attributes:
         numbers: (H, W) int64 of each pixel's segment, or VOID.
         labels: of the segments.
@@ -104,10 +107,41 @@ class Segments:
     """
 
     numbers: Tensor
-    labels: list[int]
-    scores: list[float]
+    labels: list[int] | Tensor
+    scores: list[float] | Tensor
 
 
+def _merge_fixed_number(
+    labels: Tensor, scores: Tensor, bands: Bands, canvas: tuple[int, int], rule: PanopticRule
+) -> Segments:
+    """All rows stay: (n,) marks of those that a step leaves, in place of their numbers."""
+    count = len(scores)
+    probabilities = full_precision(bands(torch.arange(count, device=scores.device), 0, canvas[0]))
+    masks = (probabilities > rule.mask) & (scores > rule.score)[:, None, None]
+    masks = masks.flatten(1).float()
+    areas, kept = _covered_by_none(masks @ masks.T, rule.nms)
+    best = (probabilities * scores[:, None, None]).where(kept[:, None, None], -1).argmax(0)
+    probability = probabilities.gather(0, best[None])[0].where(kept.any(), 0)
+    owners, won, agreed = _give_pixels(best, probability, count, rule)
+    kept = kept & (agreed / (areas + won - agreed) > rule.agreement) & (won > rule.area)
+    return _unite_fixed_number(owners, kept, labels, scores, rule.num_things)
+
+
+def _unite_fixed_number(owners: Tensor, kept: Tensor, labels: Tensor, scores: Tensor, num_things: int) -> Segments:
+    numbers = torch.arange(len(labels), device=labels.device)
+    stuff = kept & (labels >= num_things)
+    united = (numbers[:, None] == numbers) | (stuff[:, None] & stuff & (labels[:, None] == labels))
+    first = united.int().argmax(1)  # row of each row's segment
+    leads = kept & (first == numbers)
+    keys = torch.where(stuff, labels + 1, 0).where(leads, 2**32)  # things, stuff by label, rows without a segment
+    order = (keys * len(labels) + numbers).argsort()
+    segments = order.argsort()[first].where(kept, VOID)
+    segments = torch.cat((segments.new_full((1,), VOID), segments))  # the first one is that of void
+    means = united.double() @ scores.double() / united.sum(1)
+    return Segments(segments[owners - VOID], labels[order], means.to(scores.dtype).where(leads, -1)[order])
+
+
+@exportable(_merge_fixed_number)
 def merge(labels: Tensor, scores: Tensor, bands: Bands, canvas: tuple[int, int], rule: PanopticRule) -> Segments:
     """All steps.
 
@@ -143,11 +177,15 @@ def suppress_masks(rows: Tensor, bands: Bands, canvas: tuple[int, int], rule: Pa
         masks = (bands(rows, top, bottom) > rule.mask).flatten(1).float()
         with without_autocast(rows.device):
             shared += masks @ masks.T  # of zeros and ones: exact
-    areas = shared.diagonal()
-    overlaps = shared / (areas[:, None] + areas - shared)  # nan of two empty masks
-    earlier = overlaps.tril(diagonal=-1).nan_to_num()
-    kept = (areas > 0) & (earlier < rule.nms).all(1)
+    areas, kept = _covered_by_none(shared, rule.nms)
     return rows[kept], areas[kept]
+
+
+def _covered_by_none(shared: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Of the pixels that every two masks (k, k) have in common: those of each, and whether (k,) it stays."""
+    areas = shared.diagonal().double()
+    overlaps = shared / (areas[:, None] + areas - shared).clamp(min=1)  # 0 of two empty masks
+    return areas, (areas > 0) & (overlaps.tril(diagonal=-1) < threshold).all(1)
 
 
 def contest_pixels(
@@ -167,11 +205,20 @@ def contest_pixels(
         probabilities = full_precision(bands(rows, top, bottom))
         best = (probabilities * scores[rows, None, None]).argmax(0)  # the first one, of several
         probability = probabilities.gather(0, best[None])[0]
-        best = torch.where(probability > rule.pixel, best, VOID)
-        owners[top:bottom] = best
-        won += _count(best, count)
-        agreed += _count(torch.where(probability > rule.mask, best, VOID), count)
+        owners[top:bottom], here, own_here = _give_pixels(best, probability, count, rule)
+        won += here
+        agreed += own_here
     return Contest(owners, won, agreed / (areas + won - agreed))
+
+
+def _give_pixels(best: Tensor, probability: Tensor, count: int, rule: PanopticRule) -> tuple[Tensor, Tensor, Tensor]:
+    """Owners (rows, W) of pixels; how many each of ``count`` queries gets (k,), and how many of these are of its M.
+
+    Args:
+        best, probability: (rows, W) the query of the highest score * p, and its p.
+    """
+    owners = torch.where(probability > rule.pixel, best, VOID)
+    return owners, _count(owners, count), _count(torch.where(probability > rule.mask, owners, VOID), count)
 
 
 def keep_agreeing(contest: Contest, threshold: float) -> Tensor:
@@ -225,17 +272,49 @@ def panoptic_output(
         ids int32 (height, width), 0 for void; ``id``, ``category_id``, ``isthing`` and ``score`` of the segments that
         have a pixel.
     """
-    numbers = segments.numbers[: image_size[0], : image_size[1]].float()  # exact: there are few
-    ids = (F.interpolate(numbers[None, None], size=size, mode="nearest")[0, 0] + 1).to(torch.int32)
+    ids = segment_ids(segments, image_size, size)
+    return ids, describe_segments(ids, segments.labels, segments.scores, num_things)
+
+
+def segment_ids(segments: Segments, image_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """The map of :func:`panoptic_output`."""
+    numbers = segments.numbers[: image_size[0], : image_size[1]]
+    return (_resize_nearest(numbers, size) + 1).to(torch.int32)
+
+
+def describe_segments(
+    ids: Tensor, labels: Sequence[int], scores: Sequence[float], num_things: int
+) -> list[dict[str, Any]]:
+    """The list of :func:`panoptic_output`, of segments with the ids 1, 2, ..."""
     seen = set(ids.unique().tolist())
-    found = [
+    return [
         {"id": number, "category_id": label, "isthing": label < num_things, "score": score}
-        for number, (label, score) in enumerate(zip(segments.labels, segments.scores, strict=True), start=1)
+        for number, (label, score) in enumerate(zip(labels, scores, strict=True), start=1)
         if number in seen
     ]
-    return ids, found
 
 
+def _resize_by_indices(numbers: Tensor, size: tuple[int, int]) -> Tensor:
+    for axis, new in enumerate(size):
+        old = numbers.shape[axis]
+        scale = torch.ones((), device=numbers.device) * old / new  # in float32, whose rounding decides at times
+        indices = (torch.arange(new, device=numbers.device) * scale).long()
+        numbers = numbers.index_select(axis, indices.clamp(max=old - 1))
+    return numbers
+
+
+@exportable(_resize_by_indices)
+def _resize_nearest(numbers: Tensor, size: tuple[int, int]) -> Tensor:
+    """(H, W) int64 -> ``size``; exact in float32, as there are few."""
+    return F.interpolate(numbers.float()[None, None], size=size, mode="nearest")[0, 0]
+
+
+def _count_by_adding(owners: Tensor, count: int) -> Tensor:
+    owners = owners.flatten() - VOID
+    return owners.new_zeros(count + 1).scatter_add(0, owners, torch.ones_like(owners))[1:]
+
+
+@exportable(_count_by_adding)
 def _count(owners: Tensor, count: int) -> Tensor:
     """How many pixels each of ``count`` queries has."""
     return (owners.flatten() - VOID).bincount(minlength=count + 1)[1:]

@@ -55,7 +55,7 @@ class Predictor:
             raise ValueError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}: the predictor knows RGB and BGR")
         check_unused_keys(cfg)
         if is_exported(cfg.MODEL.WEIGHTS):
-            self.model = ExportedModel(cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE, cfg.MODEL.META_ARCHITECTURE).eval()
+            self.model = ExportedModel.from_config(cfg).eval()
             names = self.model.description.class_names
         else:
             self.model = build_model(cfg).eval()

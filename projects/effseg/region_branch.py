@@ -16,7 +16,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.structures import Instances
 from torch import Tensor
 
-from querymask.common.detector import Detector
+from querymask.common.detector import Detector, descending_order
 from querymask.common.finer_levels import FinerLevels
 from querymask.common.mask_branch import MASK_BRANCH_REGISTRY, MaskBranch
 from querymask.common.masks import Bands, pad_masks, pasted_bands
@@ -174,8 +174,19 @@ class RegionBranch(MaskBranch):
     def bands(self, found: Predictions, made: FeaturePyramid, image: int, queries: Tensor, labels: Tensor) -> Bands:
         """See :class:`MaskBranch`; all queries compete for refinement, also those that become no segment."""
         canvas = found.canvas.size
-        regions = self._regions(found, image, queries, labels, -1)
+        labels, real = split_off_missing(labels)
+        regions = self._regions(found, image, queries, labels, -1, real)
         return pasted_bands(self.head(made.of_image(image), canvas, regions), regions.boxes, canvas[1])
+
+
+def _mark_missing(labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    return labels.clamp(min=0), labels >= 0
+
+
+@exportable(_mark_missing)
+def split_off_missing(labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Labels (n,) that are classes, and which of them (n,) are not there to fill up the number."""
+    return labels, None
 
 
 def _unite_fixed_number(detections: Instances) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -196,14 +207,14 @@ def unite_queries(detections: Instances) -> tuple[Tensor, Tensor, Tensor | None]
 
 def _order_all_rows(detections: Instances, kept: Tensor) -> Tensor:
     detections.scores = detections.scores.where(kept & (detections.scores >= 0), -1)
-    return detections.scores.argsort(descending=True, stable=True)
+    return descending_order(detections.scores)
 
 
 @exportable(_order_all_rows)
 def order_rows(detections: Instances, kept: Tensor) -> Tensor:
     """The rows that are kept (D,) bool, by descending score."""
     (rows,) = kept.nonzero(as_tuple=True)
-    return rows[detections.scores[rows].argsort(descending=True, stable=True)]
+    return rows[descending_order(detections.scores[rows])]
 
 
 def limit_pairs(pairs: Assignment, number: int, num_images: int, processes: Processes) -> Assignment:

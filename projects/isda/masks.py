@@ -59,10 +59,14 @@ def _resizing_weights(cells: int, stride: int, old: int, new: int, like: torch.T
     share = (place - low)[:, None]
 
     def of_pixels(pixels: torch.Tensor) -> torch.Tensor:
-        pixels = pixels.clamp(max=old - 1)
-        return bilinear_weights(((pixels + 0.5) / stride - 0.5).clamp(min=0).clamp(max=cells - 1), cells)
+        return _enlarging_weights(pixels.clamp(max=old - 1), stride, cells)
 
     return (1 - share) * of_pixels(low) + share * of_pixels(low + 1)
+
+
+def _enlarging_weights(pixels: torch.Tensor, stride: int, cells: int) -> torch.Tensor:
+    """(n, cells): what pixels (n,) of one axis take of ``cells`` that are ``stride`` times as large."""
+    return bilinear_weights(((pixels + 0.5) / stride - 0.5).clamp(min=0).clamp(max=cells - 1), cells)
 
 
 @exportable(_resize_by_products)
@@ -96,6 +100,20 @@ def resize_probabilities(
     return masks
 
 
+def _enlarge_by_products(probabilities: torch.Tensor, stride: int) -> Bands:
+    def weights(first: int, last: int, cells: int) -> torch.Tensor:
+        pixels = torch.arange(first, last, dtype=probabilities.dtype, device=probabilities.device)
+        return _enlarging_weights(pixels, stride, cells)
+
+    def band(numbers: torch.Tensor, top: int, bottom: int) -> torch.Tensor:
+        height, width = probabilities.shape[1:]
+        rows, columns = weights(top, bottom, height), weights(0, width * stride, width)
+        return rows @ probabilities[numbers] @ columns.T
+
+    return band
+
+
+@exportable(_enlarge_by_products)
 def enlarged_bands(probabilities: torch.Tensor, stride: int) -> Bands:
     """Bands of the masks that bilinear interpolation enlarges to the padded image.
 

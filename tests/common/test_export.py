@@ -1,5 +1,6 @@
 """Exported models: the forms that take the place of operators, the programs, the files, and what reads them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,19 @@ from tiny_models import spread_weights
 from torch import Tensor, nn
 
 from querymask import get_cfg
+from querymask.common.detections import PanopticDetections
+from querymask.common.detector import descending_order
 from querymask.common.export import Description, ExportedModel, ExportNetwork, export_program, write
-from querymask.common.export.comparison import Differences, compare
-from querymask.common.masks import paste_masks, resize_masks
+from querymask.common.export.comparison import Differences, compare, detections_of
+from querymask.common.masks import paste_masks, pasted_bands, resize_masks
 from querymask.common.ops import multi_scale_deformable_attention, sparse_conv2d
 from querymask.common.ops.exporting import exporting
 from querymask.common.predictor import Predictor
 from querymask.common.pyramid import ADAPTIVE, FeaturePyramid
-from querymask.effseg.fqdet.suppression import detect
+from querymask.effseg.fqdet.suppression import detect, suppress_queries
 from querymask.effseg.pasting import paste_and_resize
 from querymask.isda.mask_features import coordinate_channels
-from querymask.isda.masks import resize_probabilities
+from querymask.isda.masks import enlarged_bands, resize_probabilities
 
 MODELS = (
     "solq/solq_r50",
@@ -43,12 +46,25 @@ MODELS = (
 )
 ONNX = ("solq/solq_r50", "isda/isda_r50", "istr/istr_r50")
 """Those that are written as ONNX files, too."""
+PANOPTIC_MODELS = ("solq/solq_r50", "isda/isda_r50", "istr/istr_r50", "effseg/panoptic/effseg_v2_r50_panoptic")
 
 
-def make_model(name: str) -> tuple[CfgNode, nn.Module]:
+# Random weights make segments, too
+PANOPTIC = {
+    "ENABLED": True,
+    "NUM_THINGS": 2,
+    "SCORE_THRESHOLD": 0.0,
+    "NMS_THRESHOLD": 0.95,
+    "AGREEMENT_THRESHOLD": 0.05,
+    "AREA_THRESHOLD": 20,
+}
+
+
+def make_model(name: str, panoptic: Mapping[str, Any] = {}) -> tuple[CfgNode, nn.Module]:
     torch.manual_seed(0)
     cfg = tiny_config(name)
     cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.PANOPTIC.update(panoptic)
     cfg.TEST.DETECTIONS_PER_IMAGE = 9
     model = build_model(cfg).eval()
     give_basis(getattr(model.mask_branch, "coding", None))
@@ -75,7 +91,7 @@ def check(model: nn.Module, exported: nn.Module) -> None:
     total = Differences()
     with torch.no_grad():
         for item in items():
-            expected, found = model([item])[0]["instances"], exported([item])[0]["instances"]
+            expected, found = (detections_of(detect([item])[0]) for detect in (model, exported))
             assert expected.image_size == found.image_size
             assert expected.has("pred_boxes") == found.has("pred_boxes")
             assert expected.has("pred_masks") == found.has("pred_masks")
@@ -88,7 +104,7 @@ class Unwritten(nn.Module):
 
     def __init__(self, network: ExportNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
-        description = Description("SOLQ", network.outputs, [])
+        description = Description("SOLQ", network.outputs, [], network.num_things)
         monkeypatch.setattr("querymask.common.export.model.read", lambda *given: (self.run, description))
         self.network = network
         self.model = ExportedModel("none.pt2")
@@ -110,6 +126,24 @@ def test_forms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, model = make_model(name)
     model.double()
     check(model, Unwritten(ExportNetwork(model), monkeypatch))
+
+
+@pytest.mark.parametrize("name", PANOPTIC_MODELS)
+def test_panoptic_forms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same map, of things and stuff."""
+    _, model = make_model(name, PANOPTIC)
+    if name.startswith("effseg"):  # scores and probabilities of 1, within rounding, would be no order
+        model.detector.class_head.weight.data *= 0.02
+        model.mask_branch.head.segmentation[0][-1].weight.data *= 0.02
+    model.double()
+    exported, kinds = Unwritten(ExportNetwork(model), monkeypatch), set()
+    for item in items():
+        with torch.no_grad():
+            (ids, segments), (found, described) = (detect([item])[0]["panoptic_seg"] for detect in (model, exported))
+        assert torch.equal(found, ids) and found.dtype == ids.dtype
+        assert [{**segment, "score": pytest.approx(segment["score"], abs=1e-6)} for segment in segments] == described
+        kinds |= {segment["isthing"] for segment in segments}
+    assert kinds == {True, False}
 
 
 @pytest.mark.parametrize("name", [*ONNX, "effseg/effseg_r50"])
@@ -134,6 +168,24 @@ def test_files(name: str, tmp_path: Path) -> None:
     cfg.MODEL.WEIGHTS, cfg.MODEL.SWIN = str(file), get_cfg().MODEL.SWIN  # of which the model has nothing
     found = Predictor(cfg)(items()[0]["image"].permute(1, 2, 0).numpy())
     assert len(found) and set(found.names) <= {"a", "b", "c", "d", "e"}
+
+
+def test_panoptic_files(tmp_path: Path) -> None:
+    """Maps of a program and of an ONNX file, for images of other sizes than that of the example."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    cfg, model = make_model("isda/isda_r50", PANOPTIC)
+    cfg.MODEL.SWIN = get_cfg().MODEL.SWIN  # of which the model has nothing
+    network = ExportNetwork(model)
+    program = export_program(network)
+    description = Description(cfg.MODEL.META_ARCHITECTURE, network.outputs, ["a", "b", "c", "d", "e"], 2)
+    for file in (tmp_path / "model.pt2", tmp_path / "model.onnx"):
+        write(program, description, file)
+        check(model, ExportedModel(file).eval())
+        cfg.MODEL.WEIGHTS = str(file)
+        found = Predictor(cfg)(items()[0]["image"].permute(1, 2, 0).numpy())
+        assert isinstance(found, PanopticDetections) and len(found) and found.ids.max() == len(found)
+        assert [name in "ab" for name in found.names] == found.things.tolist()
 
 
 # ---- Forms, each against the function that it replaces -------------------------------------------------------------
@@ -184,6 +236,17 @@ def test_pasted_masks() -> None:
     assert torch.equal(*exported_and_not(paste_masks, maps > 0.5, BOXES, 23, 41, 0.5))
 
 
+def test_bands() -> None:
+    """Of pasted and of enlarged masks: any rows of any masks."""
+    torch.manual_seed(0)
+    maps = torch.rand(5, 6, 8)
+    numbers = torch.tensor([3, 1, 4])
+    for make, args in ((pasted_bands, (maps[..., :6], BOXES, 41)), (enlarged_bands, (maps, 4))):
+        exported, expected = exported_and_not(make, *args)
+        for top, bottom in ((0, 24), (5, 18)):
+            torch.testing.assert_close(exported(numbers, top, bottom), expected(numbers, top, bottom))
+
+
 @pytest.mark.parametrize("size", [(20, 38), (33, 50), (11, 7)])
 @pytest.mark.parametrize("export", ["any", "paste"])
 def test_pasted_regions(size: tuple[int, int], export: str) -> None:
@@ -224,6 +287,12 @@ def test_pooling(samples: int) -> None:
     torch.testing.assert_close(*exported_and_not(pyramid.pool, boxes, images, 7, samples), atol=1e-5, rtol=1e-5)
 
 
+def test_descending_order() -> None:
+    scores = torch.tensor([0.5, 0.25, 0.5, -1.0, 0.75, 0.25, -1.0, 0.5])
+    exported, expected = exported_and_not(descending_order, scores)
+    assert exported.tolist() == expected.tolist() == [4, 0, 2, 7, 1, 5, 3, 6]
+
+
 @pytest.mark.parametrize("drop_empty", [True, False])
 def test_suppression(drop_empty: bool) -> None:
     """Crowds, also chains in which each box suppresses the next one, if it is left itself."""
@@ -243,6 +312,20 @@ def test_suppression(drop_empty: bool) -> None:
         assert kept[: kept.sum()].all()
 
 
+def test_suppression_of_queries() -> None:
+    """Those that stay, then rows of -1."""
+    torch.manual_seed(0)
+    low = torch.rand(60, 2) * 30
+    scores, labels = torch.rand(60).sort(descending=True).values, torch.randint(3, (60,))
+    args = torch.randperm(60), labels, scores, torch.cat((low, low + 20), dim=1), 0.5
+    exported, expected = exported_and_not(suppress_queries, *args)
+    number = len(expected[0])
+    assert 3 < number < 50
+    for ours, theirs in zip(exported, expected, strict=True):
+        assert len(ours) == 60 and torch.equal(ours[:number], theirs)
+    assert (exported[1][number:] == -1).all() and (exported[2][number:] == -1).all()
+
+
 # ---- What does not fit ---------------------------------------------------------------------------------------------
 
 
@@ -259,17 +342,26 @@ def test_messages(tmp_path: Path) -> None:
         write(torch.export.load(file), Description("SOLQ", (), ()), tmp_path / "model.bin")
     description = Description("SOLQ", ("scores", "classes"), ())
     write(torch.export.load(file), description, file)
-    with pytest.raises(ValueError, match="was exported from SOLQ: give the config"):
-        ExportedModel(file, method="ISDA")
+    cfg = tiny_config("isda/isda_r50")
+    cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = str(file), "cpu"
+    with pytest.raises(ValueError, match="was exported with SOLQ: give the config"):
+        ExportedModel.from_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.PANOPTIC.ENABLED = "SOLQ", True
+    with pytest.raises(ValueError, match=r"MODEL\.PANOPTIC\.ENABLED is True, but .* was exported with False"):
+        ExportedModel.from_config(cfg)
     with pytest.raises(ValueError, match="of uint8, not torch.float32"):
         ExportedModel(file)([{"image": torch.zeros(3, 8, 8)}])
     with pytest.raises(ValueError, match="is a model of Detectron2"):
         ExportNetwork(build_model(tiny_config("baselines/mask_rcnn_r50_fpn_3x")))
 
 
-def test_panoptic_maps_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"MODEL\.PANOPTIC\.ENABLED False"):
-        ExportNetwork(build_model(tiny_config("effseg/panoptic/effseg_v2_r50_panoptic")).eval())
+def test_more_candidates_than_rows(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """What a file leaves out, it tells."""
+    _, model = make_model("isda/isda_r50", PANOPTIC)
+    monkeypatch.setattr("querymask.common.export.network.CANDIDATES", 3)
+    output = Unwritten(ExportNetwork(model), monkeypatch)(items()[:1])[0]
+    assert "an image has 12 queries" in caplog.text and "merges 3" in caplog.text
+    assert len(output["panoptic_seg"][1]) <= 3
 
 
 def test_differences() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -16,7 +16,8 @@ from querymask.common import masks as masks_module
 from querymask.common import panoptic
 from querymask.common.detections import PanopticDetections
 from querymask.common.masks import paste_probabilities, pasted_bands
-from querymask.common.panoptic import VOID, PanopticRule, Segments, merge, panoptic_output
+from querymask.common.ops.exporting import exporting
+from querymask.common.panoptic import VOID, PanopticRule, Segments, merge, panoptic_output, segment_ids
 
 RULE = PanopticRule(num_things=2, score=0.3, mask=0.5, nms=0.6, pixel=0.35, agreement=0.4, area=7)
 
@@ -86,6 +87,49 @@ def test_merge(count: int, seed: int, pixels: int) -> None:
     assert segments.labels == expected_labels and segments.scores == pytest.approx(expected_scores)
 
 
+@given(
+    count=st.integers(1, 12),
+    seed=st.integers(0, 10**6),
+    missing=st.integers(0, 3),
+    rule=st.builds(
+        PanopticRule,
+        num_things=st.integers(0, 4),
+        score=st.sampled_from([0.0, 0.3, 0.6, 1.0]),
+        mask=st.sampled_from([0.0, 0.5]),
+        nms=st.sampled_from([0.0, 0.3, 0.6, 1.0]),
+        pixel=st.sampled_from([0.0, 0.35, 0.6]),
+        agreement=st.sampled_from([0.0, 0.4, 0.8]),
+        area=st.sampled_from([0, 7, 30]),
+    ),
+)
+@example(count=9, seed=7, missing=2, rule=RULE)
+def test_merge_in_the_form_for_export(count: int, seed: int, missing: int, rule: PanopticRule) -> None:
+    """With any thresholds, and rows that fill the number up."""
+    labels, scores, masks = blobs(count, seed)
+    expected = merge(labels, scores, bands_of(masks), masks.shape[1:], rule)
+    labels, scores = (torch.cat((x, x.new_full((missing,), -1))) for x in (labels, scores))
+    masks = torch.cat((masks, torch.ones(missing, *masks.shape[1:])))
+    with exporting():
+        segments = merge(labels, scores, bands_of(masks), masks.shape[1:], rule)
+    number = len(expected.labels)
+    assert torch.equal(segments.numbers, expected.numbers)
+    assert segments.labels[:number].tolist() == expected.labels
+    assert segments.scores[:number].tolist() == pytest.approx(expected.scores)
+    assert len(segments.scores) == count + missing and (segments.scores[number:] == -1).all()
+
+
+@given(
+    old=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    new=st.tuples(st.integers(1, 200), st.integers(1, 200)),
+)
+def test_map_of_another_size_in_the_form_for_export(old: tuple[int, int], new: tuple[int, int]) -> None:
+    """The same pixels, also where rounding decides."""
+    numbers = torch.arange(old[0] * old[1]).view(old)
+    expected = segment_ids(Segments(numbers, [], []), old, new)
+    with exporting():
+        assert torch.equal(segment_ids(Segments(numbers, [], []), old, new), expected)
+
+
 def test_blobs_reach_every_step() -> None:
     """What the property is tried on: without any of the steps, there are other maps; stuff is united."""
     off = {"score": 0.0, "nms": 1.0, "pixel": 0.0, "agreement": 0.0, "area": 0, "num_things": 4}
@@ -146,7 +190,7 @@ def test_bands_of_pasted_masks(monkeypatch: pytest.MonkeyPatch, windows: bool) -
 # ---- What Python code gets ----------------------------------------------------------------------------------------
 
 
-def example() -> tuple[Tensor, list[dict[str, Any]]]:
+def output_of_model() -> tuple[Tensor, list[dict[str, Any]]]:
     """A thing of score 0.6, one of 0.9, stuff of 0.8, and void."""
     ids = torch.tensor([[1, 1, 0, 3], [2, 2, 3, 3]], dtype=torch.int32)
     return ids, [
@@ -158,23 +202,23 @@ def example() -> tuple[Tensor, list[dict[str, Any]]]:
 
 def test_detections() -> None:
     """The highest score first, as of instances; those below a score are void."""
-    found = PanopticDetections.from_output(example(), ["ant", "bee"])
+    found = PanopticDetections.from_output(output_of_model(), ["ant", "bee"])
     assert found.ids.tolist() == [[3, 3, 0, 2], [1, 1, 2, 2]] and found.size == (2, 4)
     assert found.names == ["ant", "class 2", "bee"] and found.labels.tolist() == [0, 2, 1]
     assert found.scores.tolist() == pytest.approx([0.9, 0.8, 0.6]) and found.things.tolist() == [True, False, True]
     assert found.boxes is None and found.masks.dtype == bool
     for number, mask in enumerate(found.masks, start=1):
         assert np.array_equal(mask, found.ids == number)
-    few = PanopticDetections.from_output(example(), [], 0.7)
+    few = PanopticDetections.from_output(output_of_model(), [], 0.7)
     assert few.ids.tolist() == [[0, 0, 0, 2], [1, 1, 2, 2]] and len(few) == 2
-    none = PanopticDetections.from_output(example(), [], 1.0)
+    none = PanopticDetections.from_output(output_of_model(), [], 1.0)
     assert len(none) == 0 and none.masks.shape == (0, 2, 4) and not none.ids.any()
     assert len(none.to_instances()) == 0 and none.to_coco(1) == []
 
 
 def test_detections_at_another_size() -> None:
     """Segments stay disjoint, in label images and as run lengths."""
-    found = PanopticDetections.from_output(example(), [])
+    found = PanopticDetections.from_output(output_of_model(), [])
     labels = found.label_image((4, 8))
     assert labels.dtype == np.uint16 and np.array_equal(labels, found.ids.repeat(2, 0).repeat(2, 1))
     results = found.to_coco(7, [10, 20, 30], (4, 8))

@@ -223,6 +223,14 @@ def test_images_without_a_map(name: str, log: pytest.LogCaptureFixture) -> None:
     assert "no panoptic map of 1 of the 2 images: their segments count as missed" in log.text
 
 
+def test_some_images_alone(name: str, log: pytest.LogCaptureFixture) -> None:
+    evaluator, (entry, _) = PanopticEvaluator(name, None), read_dataset(name)
+    run(evaluator, [entry])
+    log.clear()
+    assert evaluator.evaluate([entry["image_id"]])["panoptic_seg"]["RQ"] == 100
+    assert "no panoptic map" not in log.text
+
+
 def test_several_processes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has a part of the images."""
     entries = read_dataset(name)

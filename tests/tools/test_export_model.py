@@ -1,15 +1,19 @@
 """The export tool, on a small model with random weights and the built-in data set."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
 from tool_loader import ROOT, load_tool
 
 from querymask.command_line import load_config
 from querymask.common.data import register_shapes
+from querymask.common.data.datasets import register_shapes_panoptic
 from querymask.common.engine import Trainer
 
 tool = load_tool("export_model")
@@ -31,14 +35,33 @@ SETTINGS: dict[str, Any] = {
     "VIS_NUM_IMAGES": "0",
 }
 
+PANOPTIC: dict[str, Any] = {
+    "DATASETS.TRAIN": f"('{DATASET}_panoptic',)",
+    "DATASETS.TEST": f"('{DATASET}_panoptic',)",
+    "MODEL.SOLQ.NUM_CLASSES": "11",
+    "MODEL.PANOPTIC.ENABLED": "True",
+    "MODEL.PANOPTIC.NUM_THINGS": "6",
+    "MODEL.PANOPTIC.SCORE_THRESHOLD": "0.0",  # random weights make segments, too
+    "MODEL.PANOPTIC.NMS_THRESHOLD": "0.95",
+    "MODEL.PANOPTIC.AGREEMENT_THRESHOLD": "0.05",
+    "MODEL.PANOPTIC.AREA_THRESHOLD": "5",
+}
+
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Iterator[list[str]]:
     """Overrides of the config, with a data set of three images."""
-    register_shapes(DATASET, tmp_path / "data", "val", num_images=3)
-    yield [text for pair in {**SETTINGS, "OUTPUT_DIR": str(tmp_path / "out")}.items() for text in pair]
-    DatasetCatalog.remove(DATASET)
-    MetadataCatalog.remove(DATASET)
+    names = DATASET, f"{DATASET}_panoptic"
+    for name, register in zip(names, (register_shapes, register_shapes_panoptic), strict=True):
+        register(name, tmp_path / "data", "val", num_images=3)
+    yield flat({**SETTINGS, "OUTPUT_DIR": str(tmp_path / "out")})
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def flat(settings: dict[str, str]) -> list[str]:
+    return [text for pair in settings.items() for text in pair]
 
 
 def test_program(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,6 +73,26 @@ def test_program(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
     assert "| ms an image" in printed and "| segm" in printed and "| bbox" in printed
     results = Trainer.evaluate(load_config(CONFIG, [*settings, "MODEL.WEIGHTS", file]))
     assert {"bbox", "segm"} <= set(results)
+
+
+def test_panoptic_program(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same of panoptic maps, with PQ."""
+    settings = [*settings, *flat(PANOPTIC)]
+    torch.manual_seed(0)
+    model = build_model(load_config(CONFIG, settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.add_(torch.randn_like(parameter) * 0.3 * parameter[0].numel() ** -0.5)
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+    settings += ["MODEL.WEIGHTS", str(tmp_path / "model.pth")]
+    file = str(tmp_path / "model.pt2")
+    assert tool.main(["--config-file", CONFIG, "--output", file, "--num-images", "3", *settings]) == 0
+    printed = capsys.readouterr().out
+    number = int(re.search(r"3 images, (\d+) segments: scores differ by at most", printed)[1])
+    assert number > 3 and "; 0 without a partner" in printed and "| panoptic_seg" in printed
+    settings += ["MODEL.WEIGHTS", file]
+    assert set(Trainer.evaluate(load_config(CONFIG, settings))) == {"panoptic_seg"}
 
 
 def test_refusals(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -231,7 +231,7 @@ class Trainer(DefaultTrainer):
         check_panoptic(cfg, cfg.DATASETS.TEST)
         check_num_classes(cfg, cfg.DATASETS.TEST)
         if is_exported(cfg.MODEL.WEIGHTS) and not resume:
-            model = ExportedModel(cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE, cfg.MODEL.META_ARCHITECTURE)
+            model = ExportedModel.from_config(cfg)
             class_names, file = list(model.description.class_names), cfg.MODEL.WEIGHTS
         else:
             model = cls.build_model(cfg)

@@ -138,8 +138,13 @@ class PanopticEvaluator(DatasetEvaluator):
         ]
         return {"image_id": entry["image_id"], "file_name": name, "segments_info": listed}
 
-    def evaluate(self) -> Scores:
-        """Scores in percent by task; empty in other processes than the main one."""
+    def evaluate(self, img_ids: Sequence[Any] | None = None) -> Scores:
+        """Scores in percent by task; empty in other processes than the main one.
+
+        Args:
+            img_ids: evaluate on these images alone.
+        """
+        entries = self._entries if img_ids is None else {key: self._entries[key] for key in img_ids}
         counts, results = self._counts, self._results
         if self._distributed and comm.get_world_size() > 1:
             comm.synchronize()
@@ -151,9 +156,9 @@ class PanopticEvaluator(DatasetEvaluator):
         if self._output_dir is not None:
             Path(self._output_dir).mkdir(parents=True, exist_ok=True)
             Path(self._output_dir, RESULTS_FILE).write_text(json.dumps({"annotations": results}))
-        if missed := len(self._entries) - len(counts):
+        if missed := len(entries.keys() - counts.keys()):
             logger.warning(
-                f"{self._name}: there is no panoptic map of {missed} of the {len(self._entries)} images: their "
+                f"{self._name}: there is no panoptic map of {missed} of the {len(entries)} images: their "
                 "segments count as missed"
             )
         scores = {}
@@ -161,7 +166,7 @@ class PanopticEvaluator(DatasetEvaluator):
         for task in self._tasks:
             total = sum(
                 counts[key][task] if key in counts else missed_segments(entry["annotations"], len(names))
-                for key, entry in self._entries.items()
+                for key, entry in entries.items()
             )
             scores[task] = quality(total, names, num_things)
         return scores

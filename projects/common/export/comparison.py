@@ -1,9 +1,12 @@
 """How far the detections of an exported model are from those of the model."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from detectron2.structures import Instances
+
+from querymask.common.detections import PanopticDetections
 
 SCORE_LIMIT = 1e-4
 MASK_LIMIT = 1e-3
@@ -43,6 +46,13 @@ class Differences:
     def small(self) -> bool:
         """Whether the exported model is the model."""
         return self.scores <= SCORE_LIMIT and self.masks <= MASK_LIMIT and not self.unpaired
+
+
+def detections_of(output: dict[str, Any]) -> Instances:
+    """Those of a model's output for an image; of a panoptic map, its segments."""
+    if "panoptic_seg" in output:
+        return PanopticDetections.from_output(output["panoptic_seg"], ()).to_instances()
+    return output["instances"]
 
 
 def compare(expected: Instances, found: Instances) -> Differences:

@@ -26,11 +26,13 @@ class Description:
         method: name of the meta-architecture.
         outputs: names of what the model returns, in order.
         class_names: of the classes; empty where they are not known.
+        num_things: of a panoptic model, whose labels below it are things; None: a model of instances.
     """
 
     method: str
     outputs: Sequence[str]
     class_names: Sequence[str]
+    num_things: int | None = None
 
 
 def is_exported(path: str | os.PathLike[str]) -> bool:

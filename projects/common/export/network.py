@@ -1,6 +1,7 @@
 """The whole way from the pixels of an image to its detections, in sizes that are known beforehand."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +13,14 @@ from querymask.common.export.files import INPUTS
 from querymask.common.mask_coding import LearnedMaskCoding
 from querymask.common.meta_arch import QuerySegmenter
 from querymask.common.ops.exporting import exporting
+from querymask.common.panoptic import merge, segment_ids
+from querymask.common.predictions import Predictions
 
 EXAMPLE_SIDES = (541, 797)
 """Height and width of the image that the program is traced with. Every map has several cells each way: what is 1 once
 would be 1 always."""
+CANDIDATES = 100
+"""Queries that may become segments of a panoptic map, each with a mask of the padded image."""
 
 
 class ExportNetwork(nn.Module):
@@ -25,10 +30,12 @@ class ExportNetwork(nn.Module):
         model: in evaluation mode, on the CPU.
 
     Raises:
-        ValueError: the model is not one of the project's, or panoptic.
+        ValueError: the model is not one of the project's.
 
     Attributes:
-        outputs: names of what ``forward`` returns: "scores", "classes" and, where the model has them, "boxes", "masks".
+        outputs: names of what ``forward`` returns: "scores", "classes" and, where the model has them, "boxes", "masks";
+            of a panoptic model "panoptic", "segment_classes", "segment_scores", "candidates".
+        num_things: as of ``Description``.
     """
 
     def __init__(self, model: QuerySegmenter) -> None:
@@ -38,17 +45,16 @@ class ExportNetwork(nn.Module):
                 f"{type(model).__name__} is a model of Detectron2, which has tools of its own for export: give the "
                 "config of SOLQ, ISDA, ISTR, EffSeg or one of their pairs"
             )
-        if model.panoptic is not None:
-            raise ValueError(
-                "panoptic maps have as many segments as an image has, which no exported model can say: give "
-                "MODEL.PANOPTIC.ENABLED False, which exports the masks that they are merged from"
-            )
         self.model = model
+        self.num_things = None if model.panoptic is None else model.panoptic.num_things
+        if model.panoptic is not None:
+            self.outputs: tuple[str, ...] = ("panoptic", "segment_classes", "segment_scores", "candidates")
+            return
         parts = {"boxes": model.detector.has_boxes, "masks": model.mask_branch is not None}
         self.outputs = ("scores", "classes", *(name for name, has in parts.items() if has))
 
     def forward(self, image: Tensor, size: Tensor) -> tuple[Tensor, ...]:
-        """Detect.
+        """Detect, or make a panoptic map.
 
         Args:
             image: uint8 (1, 3, H, W), channels in the order of ``INPUT.FORMAT``.
@@ -57,6 +63,10 @@ class ExportNetwork(nn.Module):
         Returns:
             ``outputs``: scores (1, n) float32, negative in rows without a detection; classes (1, n) int64; boxes
             (1, n, 4) float32 x0, y0, x1, y1 in pixels; masks (1, n, height, width) bool. n is the same for all images.
+
+            Panoptic: panoptic (1, height, width) int32, 0 for void, k for the segment of row k - 1; segment_classes
+            (1, n) int64; segment_scores (1, n) float32, negative in rows without a segment; candidates (1,) int64, how
+            many queries are likely enough for a segment, of which the best n may become one.
         """
         model = self.model
         height, width = image.shape[-2:]
@@ -69,6 +79,8 @@ class ExportNetwork(nn.Module):
         sides = torch.tensor([[width, height, width, height]], dtype=pixels.dtype, device=image.device)
         found, made = model.network(pixels, padding, sides, step > 1)
         found = replace(found, image_sizes=[(height, width)])
+        if model.panoptic is not None:
+            return self._segment(found, made, known(size))
         (detections,) = model.detect(found, made, [known(size)])
         fields = {
             "scores": detections.scores,
@@ -77,6 +89,16 @@ class ExportNetwork(nn.Module):
             "masks": detections.pred_masks if detections.has("pred_masks") else None,
         }
         return tuple(fields[name][None] for name in self.outputs)
+
+    def _segment(self, found: Predictions, made: Any, size: tuple[int, int]) -> tuple[Tensor, ...]:
+        rule, branch = self.model.panoptic, self.model.mask_branch
+        assert rule is not None and branch is not None and found.canvas is not None
+        queries, labels, scores = self.model.detector.select_queries(found, 0)
+        bands = branch.bands(found, made, 0, queries, labels)  # of all, as masks may depend on each other
+        segments = merge(labels[:CANDIDATES], scores[:CANDIDATES], bands, found.canvas.size, rule)
+        ids = segment_ids(segments, found.image_sizes[0], size)
+        likely = (scores > rule.score).sum()
+        return tuple(x[None] for x in (ids, segments.labels, segments.scores, likely))
 
 
 def known(size: Tensor) -> tuple[int, int]:

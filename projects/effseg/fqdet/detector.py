@@ -31,12 +31,12 @@ from querymask.common.precision import full_precision, without_autocast
 from querymask.common.predictions import Assignment, LossTerm, Normalizers, Targets
 from querymask.common.processes import TOGETHER, Processes
 from querymask.common.pyramid import FeaturePyramid, group_rows
-from querymask.common.transfer import instances_to_device, numbers_to_device, to_device
+from querymask.common.transfer import instances_to_device, numbers_to_device
 from querymask.effseg.fqdet.anchors import ANCHORS_PER_CELL, apply_deltas, make_anchors
 from querymask.effseg.fqdet.criterion import FQDetCriterion
 from querymask.effseg.fqdet.layers import FQDetLayer, NormActLinear, Residual, Selector
 from querymask.effseg.fqdet.predictions import FQDetAssignment, FQDetPredictions
-from querymask.effseg.fqdet.suppression import CANDIDATES, detect, nms_within_classes
+from querymask.effseg.fqdet.suppression import CANDIDATES, detect, suppress_queries
 from querymask.effseg.neck import build_neck
 
 LOSS_REDUCTIONS = ("global", "local")
@@ -247,11 +247,7 @@ class FQDet(Detector):
     def select_queries(self, found: FQDetPredictions, image: int) -> tuple[Tensor, Tensor, Tensor]:
         """Those that NMS leaves; see :class:`Detector`."""
         queries, labels, scores = (x[:CANDIDATES] for x in super().select_queries(found, image))
-        columns = (found.boxes[image, queries].double(), scores.double()[:, None], labels.double()[:, None])
-        candidates = torch.cat(columns, 1).cpu()  # at once, as how many remain must be known there
-        kept = nms_within_classes(candidates[:, :4], candidates[:, 4], candidates[:, 5].long(), self.nms_threshold)
-        kept = to_device(kept, queries.device)
-        return queries[kept], labels[kept], scores[kept]
+        return suppress_queries(queries, labels, scores, found.boxes[image, queries], self.nms_threshold)
 
     def finish(self, detections: Instances) -> Instances:
         """Those whose boxes are not empty."""

@@ -7,6 +7,7 @@ from torch import Tensor
 from torchvision.ops import box_iou, nms
 
 from querymask.common.ops.exporting import exportable
+from querymask.common.transfer import to_device
 
 CANDIDATES = 1000  # pairs of query and class, or queries, that enter NMS
 MAX_EXTENT = 2.0**20  # pixels over which boxes may be spread for one NMS of all classes
@@ -41,16 +42,19 @@ def _detect_fixed_number(
 ) -> Detections:
     scores, pairs, num_classes = best_pairs(class_logits, boxes, drop_empty)
     labels, queries = pairs % num_classes, pairs // num_classes
-    candidates = boxes[queries].double()
-    order = torch.arange(len(pairs), device=pairs.device)
-    rivals = (box_iou(candidates, candidates) > nms_threshold) & (labels[:, None] == labels) & (order[:, None] > order)
-    valid = scores >= 0
+    rows, kept = _order_by_suppression(boxes[queries].double(), labels, scores >= 0, nms_threshold)
+    rows = rows[:max_detections]
+    return Detections(queries[rows], labels[rows], scores.where(kept, -1)[rows], boxes[queries[rows]])
+
+
+def _order_by_suppression(boxes: Tensor, labels: Tensor, valid: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Numbers (n,) of boxes, those that stay first, all in the order in which they came; which (n,) stay."""
+    order = torch.arange(len(boxes), device=boxes.device)
+    rivals = (box_iou(boxes, boxes) > threshold) & (labels[:, None] == labels) & (order[:, None] > order)
     kept = valid
     for _ in range(SUPPRESSIONS):
         kept = valid & ~(rivals & kept).any(1)
-    # Those that stay come first, all in the order of their scores
-    rows = (order + len(pairs) * ~kept).sort().indices[:max_detections]
-    return Detections(queries[rows], labels[rows], scores.where(kept, -1)[rows], boxes[queries[rows]])
+    return (order + len(boxes) * ~kept).sort().indices, kept
 
 
 @exportable(_detect_fixed_number)
@@ -77,6 +81,36 @@ def detect(
     kept = nms_within_classes(candidates[:, :4], candidates[:, 4], labels, nms_threshold)[:max_detections]
     queries = candidates[kept, 5].long() // num_classes
     return Detections(queries, labels[kept], candidates[kept, 4].to(scores.dtype), candidates[kept, :4].to(boxes.dtype))
+
+
+def _suppress_fixed_number(
+    queries: Tensor, labels: Tensor, scores: Tensor, boxes: Tensor, threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, kept = _order_by_suppression(boxes.double(), labels, scores >= 0, threshold)
+    return queries[rows], labels.where(kept, -1)[rows], scores.where(kept, -1)[rows]
+
+
+@exportable(_suppress_fixed_number)
+def suppress_queries(
+    queries: Tensor, labels: Tensor, scores: Tensor, boxes: Tensor, threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """NMS within each class of queries that have one class each.
+
+    While a model is exported, rows whose label and score are -1 take the place of those that go, at the end.
+
+    Args:
+        queries, labels, scores: (n,), by descending score.
+        boxes: (n, 4) x0, y0, x1, y1.
+        threshold: as of :func:`detect`.
+
+    Returns:
+        queries, labels and scores of those that stay.
+    """
+    columns = (boxes.double(), scores.double()[:, None], labels.double()[:, None])
+    candidates = torch.cat(columns, 1).cpu()  # at once, as how many remain must be known there
+    kept = nms_within_classes(candidates[:, :4], candidates[:, 4], candidates[:, 5].long(), threshold)
+    kept = to_device(kept, queries.device)
+    return queries[kept], labels[kept], scores[kept]
 
 
 def best_pairs(class_logits: Tensor, boxes: Tensor, drop_empty: bool) -> tuple[Tensor, Tensor, int]:
