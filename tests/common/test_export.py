@@ -1,6 +1,6 @@
 """Exported models: the forms that take the place of operators, the programs, the files, and what reads them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,14 @@ def make_model(name: str, panoptic: Mapping[str, Any] = {}) -> tuple[CfgNode, nn
     return cfg, model
 
 
+def make_panoptic_model(name: str) -> tuple[CfgNode, nn.Module]:
+    cfg, model = make_model(name, PANOPTIC)
+    if name.startswith("effseg"):  # scores and probabilities of 1, within rounding, would be no order
+        model.detector.class_head.weight.data *= 0.02
+        model.mask_branch.head.segmentation[0][-1].weight.data *= 0.02
+    return cfg, model
+
+
 def items() -> list[dict[str, Any]]:
     """Images whose sides are multiples of nothing, and what they are scaled to: as they are, smaller and larger."""
     generator = torch.Generator().manual_seed(1)
@@ -131,10 +139,7 @@ def test_forms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", PANOPTIC_MODELS)
 def test_panoptic_forms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same map, of things and stuff."""
-    _, model = make_model(name, PANOPTIC)
-    if name.startswith("effseg"):  # scores and probabilities of 1, within rounding, would be no order
-        model.detector.class_head.weight.data *= 0.02
-        model.mask_branch.head.segmentation[0][-1].weight.data *= 0.02
+    _, model = make_panoptic_model(name)
     model.double()
     exported, kinds = Unwritten(ExportNetwork(model), monkeypatch), set()
     for item in items():
@@ -170,16 +175,20 @@ def test_files(name: str, tmp_path: Path) -> None:
     assert len(found) and set(found.names) <= {"a", "b", "c", "d", "e"}
 
 
-def test_panoptic_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "endings"), [("isda/isda_r50", ("pt2", "onnx")), ("effseg/panoptic/effseg_v2_r50_panoptic", ("pt2",))]
+)
+def test_panoptic_files(name: str, endings: Sequence[str], tmp_path: Path) -> None:
     """Maps of a program and of an ONNX file, for images of other sizes than that of the example."""
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package)
-    cfg, model = make_model("isda/isda_r50", PANOPTIC)
+    if "onnx" in endings:
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(package)
+    cfg, model = make_panoptic_model(name)
     cfg.MODEL.SWIN = get_cfg().MODEL.SWIN  # of which the model has nothing
     network = ExportNetwork(model)
     program = export_program(network)
     description = Description(cfg.MODEL.META_ARCHITECTURE, network.outputs, ["a", "b", "c", "d", "e"], 2)
-    for file in (tmp_path / "model.pt2", tmp_path / "model.onnx"):
+    for file in (tmp_path / f"model.{ending}" for ending in endings):
         write(program, description, file)
         check(model, ExportedModel(file).eval())
         cfg.MODEL.WEIGHTS = str(file)
