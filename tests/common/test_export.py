@@ -367,7 +367,7 @@ def test_messages(tmp_path: Path) -> None:
 def test_more_candidates_than_rows(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """What a file leaves out, it tells."""
     _, model = make_model("isda/isda_r50", PANOPTIC)
-    monkeypatch.setattr("querymask.common.export.network.CANDIDATES", 3)
+    monkeypatch.setattr("querymask.common.export.network.SEGMENT_CANDIDATES", 3)
     output = Unwritten(ExportNetwork(model), monkeypatch)(items()[:1])[0]
     assert "an image has 12 queries" in caplog.text and "merges 3" in caplog.text
     assert len(output["panoptic_seg"][1]) <= 3

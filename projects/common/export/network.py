@@ -19,7 +19,7 @@ from querymask.common.predictions import Predictions
 EXAMPLE_SIDES = (541, 797)
 """Height and width of the image that the program is traced with. Every map has several cells each way: what is 1 once
 would be 1 always."""
-CANDIDATES = 100
+SEGMENT_CANDIDATES = 100
 """Queries that may become segments of a panoptic map, each with a mask of the padded image."""
 
 
@@ -95,7 +95,7 @@ class ExportNetwork(nn.Module):
         assert rule is not None and branch is not None and found.canvas is not None
         queries, labels, scores = self.model.detector.select_queries(found, 0)
         bands = branch.bands(found, made, 0, queries, labels)  # of all, as masks may depend on each other
-        segments = merge(labels[:CANDIDATES], scores[:CANDIDATES], bands, found.canvas.size, rule)
+        segments = merge(labels[:SEGMENT_CANDIDATES], scores[:SEGMENT_CANDIDATES], bands, found.canvas.size, rule)
         ids = segment_ids(segments, found.image_sizes[0], size)
         likely = (scores > rule.score).sum()
         return tuple(x[None] for x in (ids, segments.labels, segments.scores, likely))
