@@ -144,6 +144,11 @@ def add_common_config(cfg: CfgNode) -> None:
     # Training keeps the inputs of layers alone (transformers, Swin, FQDet, stages of ISTR and of region heads), and
     # computes them again in the backward pass: less memory, more time
     cfg.MODEL.USE_CHECKPOINT = False
+    # Height and width of a padded batch become multiples of it, and of what the method needs; 0: of the latter only.
+    # The released SOLQ and EffSeg need nothing, and place the cells of a map evenly on images that are no multiple of
+    # its stride, a little away from what the backbone saw there. Models learn that from images of many sizes; for those
+    # that train on crops of one size, set the largest stride (32; SOLQ: 64)
+    cfg.MODEL.SIZE_DIVISIBILITY = 0
 
     # How queries become masks. A branch has a section of its own below this one
     cfg.MODEL.MASK_BRANCH = CfgNode()

@@ -68,6 +68,7 @@ class QuerySegmenter(nn.Module):
         pixel_std: Sequence[float],
         freeze_detector: bool = False,
         use_checkpoint: bool = False,
+        size_divisibility: int = 0,
         graphs: CudaGraphs | None = None,
         graph_divisibility: int = 1,
         panoptic: PanopticRule | None = None,
@@ -81,7 +82,10 @@ class QuerySegmenter(nn.Module):
         self.mask_branch = mask_branch
         detector.masks_follow = mask_branch is not None
         parts = [detector] if mask_branch is None else [detector, mask_branch]
-        self.size_divisibility = max(backbone.size_divisibility, *(part.size_divisibility for part in parts))
+        if size_divisibility < 0:
+            raise ValueError(f"MODEL.SIZE_DIVISIBILITY is {size_divisibility}: set 0 or a positive number")
+        needed = max(backbone.size_divisibility, *(part.size_divisibility for part in parts))
+        self.size_divisibility = math.lcm(needed, size_divisibility) or max(needed, size_divisibility)  # lcm(0, n) is 0
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self._unwritten: tuple[int, HostCopy] | None = None
@@ -135,6 +139,7 @@ class QuerySegmenter(nn.Module):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "freeze_detector": cfg.MODEL.MASK_BRANCH.FREEZE_DETECTOR,
             "use_checkpoint": cfg.MODEL.USE_CHECKPOINT,
+            "size_divisibility": cfg.MODEL.SIZE_DIVISIBILITY,
             **graph_arguments(cfg, [detector] if branch is None else [detector, branch]),
             "panoptic": panoptic,
         }
