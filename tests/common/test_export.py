@@ -1,6 +1,7 @@
 """Exported models: the forms that take the place of operators, the programs, the files, and what reads them."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from querymask import get_cfg
 from querymask.common.detections import PanopticDetections
 from querymask.common.detector import descending_order
-from querymask.common.export import Description, ExportedModel, ExportNetwork, export_program, write
+from querymask.common.export import ENDINGS, Description, ExportedModel, ExportNetwork, export_program, write
 from querymask.common.export.comparison import Differences, compare, detections_of
 from querymask.common.masks import paste_masks, pasted_bands, resize_masks
 from querymask.common.ops import multi_scale_deformable_attention, sparse_conv2d
@@ -44,9 +45,17 @@ MODELS = (
     "effseg/pointrend_r50",
     "effseg/refine_mask_r50",
 )
-ONNX = ("solq/solq_r50", "isda/isda_r50", "istr/istr_r50")
-"""Those that are written as ONNX files, too."""
+PAIRS = (
+    "solq/pairs/solq_kernel_shapes",
+    "solq/pairs/solq_effseg_shapes",
+    "effseg/pairs/fqdet_vector_shapes",
+    "istr/pairs/istr_kernel_shapes",
+)
 PANOPTIC_MODELS = ("solq/solq_r50", "isda/isda_r50", "istr/istr_r50", "effseg/panoptic/effseg_v2_r50_panoptic")
+# Files take a minute each: those of all models are written where this is set
+EVERYTHING = bool(os.environ.get("QUERYMASK_ALL_EXPORTS"))
+FILES = (*MODELS, *PAIRS) if EVERYTHING else ("solq/solq_r50", "isda/isda_r50", "istr/istr_r50", "effseg/effseg_r50")
+PANOPTIC_FILES = PANOPTIC_MODELS if EVERYTHING else ("isda/isda_r50", "effseg/panoptic/effseg_v2_r50_panoptic")
 
 
 # Random weights make segments, too
@@ -69,6 +78,8 @@ def make_model(name: str, panoptic: Mapping[str, Any] = {}) -> tuple[CfgNode, nn
     model = build_model(cfg).eval()
     give_basis(getattr(model.mask_branch, "coding", None))
     spread_weights(model)
+    if name == "effseg/effseg_r50":
+        model.mask_branch.head.refinements = 250  # the next cell's score differs by more than rounding
     return cfg, model
 
 
@@ -151,7 +162,7 @@ def test_panoptic_forms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kinds == {True, False}
 
 
-@pytest.mark.parametrize("name", [*ONNX, "effseg/effseg_r50"])
+@pytest.mark.parametrize("name", FILES)
 def test_files(name: str, tmp_path: Path) -> None:
     """A program, and the ONNX file in ONNX Runtime, for images of other sizes than that of the example."""
     cfg, model = make_model(name)
@@ -161,8 +172,6 @@ def test_files(name: str, tmp_path: Path) -> None:
     description = Description(cfg.MODEL.META_ARCHITECTURE, network.outputs, ["a", "b", "c", "d", "e"])
     write(program, description, tmp_path / "model.pt2")
     check(model, ExportedModel(tmp_path / "model.pt2").eval())
-    if name not in ONNX:
-        return
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     file = tmp_path / "model.onnx"
@@ -170,25 +179,23 @@ def test_files(name: str, tmp_path: Path) -> None:
     exported = ExportedModel(file).eval()
     assert exported.description.class_names == ["a", "b", "c", "d", "e"]
     check(model, exported)
-    cfg.MODEL.WEIGHTS, cfg.MODEL.SWIN = str(file), get_cfg().MODEL.SWIN  # of which the model has nothing
-    found = Predictor(cfg)(items()[0]["image"].permute(1, 2, 0).numpy())
-    assert len(found) and set(found.names) <= {"a", "b", "c", "d", "e"}
+    if name == "solq/solq_r50":
+        cfg.MODEL.WEIGHTS, cfg.MODEL.SWIN = str(file), get_cfg().MODEL.SWIN  # of which the model has nothing
+        found = Predictor(cfg)(items()[0]["image"].permute(1, 2, 0).numpy())
+        assert len(found) and set(found.names) <= {"a", "b", "c", "d", "e"}
 
 
-@pytest.mark.parametrize(
-    ("name", "endings"), [("isda/isda_r50", ("pt2", "onnx")), ("effseg/panoptic/effseg_v2_r50_panoptic", ("pt2",))]
-)
-def test_panoptic_files(name: str, endings: Sequence[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", PANOPTIC_FILES)
+def test_panoptic_files(name: str, tmp_path: Path) -> None:
     """Maps of a program and of an ONNX file, for images of other sizes than that of the example."""
-    if "onnx" in endings:
-        for package in ("onnx", "onnxscript", "onnxruntime"):
-            pytest.importorskip(package)
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
     cfg, model = make_panoptic_model(name)
     cfg.MODEL.SWIN = get_cfg().MODEL.SWIN  # of which the model has nothing
     network = ExportNetwork(model)
     program = export_program(network)
     description = Description(cfg.MODEL.META_ARCHITECTURE, network.outputs, ["a", "b", "c", "d", "e"], 2)
-    for file in (tmp_path / f"model.{ending}" for ending in endings):
+    for file in (tmp_path / f"model{ending}" for ending in ENDINGS):
         write(program, description, file)
         check(model, ExportedModel(file).eval())
         cfg.MODEL.WEIGHTS = str(file)

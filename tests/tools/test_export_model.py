@@ -75,8 +75,10 @@ def test_program(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
     assert {"bbox", "segm"} <= set(results)
 
 
-def test_panoptic_program(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same of panoptic maps, with PQ."""
+def test_panoptic_onnx(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same of panoptic maps, with PQ, as an ONNX file, which is read sooner than a program."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
     settings = [*settings, *flat(PANOPTIC)]
     torch.manual_seed(0)
     model = build_model(load_config(CONFIG, settings))
@@ -86,7 +88,7 @@ def test_panoptic_program(settings: list[str], tmp_path: Path, capsys: pytest.Ca
                 parameter.add_(torch.randn_like(parameter) * 0.3 * parameter[0].numel() ** -0.5)
     torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
     settings += ["MODEL.WEIGHTS", str(tmp_path / "model.pth")]
-    file = str(tmp_path / "model.pt2")
+    file = str(tmp_path / "model.onnx")
     assert tool.main(["--config-file", CONFIG, "--output", file, "--num-images", "3", *settings]) == 0
     printed = capsys.readouterr().out
     number = int(re.search(r"3 images, (\d+) segments: scores differ by at most", printed)[1])
