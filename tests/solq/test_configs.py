@@ -31,6 +31,7 @@ OWN = {
     "solq_shapes_quick",
     "solq_r50_overfit",
     "deformable_detr_shapes",
+    "solq_nuclei",
 }  # this project's, on other data than COCO
 COCO_LEAVES = {name: leaf for name, leaf in LEAVES.items() if name not in OWN}
 
