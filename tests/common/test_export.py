@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from mask_bases import give_basis
+from onnx_packages import skip_without_onnx
 from tiny_configs import tiny_config
 from tiny_models import spread_weights
 from torch import Tensor, nn
@@ -172,8 +173,7 @@ def test_files(name: str, tmp_path: Path) -> None:
     description = Description(cfg.MODEL.META_ARCHITECTURE, network.outputs, ["a", "b", "c", "d", "e"])
     write(program, description, tmp_path / "model.pt2")
     check(model, ExportedModel(tmp_path / "model.pt2").eval())
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package)
+    skip_without_onnx()
     file = tmp_path / "model.onnx"
     write(program, description, file)
     exported = ExportedModel(file).eval()
@@ -188,8 +188,7 @@ def test_files(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PANOPTIC_FILES)
 def test_panoptic_files(name: str, tmp_path: Path) -> None:
     """Maps of a program and of an ONNX file, for images of other sizes than that of the example."""
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package)
+    skip_without_onnx()
     cfg, model = make_panoptic_model(name)
     cfg.MODEL.SWIN = get_cfg().MODEL.SWIN  # of which the model has nothing
     network = ExportNetwork(model)

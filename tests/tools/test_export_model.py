@@ -9,6 +9,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
+from onnx_packages import skip_without_onnx
 from tool_loader import ROOT, load_tool
 
 from querymask.command_line import load_config
@@ -77,8 +78,7 @@ def test_program(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_panoptic_onnx(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same of panoptic maps, with PQ, as an ONNX file, which is read sooner than a program."""
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package)
+    skip_without_onnx()
     settings = [*settings, *flat(PANOPTIC)]
     torch.manual_seed(0)
     model = build_model(load_config(CONFIG, settings))
