@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from querymask.common.ops.autocast import autocast_type
+
 PRECISIONS: dict[str, torch.dtype | None] = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -45,6 +47,6 @@ def full_precision(x: torch.Tensor) -> torch.Tensor:
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """A context in which operations compute in the types of their inputs."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if autocast_type(device.type) is not None:
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-DEVICES = ("cpu", "cuda", "mps", "xpu")  # torch.amp.is_autocast_available cannot be exported before 2.7
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+"""Those that autocast knows: torch.amp.is_autocast_available cannot be exported before 2.7 and compiled in 2.11."""
 
 
 def autocast_type(device: str) -> torch.dtype | None:
