@@ -14,6 +14,8 @@ from hypothesis import settings
 
 import querymask  # noqa: F401
 
+torch.backends.cudnn.allow_tf32 = False  # tests on a GPU (support/devices.py) are as exact as on the processor
+
 # The same examples in every run; others by `pytest --hypothesis-profile=default`.
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")

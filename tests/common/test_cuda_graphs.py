@@ -134,7 +134,9 @@ def enabled(leaf: str, **settings: Any) -> CfgNode:
 
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"MODEL\.DEVICE is 'cpu': CUDA graphs need an NVIDIA GPU"):
-        build_model(enabled(METHODS["ISTR"]))
+        cfg = enabled(METHODS["ISTR"])
+        cfg.MODEL.DEVICE = "cpu"
+        build_model(cfg)
     with pytest.raises(ValueError, match=r"CUDA_GRAPHS\.ENABLED is True, but in FQDet and EffSegBranch values decide"):
         build_model(enabled("effseg/effseg_r50"))
     with pytest.raises(ValueError, match=r"SIZE_DIVISIBILITY is 0: set at least 1"):

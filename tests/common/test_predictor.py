@@ -77,9 +77,9 @@ def test_is_what_evaluation_sees(predictor: Predictor, cfg: CfgNode) -> None:
     instances = output["instances"]
     order = instances.scores.argsort(descending=True, stable=True)
     found = predictor(image)
-    assert np.array_equal(found.scores, instances.scores[order].numpy())
-    assert np.array_equal(found.boxes, instances.pred_boxes.tensor[order].numpy())
-    assert np.array_equal(found.masks, instances.pred_masks[order].numpy())
+    assert np.array_equal(found.scores, instances.scores[order].cpu().numpy())
+    assert np.array_equal(found.boxes, instances.pred_boxes.tensor[order].cpu().numpy())
+    assert np.array_equal(found.masks, instances.pred_masks[order].cpu().numpy())
     back = found.to_instances()
     assert set(back.get_fields()) == {"scores", "pred_classes", "pred_boxes", "pred_masks"}
 

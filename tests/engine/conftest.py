@@ -1,6 +1,7 @@
 """A data set of a few pictures, and a SOLQ that makes a training step in some milliseconds."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +23,18 @@ from querymask.common.engine.step import TrainingStep
 from querymask.common.engine.trainer import distribute
 
 CATEGORIES = [{"id": 3, "name": "wide"}, {"id": 70, "name": "tall"}]
+
+
+@pytest.fixture(autouse=True)
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On a GPU, too, the same training gives the same bits."""
+    if os.environ.get("QUERYMASK_TEST_DEVICE", "cpu") == "cpu":
+        yield
+        return
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 class ToyBackbone(Backbone):

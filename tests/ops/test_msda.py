@@ -285,8 +285,8 @@ def test_deterministic_mode(channels, dtype, device, make_msda_inputs):
         torch.use_deterministic_algorithms(False)
     for other in others:
         assert all(map(torch.equal, first, other))
-    for ours, theirs in zip(first, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for ours, theirs in zip(first, expected, strict=True):  # sums in another order
+        torch.testing.assert_close(ours, theirs, **({"atol": 1e-4, "rtol": 1e-5} if dtype == torch.float32 else {}))
 
 
 def test_second_derivative_is_refused(device, make_msda_inputs):
