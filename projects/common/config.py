@@ -24,6 +24,9 @@ def add_common_config(cfg: CfgNode) -> None:
     # Whose rounding of sizes, and whose interpolation: detr (SOLQ's release), detectron2 (ISTR's), mmdetection (ISDA's:
     # not antialiased) or effseg
     cfg.INPUT.RESIZE_RULE = "detr"
+    # Of training masks: nearest, the releases' neighbour, which puts masks up to half a pixel further right and down
+    # than the image; or linear, without that shift, which shows where objects are small
+    cfg.INPUT.MASK_RESIZE_RULE = "nearest"
 
     # DETR's second augmentation branch: resize, crop, resize again (Carion et al. 2020, section 4).
     cfg.INPUT.DETR_CROP = CfgNode()

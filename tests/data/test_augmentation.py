@@ -249,6 +249,43 @@ def test_masks_are_resized_as_the_release_does(old: tuple[int, int], new: tuple[
     assert np.array_equal(Resize(*old, *new).apply_segmentation(mask), expected)
 
 
+@pytest.mark.parametrize("rule", ["nearest", "linear"])
+@pytest.mark.parametrize("old, new", [((64, 80), (112, 140)), ((64, 80), (96, 120)), ((128, 160), (40, 50))])
+def test_masks_lie_where_the_image_does(old: tuple[int, int], new: tuple[int, int], rule: str) -> None:
+    """The centre and area of discs, of masks and as Pillow resizes their pictures."""
+    rows, columns = np.mgrid[: old[0], : old[1]]
+    found = []
+    for seed in range(20):
+        y, x = np.random.default_rng(seed).uniform(0.4, 0.6, 2) * old
+        disc = (np.hypot(rows - y, columns - x) < 0.3 * min(old)).astype(np.uint8)
+        resize = Resize(*old, *new, Image.BILINEAR, rule)
+        picture, mask = resize.apply_image(255 * disc).astype(float), resize.apply_segmentation(disc)
+        assert mask.dtype == np.uint8 and set(np.unique(mask)) == {0, 1}
+        assert abs(mask.sum() - picture.sum() / 255) < 0.03 * mask.sum()
+        positions = np.mgrid[: new[0], : new[1]]
+        found.append([(positions * part).sum((1, 2)) / part.sum() for part in (mask, picture)])
+    mask, picture = np.mean(found, 0)
+    if rule == "linear":
+        assert np.allclose(mask, picture, atol=0.02)
+    else:  # the corner of a cell instead of its centre, at the centre of the pixel that it lies in
+        size = old[0] / new[0]
+        corners = np.arange(new[0]) * size
+        assert np.allclose(mask - picture, (size / 2 + (corners - np.floor(corners)).mean() - 0.5) / size, atol=0.03)
+
+
+def test_resize_of_masks_comes_from_the_config() -> None:
+    cfg = train_cfg()
+    with pytest.raises(ValueError, match=r"INPUT\.MASK_RESIZE_RULE must be one of nearest, linear, not 'cubic'"):
+        cfg.INPUT.MASK_RESIZE_RULE = "cubic"
+        T.AugmentationList(build_augmentations(cfg, is_train=True))(T.AugInput(np.zeros((50, 60, 3), np.uint8)))
+    cfg.INPUT.MASK_RESIZE_RULE = "linear"
+    for jitter in (False, True):
+        cfg.INPUT.LSJ.ENABLED, cfg.INPUT.DETR_CROP.ENABLED = jitter, not jitter
+        augmentations = T.AugmentationList(build_augmentations(cfg, is_train=True))
+        seen = augmentations(T.AugInput(np.zeros((640, 470, 3), np.uint8))).transforms
+        assert {t.masks for t in seen if isinstance(t, Resize)} == {"linear"}
+
+
 def test_every_resize_of_training_images_is_the_releases() -> None:
     np.random.seed(0)
     augmentations = T.AugmentationList(build_augmentations(train_cfg(), is_train=True))

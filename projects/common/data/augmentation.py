@@ -77,14 +77,39 @@ def resized_size(width: int, height: int, shorter: int, longest: int | None, rul
     return (low, high) if width <= height else (high, low)
 
 
-class Resize(T.ResizeTransform):
-    """Detectron2's resize with the release's nearest neighbour for masks: cell i takes pixel floor(i * old / new).
+MASK_RULES = ("nearest", "linear")
+"""By ``INPUT.MASK_RESIZE_RULE``: how :class:`Resize` resizes masks."""
 
-    Pillow, which Detectron2 uses, takes the pixel at the cell's centre instead.
+
+class Resize(T.ResizeTransform):
+    """Detectron2's resize with other masks.
+
+    By the rule "nearest", the releases', cell i takes pixel floor(i * old / new), where Pillow, which Detectron2 uses,
+    takes the one at the cell's centre: masks lie up to half a cell further right and down than the image. By "linear"
+    a cell belongs to the mask if at least half of it does, and masks lie where the image does.
     """
 
+    def __init__(
+        self, h: int, w: int, new_h: int, new_w: int, interp: int | None = None, masks: str = "nearest"
+    ) -> None:
+        """
+        Args:
+            h, w, new_h, new_w: sizes of the image before and after it.
+            interp: Pillow's filter for images.
+            masks: one of ``MASK_RULES``.
+        """
+        super().__init__(h, w, new_h, new_w, interp)
+        if masks not in MASK_RULES:
+            raise ValueError(f"INPUT.MASK_RESIZE_RULE must be one of {', '.join(MASK_RULES)}, not {masks!r}.")
+        self.masks = masks
+
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
-        """Resize a mask [H, W]."""
+        """Resize a mask [H, W] of 0 and 1."""
+        if self.masks == "linear":
+            smaller = self.new_h < self.h or self.new_w < self.w
+            kind = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
+            shares = cv2.resize(255 * segmentation.astype(np.uint8), (self.new_w, self.new_h), interpolation=kind)
+            return (shares >= 128).astype(segmentation.dtype)
         rows, columns = (
             # float32 as in torch.nn.functional.interpolate, so that the rounding is the same
             np.minimum(np.floor(np.arange(new, dtype=np.float32) * np.float32(old / new)).astype(np.int64), old - 1)
@@ -114,6 +139,7 @@ class ResizeShortestSide(T.Augmentation):
         longest: int | None = None,
         sampling: str = "choice",
         rule: str = "detr",
+        masks: str = "nearest",
     ) -> None:
         """
         Args:
@@ -121,6 +147,7 @@ class ResizeShortestSide(T.Augmentation):
             longest: limit of the longer side; None: no limit.
             sampling: "choice" or "range".
             rule: one of ``RESIZE_RULES``.
+            masks: one of ``MASK_RULES``.
         """
         super().__init__()
         if rule not in RESIZE_RULES:
@@ -133,6 +160,7 @@ class ResizeShortestSide(T.Augmentation):
         self.longest = longest
         self.sampling = sampling
         self.rule = rule
+        self.masks = masks
 
     def get_transform(self, image: np.ndarray) -> Transform:
         """The resize of one image [H, W, ...]."""
@@ -147,7 +175,7 @@ class ResizeShortestSide(T.Augmentation):
         if (new_width, new_height) == (width, height):
             return NoOpTransform()
         kind = OpenCVResize if self.rule == "mmdetection" else Resize
-        return kind(height, width, new_height, new_width, Image.BILINEAR)
+        return kind(height, width, new_height, new_width, Image.BILINEAR, self.masks)
 
 
 class RandomCropOfRange(T.Augmentation):
@@ -177,11 +205,12 @@ class ResizeToScale(T.Augmentation):
     Detectron2's ResizeScale, with the masks of ``Resize`` and at least one pixel for images of extreme shape.
     """
 
-    def __init__(self, size: int, least: float, greatest: float) -> None:
+    def __init__(self, size: int, least: float, greatest: float, masks: str = "nearest") -> None:
         """
         Args:
             size: side of the square at scale 1.
             least, greatest: the scale is uniform between them.
+            masks: one of ``MASK_RULES``.
         """
         super().__init__()
         if size < 1 or not 0 < least <= greatest:
@@ -192,6 +221,7 @@ class ResizeToScale(T.Augmentation):
         self.size = size
         self.least = least
         self.greatest = greatest
+        self.masks = masks
 
     def get_transform(self, image: np.ndarray) -> Transform:
         """The resize of one image [H, W, ...]."""
@@ -201,7 +231,7 @@ class ResizeToScale(T.Augmentation):
         new_height, new_width = (max(int(np.round(old * scale)), 1) for old in (height, width))
         if (new_height, new_width) == (height, width):
             return NoOpTransform()
-        return Resize(height, width, new_height, new_width, Image.BILINEAR)
+        return Resize(height, width, new_height, new_width, Image.BILINEAR, self.masks)
 
 
 class CropOrPad(T.Augmentation):
@@ -310,7 +340,8 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     """
     keys = cfg.INPUT
     if not is_train:
-        return [ResizeShortestSide([keys.MIN_SIZE_TEST], keys.MAX_SIZE_TEST, rule=keys.RESIZE_RULE)]
+        size, limit = keys.MIN_SIZE_TEST, keys.MAX_SIZE_TEST
+        return [ResizeShortestSide([size], limit, rule=keys.RESIZE_RULE, masks=keys.MASK_RESIZE_RULE)]
     if keys.CROP.ENABLED:
         raise ValueError("INPUT.CROP is not used by QueryMask: use INPUT.DETR_CROP, or set INPUT.CROP.ENABLED False.")
     augmentations = random_flips(keys.RANDOM_FLIP)
@@ -325,14 +356,16 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
         if len(keys.LSJ.SCALE) != 2:
             raise ValueError(f"INPUT.LSJ.SCALE is {list(keys.LSJ.SCALE)}: give the least and the greatest scale.")
         size = keys.LSJ.SIZE
-        return [*augmentations, ResizeToScale(size, *keys.LSJ.SCALE), CropOrPad(size, keys.LSJ.PAD_VALUE)]
+        resize = ResizeToScale(size, *keys.LSJ.SCALE, masks=keys.MASK_RESIZE_RULE)
+        return [*augmentations, resize, CropOrPad(size, keys.LSJ.PAD_VALUE)]
     sizes = keys.MIN_SIZE_TRAIN if isinstance(keys.MIN_SIZE_TRAIN, Sequence) else (keys.MIN_SIZE_TRAIN,)
-    resize = ResizeShortestSide(sizes, keys.MAX_SIZE_TRAIN, keys.MIN_SIZE_TRAIN_SAMPLING, keys.RESIZE_RULE)
+    rules = {"rule": keys.RESIZE_RULE, "masks": keys.MASK_RESIZE_RULE}
+    resize = ResizeShortestSide(sizes, keys.MAX_SIZE_TRAIN, keys.MIN_SIZE_TRAIN_SAMPLING, **rules)
     crop = keys.DETR_CROP
     if crop.ENABLED:
         if crop.RESIZE_FIRST:
             augmentations.append(resize)
-        branch = T.AugmentationList([ResizeShortestSide(crop.MIN_SIZES, rule=keys.RESIZE_RULE), _crop(crop)])
+        branch = T.AugmentationList([ResizeShortestSide(crop.MIN_SIZES, **rules), _crop(crop)])
         augmentations.append(T.RandomApply(branch, crop.PROBABILITY))
     augmentations.append(resize)
     return augmentations
