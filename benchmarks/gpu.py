@@ -47,15 +47,15 @@ class Entry:
 
 PARTS = {
     "card": Entry("card.run", 10, 10),
-    "tests": Entry("checks.run_tests", 90, 60),
+    "tests": Entry("checks.run_tests", 40, 40),
     "msda": Entry("operators.run_msda", 140, 20),
     "sps": Entry("operators.run_sps", 25, 15),
     "deterministic": Entry("operators.run_deterministic", 20, 15),
     "models": Entry("models.run_eager", 200, 30),
     "graphs": Entry("models.run_graphs", 30, 20),
-    "training": Entry("training.run_quick", 170, 150),
+    "training": Entry("training.run_quick", 250, 150),
     "loader": Entry("training.run_loader", 60, 30),
-    "sanitizer": Entry("checks.run_sanitizer", 120, 60),
+    "sanitizer": Entry("checks.run_sanitizer", 40, 40),
     "compiled": Entry("models.run_compiled", 400, 90),
 }
 
