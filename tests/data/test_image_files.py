@@ -300,3 +300,10 @@ def test_backslashes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 def test_errors_travel_from_worker_processes() -> None:
     error = pickle.loads(pickle.dumps(ImageFileError("a.png", "bad.")))
     assert str(error) == "a.png: bad." and error.reason == "bad."
+
+
+@pytest.mark.parametrize("kind", ["RGB", "L"])
+def test_images_may_be_written(tmp_path: Path, kind: str) -> None:
+    """Flips make tensors of them; PyTorch warns, once in a process, of those that must not be written."""
+    Image.new(kind, (5, 4)).save(tmp_path / "a.png")
+    assert ImageReader("RGB")(tmp_path / "a.png").flags.writeable

@@ -105,7 +105,8 @@ class ImageReader:
         with _decoding(path):
             if remaining in _TURNS:
                 image = image.transpose(_TURNS[remaining])
-            return convert_PIL_to_numpy(image, self.format), orientation
+            array = convert_PIL_to_numpy(image, self.format)
+        return np.require(array, requirements="W"), orientation  # flips make a tensor of it, which asks for that
 
     def _to_8_bits(self, path: str, image: Image.Image, samples: np.ndarray) -> Image.Image:
         """The image of samples of more than 8 bits (or signed ones), [H, W] or [H, W, 3]."""
