@@ -19,6 +19,9 @@ def test_quarter_turns_keep_objects_where_their_pixels_are(turns: int) -> None:
     turn = QuarterTurns(turns, 5, 9)
     turned = turn.apply_image(image)
     np.testing.assert_array_equal(turned, np.rot90(image, turns))
+    mask = np.ascontiguousarray(image[:, :, 0])
+    for part in (mask, mask[::-1], np.asfortranarray(mask), mask > 99):
+        np.testing.assert_array_equal(turn.apply_segmentation(part), np.rot90(part, turns))
     for x in range(9):
         for y in range(5):
             x0, y0, x1, y1 = turn.apply_box(np.array([[x, y, x + 1, y + 1.0]]))[0].astype(int)
