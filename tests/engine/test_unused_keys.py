@@ -180,6 +180,13 @@ def test_models_of_others_have_keys_of_their_own(cfg: CfgNode) -> None:
         check_unused_keys(cfg)
 
 
+@pytest.mark.parametrize("setting", ["SIZE_DIVISIBILITY 32", "USE_CHECKPOINT True"])
+def test_models_of_others_do_not_read_the_projects_keys(cfg: CfgNode, setting: str) -> None:
+    cfg.merge_from_list(f"MODEL.META_ARCHITECTURE GeneralizedRCNN MODEL.{setting}".split())
+    with pytest.raises(ValueError, match=rf"MODEL\.{setting.split()[0]} .*only SOLQ, ISDA, ISTR, EffSeg read it"):
+        check_unused_keys(cfg)
+
+
 def test_keys_that_a_user_adds_are_let_alone(cfg: CfgNode) -> None:
     cfg.MODEL.MINE = CfgNode({"SIZE": 3})
     check_unused_keys(cfg)

@@ -208,7 +208,9 @@ def _conditions(cfg: CfgNode) -> Iterator[tuple[str, str, bool]]:
     elif not cfg.TEST.CUDA_GRAPHS.ENABLED:
         yield "TEST.CUDA_GRAPHS", "TEST.CUDA_GRAPHS.ENABLED is False", False
     if cfg.MODEL.META_ARCHITECTURE not in METHODS:
-        yield "MODEL.PANOPTIC", f"only {', '.join(METHODS)} read it", True
+        for key in ("PANOPTIC", "SIZE_DIVISIBILITY", "USE_CHECKPOINT", "MASK_BRANCH", "MASK_CODING"):
+            is_error = not key.startswith("MASK_")  # which a base file of a method may have set
+            yield f"MODEL.{key}", f"only {', '.join(METHODS)} read it", is_error
     elif not cfg.MODEL.PANOPTIC.ENABLED:
         yield "MODEL.PANOPTIC", "MODEL.PANOPTIC.ENABLED is False", False
     else:
