@@ -15,7 +15,7 @@ from querymask.common.solver import build_lr_scheduler, build_optimizer
 from querymask.model_zoo import find_leaves
 
 LEAVES = {leaf.name: leaf for leaf in find_leaves() if leaf.method == "isda"}
-COCO_LEAVES = {name: leaf for name, leaf in LEAVES.items() if "shapes" not in name}
+COCO_LEAVES = {name: leaf for name, leaf in LEAVES.items() if not name.endswith(("_shapes", "_nuclei"))}
 
 # Values of a R50 model, batch norms' affine parameters (53,120, frozen) included, as measured on the release
 FROZEN_NORMS = 53_120

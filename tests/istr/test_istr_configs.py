@@ -20,7 +20,7 @@ from querymask.model_zoo import find_leaves
 LEAVES = {leaf.name: leaf for leaf in find_leaves() if leaf.method == "istr" and not leaf.name.startswith("pairs/")}
 # Other schedules, each with a test of its own
 OTHER = {"istr_v2_smt_swin_l_lsj_50ep", "istr_v2_smt_swin_l_lsj_100ep", "istr_v2_smt_r50_cityscapes"}
-OWN = {name for name in LEAVES if name.startswith("istr_shapes")}  # on other data than COCO
+OWN = {name for name in LEAVES if name.endswith(("_shapes", "_nuclei"))}  # on other data than COCO
 # All parameters and trained ones with 80 classes, those of the backbone that are trained, of the head, of a stage,
 # and entries of the state dict, as measured on the releases
 PUBLISHED_SIZES = {

@@ -64,7 +64,7 @@ def read_training_set(
         for i, entry in enumerate(entries)
         if (counts[i] or not filter_empty) and min(entry["width"], entry["height"]) >= min_side
     ]
-    if filter_empty or min_side:
+    if len(kept) < len(entries):
         logger.info(f"{len(kept)} of {len(entries)} images are trained on: others are too small or without instances")
     if not any(_instances(entry) for entry in kept):
         raise AnnotationError(
