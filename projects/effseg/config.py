@@ -29,7 +29,7 @@ def add_effseg_config(cfg: CfgNode) -> None:
     _add_detector(cfg)
     _add_mask_branches(cfg)
     register_renamed_keys(cfg, RENAMED)
-    cfg.register_deprecated_key("INPUT.MASK_RESIZE")  # always with nearest neighbour, as in the release
+    cfg.register_deprecated_key("INPUT.MASK_RESIZE")  # INPUT.MASK_RESIZE_RULE has the release's, too
 
 
 def _add_detector(cfg: CfgNode) -> None:

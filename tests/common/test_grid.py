@@ -208,7 +208,7 @@ def test_pair(batch: list[dict[str, Any]], dataset: str, detector: str, branch: 
             assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
     if model.mask_branch is not None:
         learns = [p.grad.abs().sum() > 0 for p in model.mask_branch.parameters() if p.requires_grad]
-        assert sum(learns) > 0.75 * len(learns)  # the others are behind a ReLU that is 0 for all
+        assert sum(learns) > 0.75 * len(learns)
     with torch.no_grad():
         outputs = model.eval()(batch)
     if branch != "none":
