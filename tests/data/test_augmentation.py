@@ -275,12 +275,12 @@ def test_masks_lie_where_the_image_does(old: tuple[int, int], new: tuple[int, in
 
 def test_resize_of_masks_comes_from_the_config() -> None:
     cfg = train_cfg()
-    with pytest.raises(ValueError, match=r"INPUT\.MASK_RESIZE_RULE must be one of nearest, linear, not 'cubic'"):
-        cfg.INPUT.MASK_RESIZE_RULE = "cubic"
-        T.AugmentationList(build_augmentations(cfg, is_train=True))(T.AugInput(np.zeros((50, 60, 3), np.uint8)))
-    cfg.INPUT.MASK_RESIZE_RULE = "linear"
     for jitter in (False, True):
         cfg.INPUT.LSJ.ENABLED, cfg.INPUT.DETR_CROP.ENABLED = jitter, not jitter
+        cfg.INPUT.MASK_RESIZE_RULE = "cubic"
+        with pytest.raises(ValueError, match=r"INPUT\.MASK_RESIZE_RULE must be one of nearest, linear, not 'cubic'"):
+            build_augmentations(cfg, is_train=True)
+        cfg.INPUT.MASK_RESIZE_RULE = "linear"
         augmentations = T.AugmentationList(build_augmentations(cfg, is_train=True))
         seen = augmentations(T.AugInput(np.zeros((640, 470, 3), np.uint8))).transforms
         assert {t.masks for t in seen if isinstance(t, Resize)} == {"linear"}

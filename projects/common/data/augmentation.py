@@ -81,6 +81,17 @@ MASK_RULES = ("nearest", "linear")
 """By ``INPUT.MASK_RESIZE_RULE``: how :class:`Resize` resizes masks."""
 
 
+def mask_rule(name: str) -> str:
+    """The name, if it is one of ``MASK_RULES``.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    if name not in MASK_RULES:
+        raise ValueError(f"INPUT.MASK_RESIZE_RULE must be one of {', '.join(MASK_RULES)}, not {name!r}.")
+    return name
+
+
 class Resize(T.ResizeTransform):
     """Detectron2's resize with other masks.
 
@@ -99,9 +110,7 @@ class Resize(T.ResizeTransform):
             masks: one of ``MASK_RULES``.
         """
         super().__init__(h, w, new_h, new_w, interp)
-        if masks not in MASK_RULES:
-            raise ValueError(f"INPUT.MASK_RESIZE_RULE must be one of {', '.join(MASK_RULES)}, not {masks!r}.")
-        self.masks = masks
+        self.masks = mask_rule(masks)
 
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
         """Resize a mask [H, W], uint8 of 0 and 1."""
@@ -157,7 +166,7 @@ class ResizeShortestSide(T.Augmentation):
         self.longest = longest
         self.sampling = sampling
         self.rule = rule
-        self.masks = masks
+        self.masks = mask_rule(masks)
 
     def get_transform(self, image: np.ndarray) -> Transform:
         """The resize of one image [H, W, ...]."""
@@ -218,7 +227,7 @@ class ResizeToScale(T.Augmentation):
         self.size = size
         self.least = least
         self.greatest = greatest
-        self.masks = masks
+        self.masks = mask_rule(masks)
 
     def get_transform(self, image: np.ndarray) -> Transform:
         """The resize of one image [H, W, ...]."""
