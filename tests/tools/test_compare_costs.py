@@ -141,9 +141,16 @@ def test_speed_over_images(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_of_several_models_is_measured_alone(tiny: Any, tmp_path: Path) -> None:
     paths, rows = [str(tiny("MaskRCNNBranch", "first")), str(tiny("EffSegBranch", "second"))], tmp_path / "rows.json"
     options = ["--detections", "20", "--regions", "7", "--repeat", "1", "--height", "64", "--width", "64"]
-    assert tool.main([*paths, *options, "--json", str(rows), "--opts", "MODEL.EFFSEG.NUM_QUERIES", "25"]) == 0
+    settings = [
+        "--opts",
+        "MODEL.EFFSEG.NUM_QUERIES",
+        "25",
+        "MODEL.DEVICE",
+        "cpu",
+    ]  # other processes find no pretended GPU
+    assert tool.main([*paths, *options, "--json", str(rows), *settings]) == 0
     first, second = json.loads(rows.read_text())
-    expected = measured(Path(paths[1]), *options[:4], *options[6:], "--opts", "MODEL.EFFSEG.NUM_QUERIES", "25")
+    expected = measured(Path(paths[1]), *options[:4], *options[6:], *settings)
     for field in ("name", "parameters", "gflops", "head_gflops", "detections", "regions"):
         assert second[field] == getattr(expected, field), field
     assert first["name"] == "first" and all(row["fps"] > 0 and row["memory"] > 0 for row in (first, second))
