@@ -70,6 +70,7 @@ def test_operators_are_measured(trial: tuple[dict[str, Any], str]) -> None:
     modes = parts["deterministic"]["tables"][0]
     assert {row[2] for row in modes["rows"]} == {"equal"}  # the pretended card computes on the CPU
     assert column(parts["sanitizer"], "outcome")[-1] == "32 calls made"
+    assert column(parts["counters"], "kernel") == ["2 calls made", "2 calls made"]
 
 
 def test_models_are_measured(trial: tuple[dict[str, Any], str]) -> None:
