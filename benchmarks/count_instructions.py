@@ -53,9 +53,14 @@ MSDA = [
     Kernel("forward, float32", r"forward_kernelIffjLi4ELi8E", r"LDG\.E\.128", 4, 8, 8),
     Kernel("forward, bfloat16", r"forward_kernelIN3c108BFloat16EfjLi8ELi4E", r"LDG\.E\.128", 4, 4, 4),
     Kernel("forward, float16", r"forward_kernelIN3c104HalfEfjLi8ELi4E", r"LDG\.E\.128", 4, 4, 4),
-    Kernel("backward, float32", r"backward_kernelIffjLi4ELi8E", r"LDG\.E\.128|RED", 8, 8, 8),
-    Kernel("backward, bfloat16", r"backward_kernelIN3c108BFloat16EfjLi8ELi4E", r"LDG\.E\.128|RED", 12, 4, 4),
-    Kernel("backward, float16", r"backward_kernelIN3c104HalfEfjLi8ELi4E", r"LDG\.E\.128|RED", 12, 4, 4),
+    Kernel("backward, float32", r"backward_kernelIffjLi4ELi8E", r"LDG\.E\.128", 4, 8, 8),
+    Kernel("backward, bfloat16", r"backward_kernelIN3c108BFloat16EfjLi8ELi4E", r"LDG\.E\.128", 4, 4, 4),
+    Kernel("backward, float16", r"backward_kernelIN3c104HalfEfjLi8ELi4E", r"LDG\.E\.128", 4, 4, 4),
+    # The gradient of value: a thread enters its sample in the lists of four tokens, which others then sum up.
+    Kernel("lists, float32", r"joined_kernelIffLi4E", r"ATOMS\.EXCH", 4, 1, 0),
+    Kernel("sums, float32", r"joined_kernelIffLi4E", r"LDS\.128", 4, 8, 0),
+    Kernel("lists, bfloat16", r"joined_kernelIN3c108BFloat16EfLi4E", r"ATOMS\.EXCH", 4, 1, 0),
+    Kernel("sums, bfloat16", r"joined_kernelIN3c108BFloat16EfLi4E", r"LDS\.128", 4, 8, 0),
     # One sample is in the sums of four tokens; 32 parts of such sums are prepared at once.
     Kernel("sum in order, float32", r"gather_kernelIffLi4E", r"LDG\.E\.128", 4, 8, 2),
     Kernel("sum in order, bfloat16", r"gather_kernelIN3c108BFloat16EfLi8E", r"LDG\.E\.128", 4, 4, 1),

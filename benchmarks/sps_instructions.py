@@ -3,9 +3,9 @@
     python benchmarks/sps_instructions.py --save benchmarks/results/sps_instructions.md
 
 No GPU: nvcc compiles for sm_90, cuobjdump disassembles (see count_instructions.py). Counted are all instructions of the
-loop over chunks, 64 bytes of each row of a tile. The times are what an H100 needs at least for 40,000 cells, C channels
-in and out, 3 x 3 taps: to issue the loop's instructions, for the products at the tensor cores' dense peak, for the
-traffic of shared memory, and for that of the L2 cache if no row is found in L1.
+loop over chunks, in which a tile's sum is computed. The times are what an H100 needs at least for 40,000 cells, C
+channels in and out, 3 x 3 taps: to issue the loop's instructions, for the products at the tensor cores' dense peak, for
+the traffic of shared memory, and for that of the L2 cache if no row is found in L1.
 """
 
 import math
@@ -22,7 +22,9 @@ from querymask.command_line import add_save, make_parser, show_page
 
 ROOT = Path(__file__).parents[1]
 CELLS, TAPS, WIDTHS = 40_000, 9, (32, 64, 128)
-SIDE, STAGE_ROW, STAGES, WARPS, WANTED_BLOCKS = 128, 64, 4, 4, 264  # as in csrc/sps/cuda_tensor_core.cu
+SIDE, WARPS, WANTED_BLOCKS = 128, 4, 264  # as in csrc/sps/cuda_tensor_core.cu, like the next two
+STAGE_ROW = {"forward": 128, "backward_features": 128, "backward_weight": 64}  # bytes of a tile's row in a chunk
+STAGES = {"forward": 2, "backward_features": 2, "backward_weight": 4}
 MULTIPROCESSORS, CLOCK, L2 = 132, 1.755e9, 5.5e12  # of an H100 SXM; bytes a second
 TYPES = {"TF32": ("f", 4), "bfloat16": ("N3c108BFloat16E", 2)}
 KERNELS = ("forward", "backward_features", "backward_weight")
@@ -40,13 +42,14 @@ class Work:
 
 def work(kernel: str, channels: int, size: int) -> Work:
     """What a kernel does for ``channels`` in and out."""
+    stage_row = STAGE_ROW[kernel]
     row_tiles, column_tiles = math.ceil(CELLS / SIDE), math.ceil(TAPS * channels / SIDE)
     if kernel == "forward":
-        return Work(SIDE, channels, row_tiles, math.ceil(TAPS * channels * size / STAGE_ROW))
+        return Work(SIDE, channels, row_tiles, math.ceil(TAPS * channels * size / stage_row))
     if kernel == "backward_features":
-        return Work(SIDE, SIDE, row_tiles * column_tiles, math.ceil(channels * size / STAGE_ROW))
+        return Work(SIDE, SIDE, row_tiles * column_tiles, math.ceil(channels * size / stage_row))
     part = math.ceil(math.ceil(CELLS / math.ceil(WANTED_BLOCKS / column_tiles)) / 256) * 256
-    return Work(channels, SIDE, math.ceil(CELLS / part) * column_tiles, math.ceil(part * size / STAGE_ROW))
+    return Work(channels, SIDE, math.ceil(CELLS / part) * column_tiles, math.ceil(part * size / stage_row))
 
 
 def count_loop(listing: Listing) -> Counter[str]:
@@ -75,17 +78,16 @@ def rows(listings: list[Listing]) -> Iterator[list[object]]:
                     raise ValueError(f"no {kernel}_kernel with {arguments}: its template arguments have changed")
                 counts, load = count_loop(listing), work(kernel, channels, size)
                 total, trips = counts.total(), load.tiles * load.chunks
+                stage = STAGE_ROW[kernel] * (load.rows + load.columns)
                 cycles = {  # a product has 1024 or, of 16 bits, 2048 multiply-adds, as many as a clock
                     "issue": trips * WARPS * total / 4,
                     "tensor": trips * WARPS * counts["HMMA"],
-                    "shared": trips
-                    * (WARPS * (512 * counts["LDSM"] + 128 * counts["LDS"]) + STAGE_ROW * (load.rows + load.columns))
-                    / 128,
+                    "shared": trips * (WARPS * (512 * counts["LDSM"] + 128 * counts["LDS"]) + stage) / 128,
                 }
                 times = [value / MULTIPROCESSORS / CLOCK * 1e6 for value in cycles.values()]
-                times.append(trips * STAGE_ROW * (load.rows + load.columns) / L2 * 1e6)
+                times.append(trips * stage / L2 * 1e6)
                 shared = (
-                    STAGES * STAGE_ROW * (load.rows + load.columns)
+                    STAGES[kernel] * stage
                     + 4 * SIDE * ({"forward": TAPS, "backward_features": 1, "backward_weight": 0}[kernel])
                 )
                 registers = listing.resources["REG"]
@@ -106,10 +108,11 @@ def main() -> None:
         "Compiled without a GPU: nothing here is measured.",
         "",
         "Least times of an H100 (132 multiprocessors, 1.755 GHz) for 40,000 cells, C channels in and out, 3 x 3 taps.",
-        "Issue: all instructions of the loop over chunks of 64 bytes. Tensor: the dense peak; `mma.sync` is said to",
-        "reach about 60 % of it on this GPU. Shared: 128 bytes a clock. L2: 5.5 TB/s, if nothing is found in L1, where",
-        "the rows of the forward pass that several taps read are kept. The backward pass to features also adds",
-        f"{CELLS * TAPS * 128 * 4 / 1e6:.0f} MB to memory atomically at C = 128. A stack: registers are spilled.",
+        "Issue: all instructions of the loop over chunks, 128 bytes of each row, 64 in the gradient of the kernel.",
+        "Tensor: the dense peak; `mma.sync` is said to reach about 60 % of it on this GPU. Shared: 128 bytes a clock.",
+        "L2: 5.5 TB/s, if nothing is found in L1, where the rows of the forward pass that several taps read are kept.",
+        f"The backward pass to features also adds {CELLS * TAPS * 128 * 4 / 1e6:.0f} MB atomically at C = 128.",
+        "A stack: registers are spilled.",
         "",
         tabulate(rows(list(read_listings(text))), COLUMNS, tablefmt="pipe", disable_numparse=True, colalign=alignment),
     ]

@@ -4,7 +4,8 @@
 // samples' coordinates are computed once: the threads of a group prepare one sample each, leave the four neighbours and
 // weights in shared memory, and then all of them read them back, sample after sample. A block serves a tile of queries of
 // one head, 8 pixels wide where the queries are the tokens themselves (encoders), so that neighbouring queries find each
-// other's values in the L1 cache. What the loops cost: benchmarks/results/cuda_instructions.md.
+// other's values in the L1 cache. The gradient of value has kernels of its own. What the loops cost:
+// benchmarks/results/cuda_instructions.md.
 
 #include "msda.h"
 
@@ -25,11 +26,13 @@
 #include "cuda_backward.h"
 #include "cuda_deterministic.h"
 #include "cuda_forward.h"
+#include "cuda_joined.h"
 
 namespace querymask::msda {
 namespace {
 
-Geometry make_geometry(const Sizes& sizes, at::IntArrayRef spatial_shapes, int vector) {
+// group: threads of a query and head.
+Geometry make_geometry(const Sizes& sizes, at::IntArrayRef spatial_shapes, int group) {
   TORCH_CHECK_VALUE(
       sizes.L <= kMaxLevels, "the CUDA operator takes at most ", kMaxLevels, " levels, got ", sizes.L,
       ": use multi_scale_deformable_attention_reference");
@@ -45,10 +48,7 @@ Geometry make_geometry(const Sizes& sizes, at::IntArrayRef spatial_shapes, int v
   geometry.D = static_cast<int>(sizes.D);
   geometry.L = static_cast<int>(sizes.L);
   geometry.P = static_cast<int>(sizes.P);
-  geometry.group = 1;
-  while (geometry.group < 32 && geometry.group * vector < sizes.D) {
-    geometry.group *= 2;
-  }
+  geometry.group = group;
   const int64_t members = kThreads / geometry.group;
   geometry.tiled = sizes.Q == sizes.S;
   int64_t token = 0, tiles = 0, cells = 0;
@@ -72,6 +72,15 @@ Geometry make_geometry(const Sizes& sizes, at::IntArrayRef spatial_shapes, int v
   return geometry;
 }
 
+// Threads that own the channels of a head, a vector of them each: a power of two, at most 32.
+int group_of(const Sizes& sizes, int vector) {
+  int group = 1;
+  while (group < 32 && group * vector < sizes.D) {
+    group *= 2;
+  }
+  return group;
+}
+
 // What kernels are compiled for: the type that counts the elements of an image, the channels of a thread, and the threads
 // of a query and head, or 0 where only the call tells.
 template <typename Offset_, int kVector_, int kGroup_>
@@ -86,10 +95,10 @@ template <typename T, typename Run>
 void by_shape(const Sizes& sizes, at::IntArrayRef spatial_shapes, const Run& run) {
   constexpr int kWidest = 16 / sizeof(T);
   if (sizes.D % kWidest != 0) {
-    run(Shape<int64_t, 1, 0>(), make_geometry(sizes, spatial_shapes, 1));
+    run(Shape<int64_t, 1, 0>(), make_geometry(sizes, spatial_shapes, group_of(sizes, 1)));
     return;
   }
-  const Geometry geometry = make_geometry(sizes, spatial_shapes, kWidest);
+  const Geometry geometry = make_geometry(sizes, spatial_shapes, group_of(sizes, kWidest));
   if constexpr (!std::is_same_v<T, double>) {
     if (sizes.S * sizes.M * sizes.D <= UINT32_MAX) {
       if (geometry.group == 32 / kWidest) {
@@ -113,6 +122,33 @@ dim3 grid_of(const Geometry& geometry, int64_t blocks) {
 at::Tensor readable(const at::Tensor& tensor) {
   const at::Tensor contiguous = tensor.contiguous();
   return reinterpret_cast<uintptr_t>(contiguous.const_data_ptr()) % 16 == 0 ? contiguous : contiguous.clone();
+}
+
+// The gradient of value in the type of sums, by cuda_joined.h.
+template <typename T, typename C>
+at::Tensor sum_joined(
+    const Sizes& sizes,
+    at::IntArrayRef spatial_shapes,
+    const at::Tensor& grad_output,
+    const at::Tensor& value,
+    const at::Tensor& locations,
+    const at::Tensor& attention) {
+  constexpr int kWidest = 16 / sizeof(C);
+  at::Tensor grad_value = at::zeros(value.sizes(), locations.options());
+  // Tiles of tokens have most in common where they are large. Few queries are to fill many blocks.
+  const Geometry geometry = make_geometry(sizes, spatial_shapes, sizes.Q == sizes.S ? kThreads / kMaxMembers : 16);
+  const auto launch = [&](auto kernel) {
+    kernel<<<grid_of(geometry, geometry.blocks), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+        geometry, grad_output.const_data_ptr<T>(), locations.const_data_ptr<C>(), attention.const_data_ptr<T>(),
+        grad_value.mutable_data_ptr<C>());
+    check_launch();
+  };
+  if (sizes.D % kWidest == 0) {
+    launch(joined_kernel<T, C, kWidest>);
+  } else {
+    launch(joined_kernel<T, C, 1>);
+  }
+  return grad_value;
 }
 
 // The gradient of value in its type, by cuda_deterministic.h. Takes about 30 bytes for each sample besides.
@@ -192,7 +228,7 @@ Gradients backward_cuda(
   const at::Tensor attention = attention_weights.contiguous();
   const bool some = grad.numel() > 0 && attention.numel() > 0;
   const bool in_order = at::globalContext().deterministicAlgorithms(); // atomic additions come in any order
-  at::Tensor grad_value = some && in_order ? at::Tensor() : at::zeros(v.sizes(), v.options().dtype(type));
+  at::Tensor grad_value = some ? at::Tensor() : at::zeros(v.sizes(), v.options());
   at::Tensor grad_locations = at::empty(locations.sizes(), locations.options());
   at::Tensor grad_attention = at::empty(attention.sizes(), attention.options().dtype(type));
   if (some) {
@@ -205,12 +241,11 @@ Gradients backward_cuda(
                 <<<grid_of(geometry, geometry.blocks), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
                     geometry, grad.const_data_ptr<scalar_t>(), v.const_data_ptr<scalar_t>(),
                     locations.const_data_ptr<C>(), attention.const_data_ptr<scalar_t>(),
-                    in_order ? nullptr : grad_value.mutable_data_ptr<C>(), grad_locations.mutable_data_ptr<C>(),
-                    grad_attention.mutable_data_ptr<C>());
+                    grad_locations.mutable_data_ptr<C>(), grad_attention.mutable_data_ptr<C>());
             check_launch();
-            if (in_order) {
-              grad_value = sum_in_order<scalar_t, C, S::kVector>(geometry, grad, v, locations, attention);
-            }
+            grad_value = in_order
+                ? sum_in_order<scalar_t, C, S::kVector>(geometry, grad, v, locations, attention)
+                : sum_joined<scalar_t, C>(sizes, spatial_shapes, grad, v, locations, attention);
           });
         });
   } else {

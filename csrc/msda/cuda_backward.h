@@ -1,4 +1,4 @@
-// The backward kernel of multi-scale deformable attention on CUDA.
+// The gradients of locations and weights of multi-scale deformable attention on CUDA.
 
 #pragma once
 
@@ -6,24 +6,18 @@
 
 namespace querymask::msda {
 
-// Adds to grad_value, which must be zero before; it is in C, so that float16 and bfloat16 are summed in float32. Where it
-// is null, only the other two gradients are computed. kGroup: geometry.group as a constant, or 0. Offset: wide enough for
-// the elements of an image. At least 3 blocks of a multiprocessor: 80 registers, without spills.
+// kGroup: geometry.group as a constant, or 0. Offset: wide enough for the elements of an image.
 template <typename T, typename C, typename Offset, int kVector, int kGroup>
-__global__ void __launch_bounds__(kThreads, kGroup > 0 ? 3 : 1) backward_kernel(
+__global__ void __launch_bounds__(kThreads, kGroup > 0 ? 4 : 1) backward_kernel(
     const __grid_constant__ Geometry geometry,
     const T* __restrict__ grad_output,
     const T* __restrict__ value,
     const C* __restrict__ locations,
     const T* __restrict__ attention,
-    C* __restrict__ grad_value,
     C* __restrict__ grad_locations,
     C* __restrict__ grad_attention) {
   // Samples of a group that are served before their sums are added up.
   constexpr int kBatch = kGroup > 8 ? 8 : kGroup > 0 ? kGroup : 16 / sizeof(C);
-  // Channels that a thread adds at once, 16 bytes in the type of sums. Where a thread has more of them than that, it adds
-  // other ones than it reads: the threads of a group then add to places side by side, which the L2 cache does at once.
-  constexpr int kUnit = kVector * sizeof(C) > 16 ? 16 / sizeof(C) : kVector, kUnits = kVector / kUnit;
   // One sample more for each group than it needs, so that groups lie in different banks.
   __shared__ Sample<C, Offset> shared_samples[kGroup > 0 ? kThreads / kGroup * (kBatch + 1) : 2 * kThreads];
   // Products of the output's gradient with the four neighbours, summed over the channels of one thread. The thread that
@@ -44,21 +38,10 @@ __global__ void __launch_bounds__(kThreads, kGroup > 0 ? 3 : 1) backward_kernel(
     for (int first = 0; first < geometry.D; first += group * kVector) { // once, unless a head is very wide
       const int channel = first + lane * kVector;
       const bool wanted = query >= 0 && channel < geometry.D;
-      const int added_channel = first + lane * kUnit; // and every group * kUnit channels after it
-      const int64_t offset = image * geometry.S * row + head * geometry.D;
-      const T* channels = opaque(value + offset + channel);
-      C* grad_channels = opaque(grad_value + offset + added_channel);
-      C grad[kVector] = {}, added_grad[kUnits][kUnit] = {};
+      const T* channels = opaque(value + image * geometry.S * row + head * geometry.D + channel);
+      C grad[kVector] = {};
       if (wanted) {
         unpack(load<kVector>(grad_output + place * geometry.D + channel), grad);
-      }
-      const auto adds = [&](int unit) { return added_channel + unit * group * kUnit < geometry.D; };
-#pragma unroll
-      for (int unit = 0; unit < kUnits; ++unit) {
-        if (query >= 0 && adds(unit)) {
-          const T* from = grad_output + place * geometry.D + added_channel + unit * group * kUnit;
-          unpack(load<kUnit>(from), added_grad[unit]);
-        }
       }
       C zero = C(0); // the product with a neighbour outside: NaN where the output's gradient is not finite
 #pragma unroll
@@ -80,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, kGroup > 0 ? 3 : 1) backward_kernel(
         const Turns turns = take_turns(sampled.inside, lane, group);
         __syncwarp(kWarp); // everyone is done with the samples and products before
         if (sampled.inside) {
-          samples[turns.mine] = make_sample<C, Offset>(geometry, sampled, weight);
+          samples[turns.mine] = make_sample(geometry, sampled, weight, static_cast<Offset>(row));
         }
         __syncwarp(kWarp);
         for (int n = 0; n < turns.count; ++n) {
@@ -99,22 +82,6 @@ __global__ void __launch_bounds__(kThreads, kGroup > 0 ? 3 : 1) backward_kernel(
 #pragma unroll
               for (int i = 0; i < kVector; ++i) {
                 dots.values[k] += grad[i] * numbers[i];
-              }
-            }
-          }
-          if (grad_value != nullptr) {
-#pragma unroll
-            for (int unit = 0; unit < kUnits; ++unit) {
-              if (adds(unit)) {
-#pragma unroll
-                for (int k = 0; k < 4; ++k) {
-                  C share[kUnit];
-#pragma unroll
-                  for (int i = 0; i < kUnit; ++i) {
-                    share[i] = sample.weights[k] * added_grad[unit][i];
-                  }
-                  add<C, kUnit>(grad_channels + sample.offsets[k] + unit * group * kUnit, share);
-                }
               }
             }
           }

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, kGroup > 0 ? 4 : 1) forward_kernel(
         const Turns turns = take_turns(counts, lane, group);
         __syncwarp(kWarp); // everyone is done with the samples before
         if (counts) {
-          samples[turns.mine] = make_sample<C, Offset>(geometry, sampled, weight);
+          samples[turns.mine] = make_sample(geometry, sampled, weight, static_cast<Offset>(row));
         }
         __syncwarp(kWarp);
         if (channel >= geometry.D) {

@@ -84,7 +84,7 @@ __device__ Place<C> locate(const Geometry& geometry, const C* __restrict__ locat
 }
 
 // What the threads of a group need of a sample: of the upper left, upper right, lower left and lower right neighbour
-// the weight, and the element, counted from the image's first token. A neighbour outside the map lends its place to the
+// the weight, and the token times a factor, counted from the image's first token. A neighbour outside the map lends its place to the
 // one inside beside it, and both take half of that one's weight: no load depends on a condition, and nothing that stands
 // elsewhere in memory can turn a zero into NaN. Samples without any neighbour are left out.
 template <typename C, typename Offset>
@@ -94,7 +94,11 @@ struct alignas(16) Sample {
 };
 
 template <typename C, typename Offset>
-__device__ Sample<C, Offset> make_sample(const Geometry& geometry, const Place<C>& place, C attention) {
+__device__ Sample<C, Offset> make_sample(
+    const Geometry& geometry,
+    const Place<C>& place,
+    C attention,
+    Offset factor) {
   const bool left = place.left(), right = place.right(geometry), upper = place.upper(), lower = place.lower(geometry);
   const C by_x[2] = {
       left ? (right ? C(1) - place.x : C(0.5) * (C(1) - place.x)) : C(0.5) * place.x,
@@ -104,10 +108,9 @@ __device__ Sample<C, Offset> make_sample(const Geometry& geometry, const Place<C
       attention * (lower ? (upper ? place.y : C(0.5) * place.y) : C(0.5) * (C(1) - place.y))};
   const int width = geometry.width[place.level];
   const int column = left ? place.column : 0, line = upper ? place.line : 0;
-  const Offset row = static_cast<Offset>(geometry.M) * geometry.D;
-  const Offset corner = (geometry.token[place.level] + line * width + column) * row;
-  const Offset to_right = left && right ? row : 0;
-  const Offset to_lower = upper && lower ? width * row : 0;
+  const Offset corner = (geometry.token[place.level] + line * width + column) * factor;
+  const Offset to_right = left && right ? factor : 0;
+  const Offset to_lower = upper && lower ? width * factor : 0;
   Sample<C, Offset> sample;
   sample.weights[0] = by_y[0] * by_x[0];
   sample.weights[1] = by_y[0] * by_x[1];

@@ -11,8 +11,8 @@
 // float32 is rounded to TF32, to nearest; sums are in float32.
 //
 // Everything moves in units of 16 bytes, 4 elements of float32 or 8 of 16 bits: two units of each operand are one step
-// of the tensor cores, whatever the type. Four stages of a tile are on their way at once. Units stand in it so that no
-// two of those that are read at once share a bank.
+// of the tensor cores, whatever the type. Several stages of a tile are on their way at once. Units stand in it so that
+// no two of those that are read at once share a bank.
 
 #include "cuda.h"
 
@@ -41,14 +41,16 @@ namespace {
 
 constexpr int kThreads = 128; // of a block: four warps
 constexpr int kSide = 128; // rows or columns of a tile; the other number is 32, 64 or 128
-constexpr int kStages = 4;
-constexpr int kDepth = 4; // units of a row in a stage, where rows run along the sum
+constexpr int kStages = 2;
+constexpr int kDepth = 8; // units of a row in a stage, where rows run along the sum: a line of the L1 cache
+constexpr int kWeightStages = 4; // of the gradient of the kernel, whose sum runs over cells
+constexpr int kWeightDepth = 4; // a unit's elements times this are a stage's cells
 constexpr int64_t kMaxTaps = 64; // whose rows fit beside the tiles in the 99 KB of sm_86 and sm_89
 constexpr int64_t kMaxChannels = 1 << 15;
 constexpr int64_t kWantedBlocks = 264; // two for each multiprocessor of an H100: parts of the sum over cells
 
-constexpr int stage_units(int rows, int columns) {
-  return (rows + columns) * kDepth;
+constexpr int stage_units(int rows, int columns, int depth = kDepth) {
+  return (rows + columns) * depth;
 }
 
 // Where a unit stands in a tile whose rows have that many units.
@@ -95,21 +97,21 @@ __device__ void round_to_operand(uint32_t (&bits)[kCount]) {
 }
 
 // Calls load(chunk) and, when its copies have come, compute(chunk), for chunks from 0 on. Both use the stage chunk %
-// kStages.
-template <typename Load, typename Compute>
+// kCount.
+template <int kCount, typename Load, typename Compute>
 __device__ void pipeline(int chunks, const Load& load, const Compute& compute) {
 #pragma unroll
-  for (int chunk = 0; chunk < kStages - 1; ++chunk) {
+  for (int chunk = 0; chunk < kCount - 1; ++chunk) {
     if (chunk < chunks) {
       load(chunk);
     }
     copy_async_commit();
   }
   for (int chunk = 0; chunk < chunks; ++chunk) {
-    copy_async_wait<kStages - 2>();
+    copy_async_wait<kCount - 2>();
     __syncthreads(); // all copies of this chunk have come, and the stage of the one before is free
-    if (chunk + kStages - 1 < chunks) {
-      load(chunk + kStages - 1);
+    if (chunk + kCount - 1 < chunks) {
+      load(chunk + kCount - 1);
     }
     copy_async_commit();
     compute(chunk);
@@ -177,27 +179,23 @@ __device__ void multiply(
     wrap();
   };
 
-  int left_at[2], right_at[2]; // of this lane's row in the first and in the second step
-#pragma unroll
-  for (int step = 0; step < 2; ++step) {
-    left_at[step] = place<kDepth>(Warp::first_row() + lane % 16, 2 * step + lane / 16);
-    right_at[step] =
-        kRight + place<kDepth>(Warp::first_column() + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2);
-  }
+  // Of this lane's row: where the first step's unit is. A step's units are two further, which changes no other bits.
+  const int left_at = place<kDepth>(Warp::first_row() + lane % 16, lane / 16);
+  const int right_at = kRight + place<kDepth>(Warp::first_column() + lane / 16 * 8 + lane % 8, lane / 8 % 2);
   const auto compute = [&](int chunk) {
     const uint4* stage = tiles + chunk % kStages * stage_units(kSide, kColumns);
 #pragma unroll
-    for (int step = 0; step < 2; ++step) {
+    for (int step = 0; step < kDepth / 2; ++step) {
       uint32_t a[Warp::kTileRows][4], b[Warp::kTileColumns][2];
 #pragma unroll
       for (int i = 0; i < Warp::kTileRows; ++i) {
-        load_matrix_x4(a[i], stage + left_at[step] + 16 * i * kDepth);
+        load_matrix_x4(a[i], stage + (left_at ^ 2 * step) + 16 * i * kDepth);
         round_to_operand<T>(a[i]);
       }
 #pragma unroll
       for (int j = 0; j < Warp::kTileColumns; j += 2) {
         uint32_t pair[4];
-        load_matrix_x4(pair, stage + right_at[step] + 8 * j * kDepth);
+        load_matrix_x4(pair, stage + (right_at ^ 2 * step) + 8 * j * kDepth);
         b[j][0] = pair[0];
         b[j][1] = pair[1];
         b[j + 1][0] = pair[2];
@@ -212,7 +210,7 @@ __device__ void multiply(
       }
     }
   };
-  pipeline((depth + kDepth - 1) / kDepth, load, compute);
+  pipeline<kStages>((depth + kDepth - 1) / kDepth, load, compute);
 }
 
 #endif
@@ -279,26 +277,36 @@ __global__ void __launch_bounds__(kThreads, 2) backward_features_kernel(
   __syncthreads();
   float sums[Warp::kTileRows][Warp::kTileColumns][4] = {};
   multiply<T, kSide>(product, rows, shared, sums);
+
+  // Through shared memory, so that a warp adds to 512 bytes side by side, if those are of one row.
+  constexpr int kUnits = kSide / 4; // of 4 sums
+  static_assert(kSide * kUnits <= kStages * stage_units(kSide, kSide));
   const int lane = threadIdx.x % 32;
-  const bool odd = lane % 2 != 0;
+  __syncthreads(); // everyone is done with the stages
 #pragma unroll
-  for (int j = 0; j < Warp::kTileColumns; ++j) {
-    const int column = blockIdx.y * kSide + Warp::first_column() + 8 * j + lane % 4 / 2 * 4;
+  for (int i = 0; i < 2 * Warp::kTileRows; ++i) {
+    const int row = Warp::first_row() + 8 * i + lane / 4;
 #pragma unroll
-    for (int i = 0; i < Warp::kTileRows; ++i) {
-      // A pair of lanes has four columns of two rows: each takes one row.
-      const float(&own)[4] = sums[i][j];
-      const float first = __shfl_xor_sync(0xffffffffu, odd ? own[0] : own[2], 1);
-      const float second = __shfl_xor_sync(0xffffffffu, odd ? own[1] : own[3], 1);
-      const float channels[4] = {
-          odd ? first : own[0], odd ? second : own[1], odd ? own[2] : first, odd ? own[3] : second};
-      const int cell = first_cell + Warp::first_row() + 16 * i + lane / 4 + (odd ? 8 : 0);
-      if (cell < A && column < product.columns) {
-        const int tap = (blockIdx.z * product.columns + column) / C_in; // counted through all branches
-        const int64_t row = neighbours[static_cast<int64_t>(tap) * A + cell];
-        if (row >= 0) {
-          add<float, 4>(grad_features + row * C_in + column % C_in, channels);
-        }
+    for (int j = 0; j < Warp::kTileColumns; ++j) {
+      const float* pair = sums[i / 2][j] + i % 2 * 2;
+      uint4* unit = shared + place<kUnits>(row, Warp::first_column() / 4 + 2 * j + lane % 4 / 2);
+      reinterpret_cast<float2*>(unit)[lane % 2] = make_float2(pair[0], pair[1]);
+    }
+  }
+  __syncthreads();
+  const int column = blockIdx.y * kSide + 4 * lane;
+  if (column < product.columns) {
+    const int tap = (blockIdx.z * product.columns + column) / C_in; // counted through all branches
+    const int64_t* row_of_cell = neighbours + static_cast<int64_t>(tap) * A + first_cell;
+    float* channel = grad_features + column % C_in;
+    const int end = min(kSide, A - first_cell);
+#pragma unroll 4
+    for (int i = static_cast<int>(threadIdx.x) / 32; i < end; i += kThreads / 32) {
+      const int64_t row = row_of_cell[i];
+      if (row >= 0) {
+        float channels[4];
+        memcpy(channels, shared + place<kUnits>(i, lane), sizeof(channels));
+        add<float, 4>(channel + row * C_in, channels);
       }
     }
   }
@@ -323,7 +331,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   extern __shared__ uint4 shared[];
   using Warp = Share<kOutputs, kSide>;
   constexpr int kUnit = 16 / sizeof(T); // elements
-  constexpr int kCells = kDepth * kUnit; // of a chunk
+  constexpr int kCells = kWeightDepth * kUnit; // of a chunk
   constexpr int kGradUnits = kOutputs / kUnit, kFeatureUnits = kSide / kUnit; // of a row in a stage
   constexpr int kRight = kCells * kGradUnits; // where features begin in a stage
   constexpr int kGradStep = kThreads / kGradUnits, kFeatureStep = kThreads / kFeatureUnits; // rows copied at once
@@ -363,7 +371,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   };
   look_up(0);
   const auto load = [&](int chunk) {
-    uint4* stage = shared + chunk % kStages * stage_units(kOutputs, kSide);
+    uint4* stage = shared + chunk % kWeightStages * stage_units(kOutputs, kSide, kWeightDepth);
 #pragma unroll
     for (int i = 0; i < kFeatureLoads; ++i) {
       copy_async_16_cached(
@@ -399,7 +407,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   float totals[Warp::kTileRows][Warp::kTileColumns][4] = {};
   const auto compute = [&](int chunk) {
-    const uint4* stage = shared + chunk % kStages * stage_units(kOutputs, kSide);
+    const uint4* stage = shared + chunk % kWeightStages * stage_units(kOutputs, kSide, kWeightDepth);
 #pragma unroll
     for (int first = 0; first < kCells; first += 2 * kUnit) { // cells of a step
       uint32_t a[Warp::kTileRows][4], b[Warp::kTileColumns][2];
@@ -408,7 +416,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         const auto* inputs =
             reinterpret_cast<const uint32_t*>(stage + kRight + lane % 4 * kFeatureUnits) + Warp::first_column();
 #pragma unroll
-        for (int i = 0; i < 4 * Warp::kTileRows; ++i) { 
+        for (int i = 0; i < 4 * Warp::kTileRows; ++i) {
           const int at = 16 * (i / 4) + 8 * (i % 2), half = i / 2 % 2;
           a[i / 4][i % 4] = grads[(first + 4 * half) * kOutputs + at / 32 * 32 + swizzled[at / 4 % 8 + half]];
         }
@@ -446,7 +454,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
   };
-  pipeline((end - begin + kCells - 1) / kCells, load, compute);
+  pipeline<kWeightStages>((end - begin + kCells - 1) / kCells, load, compute);
 
 #pragma unroll
   for (int i = 0; i < 2 * Warp::kTileRows; ++i) {
@@ -540,8 +548,8 @@ void launch(void (*kernel)(Parameters...), dim3 blocks, int64_t bytes, Arguments
   check_launch();
 }
 
-int64_t shared_bytes(int rows, int columns, int64_t numbers) {
-  return kStages * stage_units(rows, columns) * 16 + numbers * static_cast<int64_t>(sizeof(int));
+int64_t shared_bytes(int units, int64_t numbers) {
+  return units * 16 + numbers * static_cast<int64_t>(sizeof(int));
 }
 
 template <typename T>
@@ -573,7 +581,7 @@ at::Tensor backward_features(
       static_cast<unsigned>(ceil_div(sizes.A, kSide)), static_cast<unsigned>(ceil_div(columns, kSide)),
       static_cast<unsigned>(sizes.branches()));
   launch(
-      backward_features_kernel<T>, blocks, shared_bytes(kSide, kSide, kSide), product,
+      backward_features_kernel<T>, blocks, shared_bytes(kStages * stage_units(kSide, kSide), kSide), product,
       neighbours.const_data_ptr<int64_t>(), static_cast<int>(sizes.A), static_cast<int>(sizes.C_in),
       grad_features.mutable_data_ptr<float>());
   return grad_features;
@@ -607,7 +615,8 @@ at::Tensor backward_weight(
     const dim3 blocks(
         static_cast<unsigned>(across), static_cast<unsigned>(down), static_cast<unsigned>(parts * branches));
     launch(
-        backward_weight_kernel<T, kOutputs>, blocks, shared_bytes(kOutputs, kSide, 0), product,
+        backward_weight_kernel<T, kOutputs>, blocks,
+        shared_bytes(kWeightStages * stage_units(kOutputs, kSide, kWeightDepth), 0), product,
         sums.mutable_data_ptr<float>());
   });
   return sums.sum(0).permute({0, 2, 1}).reshape({sizes.C_out, sizes.C_in, sizes.kH, sizes.kW});
@@ -674,7 +683,8 @@ at::Tensor forward(
           static_cast<unsigned>(ceil_div(sizes.A, kSide)), static_cast<unsigned>(ceil_div(outputs, kColumns)),
           static_cast<unsigned>(sizes.branches()));
       launch(
-          forward_kernel<T, kColumns>, blocks, shared_bytes(kSide, kColumns, sizes.taps() * kSide), product,
+          forward_kernel<T, kColumns>, blocks,
+          shared_bytes(kStages * stage_units(kSide, kColumns), sizes.taps() * kSide), product,
           neighbours.const_data_ptr<int64_t>(), static_cast<int>(sizes.A),
           bias.defined() ? bias.const_data_ptr<T>() : nullptr, output.mutable_data_ptr<T>());
     });

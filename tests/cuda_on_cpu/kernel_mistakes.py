@@ -6,6 +6,7 @@ from pathlib import Path
 
 COMMON, FORWARD, BACKWARD = "cuda_common.h", "msda/cuda_forward.h", "msda/cuda_backward.h"
 SAMPLING, DETERMINISTIC, MSDA = "msda/cuda_sampling.h", "msda/cuda_deterministic.h", "msda/cuda.cu"
+JOINED = "msda/cuda_joined.h"
 SPS, TENSOR_CORE = "sps/cuda.cu", "sps/cuda_tensor_core.cu"
 
 
@@ -60,10 +61,23 @@ MISTAKES: dict[str, Mistake] = {
         "      for (int distance = group / 2; wanted && distance > 0; distance /= 2) {\n        zero +=",
         "msda,widths-300",
     ),
+    "gradients are overwritten while they are read": races(
+        JOINED, "__syncthreads(); // everyone is done with the gradients before", "", "msda,widths-300"
+    ),
+    "lists are read before they are whole": races(
+        JOINED, "        __syncthreads();\n        const int found", "        const int found", "msda,encoder"
+    ),
+    "slots are freed while they are read": races(
+        JOINED, "__syncwarp(kWarp); // all threads of the token have read its slot", "", "msda,encoder"
+    ),
+    "tokens are taken for one that meet in a slot": plain(
+        JOINED, "while (before != -1 && before != token)", "while (false)", "msda,scattered"
+    ),
+    "tokens are summed up again": plain(JOINED, "counts[turn ^ 1] = 0;", "", "msda,encoder"),
     "the right border is a pixel too early": plain(
         SAMPLING, "x < static_cast<C>(width) && y", "x < static_cast<C>(width - 1) && y", "msda,borders"
     ),
-    "neighbours outside are read": plain(SAMPLING, "left && right ? row : 0", "row", "msda,widths-32"),
+    "neighbours outside are read": plain(SAMPLING, "left && right ? factor : 0", "factor", "msda,widths-32"),
     "tiles lie too far apart": plain(
         SAMPLING, "tile / columns * (members / kTileWidth)", "tile / columns * kTileWidth", "msda,encoder"
     ),
@@ -119,7 +133,7 @@ MISTAKES: dict[str, Mistake] = {
         TENSOR_CORE, "  __syncthreads();\n  float sums", "  float sums", "sps,widths-64"
     ),
     "copies are awaited a group too late": plain(
-        TENSOR_CORE, "copy_async_wait<kStages - 2>();", "copy_async_wait<kStages - 1>();", "sps,widths-64"
+        TENSOR_CORE, "copy_async_wait<kCount - 2>();", "copy_async_wait<kCount - 1>();", "sps,widths-64"
     ),
     "outside counts as the first row": plain(
         TENSOR_CORE, "* product.left_units, row >= 0);", "* product.left_units, true);", "sps,widths-64"
@@ -132,11 +146,16 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "fragments overlap": plain(
         TENSOR_CORE,
-        "stage + left_at[step] + 16 * i * kDepth",
-        "stage + left_at[step] + 8 * i * kDepth",
+        "stage + (left_at ^ 2 * step) + 16 * i * kDepth",
+        "stage + (left_at ^ 2 * step) + 8 * i * kDepth",
         "sps,widths-64",
     ),
-    "both lanes of a pair add to one row": plain(TENSOR_CORE, "(odd ? 8 : 0)", "0", "sps,widths-64"),
+    "sums are put where a tile is still read": races(
+        TENSOR_CORE, "__syncthreads(); // everyone is done with the stages", "", "sps,widths-64"
+    ),
+    "sums are added before they are there": races(
+        TENSOR_CORE, "  __syncthreads();\n  const int column", "  const int column", "sps,widths-64"
+    ),
 }
 
 

@@ -179,6 +179,9 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         )
     for channels, (name, dtype) in itertools.product([32, 33], DTYPES.items()):
         yield f"crowded-{channels}-{name}", partial(crowded, dtype, channels)
+    for channels, (name, dtype) in itertools.product([32, 33], DTYPES.items()):  # hundreds of tokens in one tile
+        sizes = {"batch": 1, "queries": 18, "heads": 1, "channels": channels, "points": 16}
+        yield f"scattered-{channels}-{name}", partial(random_case, [(40, 40)], dtype, **sizes)
     for channels, (name, dtype) in itertools.product([7, 32, 71], DTYPES.items()):
         yield f"deterministic-{channels}-{name}", partial(deterministic, LEVELS[:3], dtype, channels)
     for name, dtype in DTYPES.items():
