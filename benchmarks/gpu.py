@@ -56,7 +56,7 @@ PARTS = {
     "training": Entry("training.run_quick", 250, 150),
     "loader": Entry("training.run_loader", 60, 30),
     "sanitizer": Entry("checks.run_sanitizer", 40, 40),
-    "counters": Entry("counters.run", 40, 30),
+    "counters": Entry("counters.run", 60, 40),
     "compiled": Entry("models.run_compiled", 400, 90),
 }
 
