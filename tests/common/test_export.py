@@ -70,8 +70,12 @@ PANOPTIC = {
 }
 
 
+# Of random weights by which no mask hangs on the rounding of float32 more than files may differ
+SEEDS = {"istr/istr_v2_smt_r50": 1, "effseg/effseg_v2_r50": 2, "effseg/refine_mask_r50": 9}
+
+
 def make_model(name: str, panoptic: Mapping[str, Any] = {}) -> tuple[CfgNode, nn.Module]:
-    torch.manual_seed(0)
+    torch.manual_seed(SEEDS.get(name, 0))
     cfg = tiny_config(name)
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.PANOPTIC.update(panoptic)
@@ -81,6 +85,8 @@ def make_model(name: str, panoptic: Mapping[str, Any] = {}) -> tuple[CfgNode, nn
     spread_weights(model)
     if name == "effseg/effseg_r50":
         model.mask_branch.head.refinements = 250  # the next cell's score differs by more than rounding
+    if name == "effseg/effseg_v2_r50":
+        model.detector.class_head.weight.data *= 0.02  # many scores of 1, within rounding, would be no order
     return cfg, model
 
 
