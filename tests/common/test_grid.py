@@ -199,7 +199,8 @@ def test_pair(batch: list[dict[str, Any]], dataset: str, detector: str, branch: 
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2 and parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.3 * parameter[0].numel() ** -0.5)
+                noise = torch.randn(parameter.shape).to(parameter)  # the same on every device
+                parameter.add_(noise * 0.3 * parameter[0].numel() ** -0.5)
     losses = model(batch)
     assert all(torch.isfinite(loss) for loss in losses.values())
     sum(losses.values()).backward()
@@ -208,7 +209,7 @@ def test_pair(batch: list[dict[str, Any]], dataset: str, detector: str, branch: 
             assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
     if model.mask_branch is not None:
         learns = [p.grad.abs().sum() > 0 for p in model.mask_branch.parameters() if p.requires_grad]
-        assert sum(learns) > 0.75 * len(learns)
+        assert sum(learns) > 0.8 * len(learns)
     with torch.no_grad():
         outputs = model.eval()(batch)
     if branch != "none":

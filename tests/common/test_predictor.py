@@ -15,6 +15,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from devices import DEVICE
 from PIL import Image
 from tiny_models import small_solq
 from torch import nn
@@ -255,7 +256,7 @@ def test_load(run: Path, cfg: CfgNode, tmp_path: Path) -> None:
     assert of_run.class_names == NAMES
     config = tmp_path / "model.yaml"
     config.write_text(cfg.dump())
-    same(of_run(image), querymask.load(str(config), run / "model_final.pth", device="cpu")(image))
+    same(of_run(image), querymask.load(str(config), run / "model_final.pth", device=DEVICE)(image))
     torch.manual_seed(2)
     other = tmp_path / "other.pth"
     torch.save({"model": build_model(cfg).state_dict()}, other)

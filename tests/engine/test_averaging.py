@@ -12,6 +12,8 @@ from torch import nn
 from querymask.common.engine import Trainer, default_setup
 from querymask.common.engine.averaging import WeightAverage
 
+pytestmark = pytest.mark.usefixtures("deterministic")
+
 
 def run(cfg: CfgNode, folder: Path, resume: bool = False) -> tuple[Trainer, dict]:
     cfg = cfg.clone()

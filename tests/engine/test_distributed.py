@@ -62,6 +62,7 @@ def test_two_processes_give_the_gradients_of_one(
     With LOSS_REDUCTION local, the mean of what the processes find alone, with limits of their own. All models are in
     one run: to start the processes takes longer than all of them.
     """
+    cfg.MODEL.DEVICE = "cpu"  # as gloo's processes are
     makers = (solq_configs, isda_configs, istr_configs, effseg_configs)
     configs = {f"{make.__name__}, {name}": config for make in makers for name, config in make(cfg.clone()).items()}
     everywhere = configs["effseg_configs, limits"]
@@ -143,6 +144,7 @@ def test_num_gpus_starts_processes_on_cpu(coco_folder: Path, tmp_path: Path, reg
 def test_run_survives_the_death_of_a_process(cfg: CfgNode, coco_folder: Path, tmp_path: Path) -> None:
     """torchrun starts both processes again, and the weights are those of a run that was not disturbed."""
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.CHECKPOINT_PERIOD = 8, (), 3
+    cfg.MODEL.DEVICE = "cpu"
     weights = []
     for last in (-1, 4):
         cfg.OUTPUT_DIR = str(tmp_path / f"output{last}")

@@ -12,6 +12,8 @@ from detectron2.config import CfgNode
 
 from querymask.common.engine import Trainer, default_setup
 
+pytestmark = pytest.mark.usefixtures("deterministic")
+
 
 def run(cfg: CfgNode, folder: Path, resume: bool = False, max_iter: int = 20) -> dict:
     """Train in ``folder`` to ``max_iter``; the content of the last checkpoint."""

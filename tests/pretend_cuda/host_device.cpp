@@ -201,7 +201,7 @@ const std::set<std::string> kWaiting = {
 // Beside those tagged as pointwise, operators on CUDA tensors that take CPU tensors without dimensions
 const std::set<std::string> kTakeNumbers = {
     "aten::fill_", "aten::masked_fill", "aten::masked_fill_", "aten::where", "aten::index_fill", "aten::index_fill_",
-    "aten::lerp", "aten::lerp_", "aten::linspace", "aten::clamp"};
+    "aten::lerp", "aten::lerp_", "aten::linspace", "aten::clamp", "aten::floor_divide", "aten::floor_divide_"};
 
 const std::set<std::string> kIndexing = {
     "aten::index", "aten::_unsafe_index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_",

@@ -51,7 +51,8 @@ def spread_weights(model: nn.Module) -> None:
     """Let all weights matter: at their initial values, some outputs hardly depend on what they are made of."""
     for parameter in model.parameters():
         if parameter.dim() >= 2:
-            parameter.add_(torch.randn_like(parameter) * 0.3 * parameter[0].numel() ** -0.5)
+            noise = torch.randn(parameter.shape).to(parameter)  # the same on every device
+            parameter.add_(noise * 0.3 * parameter[0].numel() ** -0.5)
 
 
 def set_keys(cfg: CfgNode, settings: Mapping[str, Any]) -> None:
