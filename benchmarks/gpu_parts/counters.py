@@ -1,6 +1,6 @@
 """What bounds the kernels, by the card's own counters: calls of the operators under Nsight Compute.
 
-python -m gpu_parts.counters msda       # makes the calls that are counted
+The calls that are counted, of one operator: python -m gpu_parts.counters msda
 """
 
 import csv

@@ -84,9 +84,9 @@ __device__ Place<C> locate(const Geometry& geometry, const C* __restrict__ locat
 }
 
 // What the threads of a group need of a sample: of the upper left, upper right, lower left and lower right neighbour
-// the weight, and the token times a factor, counted from the image's first token. A neighbour outside the map lends its place to the
-// one inside beside it, and both take half of that one's weight: no load depends on a condition, and nothing that stands
-// elsewhere in memory can turn a zero into NaN. Samples without any neighbour are left out.
+// the weight, and the token, counted from the image's first one, times a factor. A neighbour outside the map lends its
+// place to the one inside beside it, and both take half of that one's weight: no load depends on a condition, and
+// nothing that stands elsewhere in memory can turn a zero into NaN. Samples without any neighbour are left out.
 template <typename C, typename Offset>
 struct alignas(16) Sample {
   C weights[4];

@@ -106,7 +106,7 @@ def test_recipe(name: str) -> None:
 def test_region_heads(name: str) -> None:
     """The heads of regions, which run on what is detected: one graph, and a second one for any number of regions."""
     model = make_model(name)
-    spread_weights(model.mask_branch)
+    spread_weights(model.mask_branch.parameters())
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(model.mask_branch.head.forward, backend=counter, fullgraph=True)

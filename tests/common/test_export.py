@@ -82,7 +82,7 @@ def make_model(name: str, panoptic: Mapping[str, Any] = {}) -> tuple[CfgNode, nn
     cfg.TEST.DETECTIONS_PER_IMAGE = 9
     model = build_model(cfg).eval()
     give_basis(getattr(model.mask_branch, "coding", None))
-    spread_weights(model)
+    spread_weights(model.parameters())
     if name == "effseg/effseg_r50":
         model.mask_branch.head.refinements = 250  # the next cell's score differs by more than rounding
     if name == "effseg/effseg_v2_r50":

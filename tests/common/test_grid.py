@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
 from mask_bases import give_basis
-from tiny_models import tiny_cfg
+from tiny_models import spread_weights, tiny_cfg
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -196,11 +196,7 @@ def test_pair(batch: list[dict[str, Any]], dataset: str, detector: str, branch: 
     torch.manual_seed(0)
     model = build_model(pair_cfg(detector, branch)).train()
     give_basis(getattr(model.mask_branch, "coding", None))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2 and parameter.requires_grad:
-                noise = torch.randn(parameter.shape).to(parameter)  # the same on every device
-                parameter.add_(noise * 0.3 * parameter[0].numel() ** -0.5)
+    spread_weights(parameter for parameter in model.parameters() if parameter.requires_grad)
     losses = model(batch)
     assert all(torch.isfinite(loss) for loss in losses.values())
     sum(losses.values()).backward()

@@ -15,7 +15,7 @@ def test_padding(name: str) -> None:
     cfg = tiny_config(name)
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg).eval().double()
-    spread_weights(model)
+    spread_weights(model.parameters())
     cfg.MODEL.SIZE_DIVISIBILITY = 64
     padding = build_model(cfg).eval().double()
     padding.load_state_dict(model.state_dict())

@@ -1,6 +1,6 @@
 """Configs of models that make a training step in a fraction of a second."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,9 @@ def small_solq(class_names: Sequence[str]) -> CfgNode:
 
 
 @torch.no_grad()
-def spread_weights(model: nn.Module) -> None:
+def spread_weights(parameters: Iterable[nn.Parameter]) -> None:
     """Let all weights matter: at their initial values, some outputs hardly depend on what they are made of."""
-    for parameter in model.parameters():
+    for parameter in parameters:
         if parameter.dim() >= 2:
             noise = torch.randn(parameter.shape).to(parameter)  # the same on every device
             parameter.add_(noise * 0.3 * parameter[0].numel() ** -0.5)

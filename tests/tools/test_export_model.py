@@ -10,6 +10,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from onnx_packages import skip_without_onnx
+from tiny_models import spread_weights
 from tool_loader import ROOT, load_tool
 
 from querymask.command_line import load_config
@@ -82,10 +83,7 @@ def test_panoptic_onnx(settings: list[str], tmp_path: Path, capsys: pytest.Captu
     settings = [*settings, *flat(PANOPTIC)]
     torch.manual_seed(0)
     model = build_model(load_config(CONFIG, settings))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
-                parameter.add_(torch.randn_like(parameter) * 0.3 * parameter[0].numel() ** -0.5)
+    spread_weights(model.parameters())
     torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
     settings += ["MODEL.WEIGHTS", str(tmp_path / "model.pth")]
     file = str(tmp_path / "model.onnx")
